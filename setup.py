@@ -1,0 +1,73 @@
+"""Build r1v3._C from csrc/. Everything else about the package is in pyproject.toml.
+
+R1V3_BUILD_CUDA=1 at build time also compiles csrc/cuda with the nvcc on PATH;
+R1V3_CUDA_ARCHS (default "80;90;100") chooses the architectures. Neither torch nor a GPU is needed.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+# Each instruction set is one object with its own flags, so the rest runs on any x86-64 or arm64.
+ISA_FLAGS = {
+    "csrc/cpu/rows_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/rows_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+}
+COMMON_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-Wall", "-Wextra"]
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+BUILD_CUDA = os.environ.get("R1V3_BUILD_CUDA") == "1"
+
+
+class BuildExtension(build_ext):
+    """Adds the objects that need flags or a compiler of their own."""
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        if IS_X86:
+            for source, flags in ISA_FLAGS.items():
+                ext.extra_objects += self.compiler.compile(
+                    [source],
+                    output_dir=self.build_temp,
+                    extra_postargs=[*COMMON_FLAGS, *flags, "-std=c++17", "-fvisibility=hidden"],
+                )
+        if BUILD_CUDA:
+            ext.extra_objects += compile_cuda("csrc/cuda/ban_tokens.cu", Path(self.build_temp))
+            ext.define_macros.append(("R1V3_WITH_CUDA", "1"))
+        super().build_extension(ext)
+
+
+def compile_cuda(source: str, build_dir: Path) -> list[str]:
+    """Compile one .cu file; returns its object and the static CUDA runtime to link."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise RuntimeError("R1V3_BUILD_CUDA=1 needs nvcc on PATH; unset it for a CPU-only build")
+    build_dir.mkdir(parents=True, exist_ok=True)
+    target = build_dir / (Path(source).stem + ".cuda.o")
+    archs = [arch for arch in os.environ.get("R1V3_CUDA_ARCHS", "80;90;100").split(";") if arch]
+    command = [nvcc, "-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    command += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    command += ["-c", source, "-o", str(target)]
+    subprocess.run(command, check=True)
+    plan = subprocess.run([*command, "--dryrun"], check=True, capture_output=True, text=True)
+    for folder in re.findall(r'"-L([^"]+)"', plan.stderr):
+        if (Path(folder) / "libcudart_static.a").exists():
+            return [str(target), str(Path(folder) / "libcudart_static.a")]
+    raise RuntimeError(f"libcudart_static.a was not found near {nvcc}")
+
+
+extension = Pybind11Extension(
+    "r1v3._C",
+    sorted(str(p) for p in Path("csrc").glob("*.cpp"))
+    + sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if str(p) not in ISA_FLAGS),
+    cxx_std=17,
+    extra_compile_args=[*COMMON_FLAGS, "-pthread"],
+    extra_link_args=["-pthread", *(["-ldl", "-lrt"] if BUILD_CUDA else [])],
+    depends=[str(p) for p in Path("csrc").rglob("*.*")],
+)
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
