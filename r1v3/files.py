@@ -1,0 +1,194 @@
+"""Writing files that are either complete or absent.
+
+Everything is written under a temporary name in the directory of its destination, flushed and
+fsynced, and then renamed over the destination: a reader, a crash or a full disk never sees half
+a file. Standard library only, so that any part of the package can use it.
+"""
+
+import ctypes
+import errno
+import json
+import math
+import numbers
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` atomically; missing parent directories are made.
+
+    Raises:
+        OSError: the write failed; `path` is as it was before and no temporary file is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path` atomically, newlines as they are; see `write_bytes`.
+
+    Raises:
+        UnicodeEncodeError: `text` holds a lone surrogate, which UTF-8 cannot carry.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, obj: Any, *, indent: int | None = 2) -> None:
+    """Write `obj` as strict JSON (RFC 8259) to `path` atomically; see `json_text`."""
+    write_text(path, json_text(obj, indent=indent) + "\n")
+
+
+def json_text(obj: Any, *, indent: int | None = None) -> str:
+    """`obj` as strict JSON that every parser reads and UTF-8 can carry.
+
+    NaN and infinities become null, numpy scalars become numbers, paths become strings. Text is
+    left readable unless it holds a lone surrogate (model output may); then it is escaped.
+
+    Raises:
+        TypeError: a value has no JSON form.
+    """
+    plain = _plain(obj)
+    text = json.dumps(plain, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(plain, indent=indent, ensure_ascii=True, allow_nan=False)
+    return text
+
+
+def _plain(obj: Any) -> Any:
+    if obj is None or isinstance(obj, (bool, int, str)):
+        return obj
+    if isinstance(obj, Mapping):
+        return {key: _plain(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_plain(value) for value in obj]
+    if isinstance(obj, numbers.Integral):
+        return int(obj)
+    if isinstance(obj, numbers.Real):
+        number = float(obj)
+        return number if math.isfinite(number) else None
+    if isinstance(obj, os.PathLike):
+        return os.fspath(obj)
+    return obj
+
+
+def replace_directory(temporary: str | Path, final: str | Path) -> None:
+    """Put the finished directory `temporary` in the place of `final`, on the same file system.
+
+    Every file below `temporary` is fsynced first. An existing `final` is swapped in one step
+    where the system can (Linux `renameat2`), else moved aside for an instant, and then deleted.
+
+    Raises:
+        OSError: the move failed; an existing `final` is back in its place.
+    """
+    temporary, final = Path(temporary), Path(final)
+    _fsync_tree(temporary)
+    if not final.exists():
+        os.rename(temporary, final)
+    elif _exchange(temporary, final):
+        shutil.rmtree(temporary)
+    else:
+        aside = temporary_sibling(final)
+        os.rename(final, aside)
+        try:
+            os.rename(temporary, final)
+        except BaseException:
+            os.rename(aside, final)
+            raise
+        shutil.rmtree(aside)
+    fsync_directory(final.parent)
+
+
+def require_free_space(directory: str | Path, needed_bytes: int, what: str) -> None:
+    """Check that `needed_bytes` can be written below `directory` (which need not exist yet).
+
+    Args:
+        what: what is about to be written, for the message, such as "checkpoint of step 40".
+    Raises:
+        OSError: ENOSPC, naming the directory, the bytes needed and the bytes free.
+    """
+    directory = Path(directory)
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"not enough free space for {what}: needs {human_bytes(needed_bytes)}, "
+            f"{human_bytes(free)} are free",
+            str(directory),
+        )
+
+
+def human_bytes(count: int) -> str:
+    """`count` in bytes for a person: 1536 gives "1.5 KiB"."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def temporary_sibling(path: str | Path) -> Path:
+    """An unused hidden name `.<name>.<random>.tmp` in the directory of `path`."""
+    path = Path(path)
+    return path.with_name(f".{path.name[:48]}.{secrets.token_hex(6)}.tmp")
+
+
+def fsync_directory(directory: str | Path) -> None:
+    """Make the names in `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a directory; their renames are durable already.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_tree(directory: Path) -> None:
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_directory(parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories in one system call; False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    if renameat2(*arguments) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(first), None, str(second))

@@ -1,0 +1,1 @@
+"""Training stages and what they share: checkpoints, metrics, critical tokens, selection."""
