@@ -1,0 +1,55 @@
+"""Checks on arguments that several kernels share, and the names they accept."""
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+# The position of a name is the code the compiled kernels use for it.
+BASELINES = ("mean", "leave_one_out", "none")
+SCALES = ("group", "batch", "none")
+SINGLETONS = ("zero", "raw")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+AGGREGATIONS = ("sequence-mean", "token-mean", "sequence-sum", "constant")
+METRICS = (
+    "clip_low_fraction",
+    "clip_high_fraction",
+    "dual_clip_fraction",
+    "approx_kl",
+    "ref_kl",
+    "ratio_mean",
+    "ratio_max",
+    "tokens",
+    "nonfinite",
+)
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    """Raises ValueError unless value is one of allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless tensor has exactly this shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_logits(logits: Tensor, temperature: float, vocab_size: int | None) -> None:
+    """Raises ValueError for logits, a temperature or a vocab_size no kernel can work with."""
+    if logits.dim() == 0 or not logits.is_floating_point():
+        raise ValueError(
+            f"logits must be a floating-point tensor [..., V], got {logits.dtype} "
+            f"of shape {list(logits.shape)}"
+        )
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size must be >= 1, got {vocab_size}")
+
+
+def check_token_ids(token_ids: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless token_ids are integers of this shape."""
+    check_shape("token_ids", token_ids, shape)
+    if token_ids.is_floating_point() or token_ids.is_complex():
+        raise ValueError(f"token_ids must be integers, got {token_ids.dtype}")

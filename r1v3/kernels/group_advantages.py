@@ -1,0 +1,124 @@
+"""Group-relative advantages (Skywork-R1V3 report, eq. 6), with RLOO and Dr.GRPO as options."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from r1v3.kernels import reference
+from r1v3.kernels.arguments import BASELINES, SCALES, SINGLETONS, check_choice, check_shape
+
+
+def group_advantages(
+    rewards: Tensor,
+    groups: Tensor | Sequence[int],
+    *,
+    baseline: str = "mean",
+    scale: str = "group",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    singleton: str = "zero",
+) -> Tensor:
+    """Advantage of each sample over its group: (r - mean) / (std + eps) by default.
+
+    The standard deviation is the unbiased sample one (ddof=1) with eps added. A group without
+    variance gives exactly 0 wherever it would be scaled or centred. NaN stays inside its group.
+
+    Args:
+        rewards: [N] float.
+        groups: [N] integer group ids in any order, or the group lengths of consecutive samples.
+        baseline: "mean", "leave_one_out" (RLOO: the mean of the others) or "none".
+        scale: "group", "batch" (std of all rewards) or "none" (Dr.GRPO).
+        ddof: 0 or 1, subtracted from the count under the variance.
+        eps: >= 0, added to the standard deviation.
+        singleton: what a group of one sample gets where its mean or std would be needed:
+            "zero", or "raw" for its reward.
+
+    Returns:
+        [N] float32 (float64 for float64 rewards), detached.
+
+    Raises:
+        ValueError: for a shape, name or group length that makes no sense.
+    """
+    check_choice("baseline", baseline, BASELINES)
+    check_choice("scale", scale, SCALES)
+    check_choice("singleton", singleton, SINGLETONS)
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof}")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps must be finite and >= 0, got {eps}")
+    if rewards.dim() != 1 or not rewards.is_floating_point():
+        raise ValueError(
+            f"rewards must be a floating-point tensor [N], got {rewards.dtype} "
+            f"of shape {list(rewards.shape)}"
+        )
+    if isinstance(groups, Tensor):
+        order, offsets = _segments_of_ids(groups, rewards)
+    else:
+        order, offsets = _segments_of_lengths(groups, rewards)
+    codes = BASELINES.index(baseline), SCALES.index(scale), SINGLETONS.index(singleton)
+    return _group_advantages(rewards.detach(), order, offsets, *codes, ddof, eps)
+
+
+def _segments_of_ids(ids: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
+    check_shape("groups", ids, tuple(rewards.shape))
+    if ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"groups must be integer ids or a list of lengths, got {ids.dtype}")
+    ids = ids.to(rewards.device)
+    n = ids.shape[0]
+    ordered, order = torch.sort(ids, stable=True)
+    # The number of groups stays on the device: N segments, the surplus ones empty.
+    starts = torch.ones_like(ordered, dtype=torch.int64)
+    starts[1:] = (ordered[1:] != ordered[:-1]).to(torch.int64)
+    group = starts.cumsum(0) - 1
+    offsets = torch.searchsorted(group, torch.arange(n + 1, device=ids.device))
+    return order, offsets
+
+
+def _segments_of_lengths(lengths: Sequence[int], rewards: Tensor) -> tuple[Tensor, Tensor]:
+    if any(length < 0 for length in lengths) or sum(lengths) != rewards.shape[0]:
+        raise ValueError(
+            f"groups must be lengths >= 0 that add up to the {rewards.shape[0]} rewards, "
+            f"got {list(lengths)[:16]} (sum {sum(lengths)})"
+        )
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
+    order = torch.arange(rewards.shape[0], device=rewards.device)
+    return order, offsets.to(rewards.device, non_blocking=True)
+
+
+@torch.library.custom_op("r1v3::group_advantages", mutates_args=())
+def _group_advantages(
+    rewards: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    baseline: int,
+    scale: int,
+    singleton: int,
+    ddof: int,
+    eps: float,
+) -> Tensor:
+    return reference.group_advantages(
+        rewards,
+        order,
+        offsets,
+        baseline=BASELINES[baseline],
+        scale=SCALES[scale],
+        ddof=ddof,
+        eps=eps,
+        singleton=SINGLETONS[singleton],
+    )
+
+
+@_group_advantages.register_fake
+def _(
+    rewards: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    baseline: int,
+    scale: int,
+    singleton: int,
+    ddof: int,
+    eps: float,
+) -> Tensor:
+    return rewards.new_empty(rewards.shape, dtype=reference.accumulation_dtype(rewards))

@@ -1,0 +1,253 @@
+"""The clipped GRPO policy loss (Skywork-R1V3 report, eq. 4, 5 and 7) from log-probabilities.
+
+One pass gives the loss, its gradient and the metrics; the backward is one multiplication.
+"""
+
+import torch
+from torch import Tensor
+
+from r1v3.kernels import reference
+from r1v3.kernels.arguments import (
+    AGGREGATIONS,
+    KL_ESTIMATORS,
+    METRICS,
+    check_choice,
+    check_shape,
+)
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    *,
+    ref_logprobs: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k3",
+    aggregation: str = "sequence-mean",
+    cu_seqlens: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped policy loss of padded [B, T] or packed [N] tokens.
+
+    Per token, with r = exp(clamp(logprob - old_logprob, -20, 20)):
+
+        l = -weight * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef * KL
+
+    For A < 0 and a dual_clip c, the min is bounded below by c A (Ye et al. 2020). Tokens with
+    loss_mask 0 are selected out before any arithmetic, whatever they hold.
+
+    Args:
+        logprobs: [B, T], or [N] with cu_seqlens; the only input that gets a gradient.
+        old_logprobs: the same shape, or None when the policy is the one that sampled.
+        advantages: [B] (packed [S]) or per token. Packed with S == N is read per token.
+        loss_mask: the shape of logprobs, not 0 where a token counts.
+        ref_logprobs: the shape of logprobs, or None for no KL term.
+        clip_low, clip_high: distances of the clip range from 1.
+        dual_clip: > 1, or None.
+        kl_coef: weight of the KL to the reference.
+        kl: "k1", "k2" or "k3" (Schulman 2020), on ref_logprob - logprob clamped to +-20.
+        aggregation: "sequence-mean" (eq. 7: mean over a sequence's tokens, then over
+            sequences), "token-mean" (DAPO), "sequence-sum" (sums, then mean over sequences)
+            or "constant" (sum / normalizer, Dr.GRPO).
+        cu_seqlens: [S + 1] int offsets of packed sequences, from 0 to at most N.
+        normalizer: > 0, what the sum is divided by. None counts this call's sequences with a
+            valid token ("sequence-mean", "sequence-sum") or its valid tokens ("token-mean").
+            To split a batch exactly, pass the same global number to every part: sequences,
+            tokens or the constant. A 0-d tensor avoids a host synchronisation.
+        weights: truncated importance weights of the policy term, [B] ([S]) or per token.
+
+    Returns:
+        loss, 0-d float32 (float64 for float64 logprobs), and the metrics: detached 0-d tensors
+        under `METRICS`. Fractions and means are over this call's valid tokens; clip_low_fraction
+        counts r < 1 - clip_low with A < 0, clip_high_fraction r > 1 + clip_high with A > 0;
+        approx_kl is the mean of old - new; nonfinite counts valid tokens with a non-finite
+        log-ratio, advantage, weight or reference log-ratio.
+
+    Raises:
+        ValueError: for a shape, name or bound that makes no sense.
+    """
+    _check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
+    offsets = _sequence_offsets(logprobs, cu_seqlens)
+    shape, sequences = tuple(logprobs.shape), offsets.shape[0] - 1
+    check_shape("loss_mask", loss_mask, shape)
+    for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
+        if tensor is not None:
+            check_shape(name, tensor, shape)
+    dtype = reference.accumulation_dtype(logprobs)
+    loss, _, metrics = _grpo_loss(
+        logprobs.reshape(-1).to(dtype),
+        _flat(old_logprobs, dtype),
+        _flat(_per_sequence_or_token("advantages", advantages, shape, sequences), dtype),
+        (loss_mask != 0).reshape(-1).contiguous(),
+        _flat(ref_logprobs, dtype),
+        None
+        if weights is None
+        else _flat(_per_sequence_or_token("weights", weights, shape, sequences), dtype),
+        offsets,
+        normalizer.detach().to(dtype).reshape(1) if isinstance(normalizer, Tensor) else None,
+        0.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
+        clip_low,
+        clip_high,
+        0.0 if dual_clip is None else dual_clip,
+        kl_coef,
+        KL_ESTIMATORS.index(kl),
+        AGGREGATIONS.index(aggregation),
+    )
+    return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+
+
+def _check_options(
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl: str,
+    aggregation: str,
+    normalizer: Tensor | float | None,
+) -> None:
+    check_choice("kl", kl, KL_ESTIMATORS)
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    if clip_low < 0 or clip_high < 0:
+        raise ValueError(
+            f"clip_low and clip_high must be >= 0, got clip_low={clip_low}, clip_high={clip_high}"
+        )
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip must be > 1 or None, got {dual_clip}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(
+                f"normalizer must be one number, got a tensor of shape {list(normalizer.shape)}"
+            )
+    elif normalizer is None:
+        if aggregation == "constant":
+            raise ValueError('aggregation "constant" needs a normalizer, got None')
+    elif not normalizer > 0:
+        raise ValueError(f"normalizer must be > 0, got {normalizer}")
+
+
+def _sequence_offsets(logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    if not logprobs.is_floating_point():
+        raise ValueError(f"logprobs must be floating point, got {logprobs.dtype}")
+    if cu_seqlens is None:
+        if logprobs.dim() != 2:
+            raise ValueError(
+                "logprobs must be [B, T], or [N] together with cu_seqlens, "
+                f"got shape {list(logprobs.shape)}"
+            )
+        rows, length = logprobs.shape
+        return torch.arange(rows + 1, device=logprobs.device, dtype=torch.int64) * length
+    if logprobs.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            "packed logprobs must be [N] and cu_seqlens [S + 1], "
+            f"got {list(logprobs.shape)} and {list(cu_seqlens.shape)}"
+        )
+    return cu_seqlens.to(device=logprobs.device, dtype=torch.int64).contiguous()
+
+
+def _per_sequence_or_token(
+    name: str, values: Tensor, shape: tuple[int, ...], sequences: int
+) -> Tensor:
+    if tuple(values.shape) == shape:
+        return values
+    if tuple(values.shape) in ((sequences,), (sequences, 1)):
+        values = values.reshape(-1)
+        # [B, 1] log-probabilities: one value per token and per sequence is the same thing.
+        return values
+    raise ValueError(
+        f"{name} must have shape {[sequences]} (per sequence) or {list(shape)} (per token), "
+        f"got {list(values.shape)}"
+    )
+
+
+def _flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.detach().reshape(-1).to(dtype).contiguous()
+
+
+@torch.library.custom_op("r1v3::grpo_loss", mutates_args=())
+def _grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    offsets: Tensor,
+    normalizer_tensor: Tensor | None,
+    normalizer: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl: int,
+    aggregation: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if logprobs.device.type == "cpu":
+        _check_offsets(offsets, logprobs.shape[0])
+    chosen = normalizer_tensor if normalizer_tensor is not None else normalizer or None
+    return reference.grpo_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        offsets,
+        ref_logprobs=ref_logprobs,
+        weights=weights,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip or None,
+        kl_coef=kl_coef,
+        kl=KL_ESTIMATORS[kl],
+        aggregation=AGGREGATIONS[aggregation],
+        normalizer=chosen,
+    )
+
+
+def _check_offsets(offsets: Tensor, tokens: int) -> None:
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] > tokens or values != sorted(values):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to at most the {tokens} tokens, got {values[:16]}"
+        )
+
+
+@_grpo_loss.register_fake
+def _(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    offsets: Tensor,
+    normalizer_tensor: Tensor | None,
+    normalizer: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl: int,
+    aggregation: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    metrics = logprobs.new_empty(len(METRICS))
+    return logprobs.new_empty(()), torch.empty_like(logprobs), metrics
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad_loss, _grad_gradient, _grad_metrics):  # type: ignore[no-untyped-def]
+    rest = (None,) * 14
+    if grad_loss is None:
+        return None, *rest
+    (gradient,) = ctx.saved_tensors
+    return grad_loss * gradient, *rest
+
+
+_grpo_loss.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,272 @@
+"""The mathematical specification of every kernel, in plain PyTorch.
+
+Arithmetic is float32, or float64 for float64 input; everything is differentiable by autograd and
+runs on any device. `T > 0` is the temperature, `x` a row of logits:
+
+    y = x / T            p = softmax(y)            logp_t = log p_t            H = -sum_v p_v log p_v
+
+Both results come from the shifted form, with M = max x, d = (x - M) / T, s = sum exp d and
+w = sum d exp d:  logp_t = d_t - log s,  H = log s - w / s.  Nothing cancels, whatever the offset.
+"""
+
+import torch
+from torch import Tensor
+
+from r1v3.kernels.reference_grpo import group_advantages, grpo_loss
+
+__all__ = [
+    "IGNORED_TOKEN",
+    "accumulation_dtype",
+    "ban_tokens_",
+    "entropy_from_logits",
+    "group_advantages",
+    "grpo_loss",
+    "linear_logprobs_and_entropy",
+    "logprobs_and_entropy",
+    "merge_statistics",
+    "row_gradient",
+    "row_statistics",
+    "selective_log_softmax",
+]
+
+IGNORED_TOKEN = -100
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64 input, float32 for everything else."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def logprobs_and_entropy(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of `token_ids` and entropy of softmax(logits / temperature), in nats.
+
+    Shapes: logits [..., V], token_ids [...], results [...] (or [len(rows)]).
+    """
+    shape = logits.shape[:-1] if rows is None else rows.shape
+    x = _selected(logits, vocab_size, rows)
+    ids = token_ids.reshape(-1) if rows is None else token_ids.reshape(-1)[rows]
+    ignored = ids == IGNORED_TOKEN
+    if bool(((ids < 0) | (ids >= x.shape[-1])).logical_and(~ignored).any()):
+        raise ValueError(f"token_ids must be in [0, {x.shape[-1]}) or -100, got {ids.tolist()[:8]}")
+    d, log_s, entropy, dead = _softmax_parts(x, temperature)
+    if x.shape[-1] == 0:
+        target = d.new_zeros(d.shape[0])
+    else:
+        target = d.gather(-1, ids.clamp(min=0)[:, None]).squeeze(-1)
+    logprobs = torch.where(dead, -torch.inf, target - log_s)
+    logprobs = torch.where(ignored, 0.0, logprobs)
+    return logprobs.view(shape), entropy.view(shape)
+
+
+def entropy_from_logits(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Entropy of softmax(logits / temperature) in nats; logits [..., V] -> [...]."""
+    shape = logits.shape[:-1] if rows is None else rows.shape
+    return _softmax_parts(_selected(logits, vocab_size, rows), temperature)[2].view(shape)
+
+
+def selective_log_softmax(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """log softmax(logits / temperature)[token_ids]; logits [..., V] -> [...]."""
+    return logprobs_and_entropy(
+        logits, token_ids, temperature=temperature, vocab_size=vocab_size, rows=rows
+    )[0]
+
+
+def _selected(logits: Tensor, vocab_size: int | None, rows: Tensor | None) -> Tensor:
+    x = logits.reshape(-1, logits.shape[-1])
+    if rows is not None:
+        x = x[rows]
+    return x[:, :vocab_size].to(accumulation_dtype(logits))
+
+
+def _softmax_parts(x: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(d, log s, entropy, row is all -inf) of the rows x [n, V], d shifted by the row maximum."""
+    if x.shape[-1] == 0:
+        zero = x.new_zeros(x.shape[0])
+        return x, zero, zero, torch.ones_like(zero, dtype=torch.bool)
+    maximum = x.detach().amax(-1, keepdim=True)
+    dead = maximum == -torch.inf
+    shifted = x - torch.where(dead, 0.0, maximum)
+    if temperature == 0:
+        # The limit T -> 0: uniform over the maxima. Everything is constant, so gradients are 0.
+        d = torch.where(shifted == 0, 0.0, -torch.inf)
+        d = torch.where(shifted.isnan(), torch.nan, d) + 0.0 * torch.where(
+            shifted.isfinite(), shifted, 0.0
+        )
+    else:
+        d = shifted / temperature
+    e = d.exp()
+    s = e.sum(-1)
+    w = (e * torch.where(d == -torch.inf, 0.0, d)).sum(-1)
+    dead = dead.squeeze(-1)
+    s = torch.where(dead, 1.0, s)
+    log_s = s.log()
+    return d, log_s, torch.where(dead, 0.0, log_s - w / s), dead
+
+
+def row_statistics(x: Tensor, token_ids: Tensor | None, temperature: float) -> Tensor:
+    """What a shard of the vocabulary must tell the others: [n, 4] = (m, s, w, t) per row.
+
+    m = max y, s = sum exp(y - m), w = sum exp(y - m) (y - m), t = y[token] or 0 when the id is
+    outside this shard. An all -inf row gives m = -inf and s = w = 0; NaN or +inf gives s = NaN.
+    At temperature 0, m and t are logits and s counts the maxima.
+
+    Args:
+        x: [n, V] logits without padded columns.
+        token_ids: [n] ids relative to this shard, or None.
+    """
+    x = x.to(accumulation_dtype(x))
+    n, vocab = x.shape
+    if vocab == 0:
+        stats = x.new_zeros(n, 4)
+        stats[:, 0] = -torch.inf
+        return stats
+    maximum = x.amax(-1)
+    dead = maximum == -torch.inf
+    shifted = x - torch.where(dead, 0.0, maximum)[:, None]
+    d = torch.where(shifted < 0, -torch.inf, shifted) if temperature == 0 else shifted / temperature
+    e = d.exp()
+    w = (e * torch.where(d == -torch.inf, 0.0, d)).sum(-1)
+    unit = 1.0 if temperature == 0 else temperature
+    target = torch.zeros_like(maximum)
+    if token_ids is not None:
+        inside = (token_ids >= 0) & (token_ids < vocab)
+        here = x.gather(-1, torch.where(inside, token_ids, 0)[:, None]).squeeze(-1) / unit
+        target = torch.where(inside, here, 0.0)
+    return torch.stack([maximum / unit, e.sum(-1), w, target], dim=-1)
+
+
+def merge_statistics(
+    stats: Tensor, ignored: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge the shards' statistics, in shard order.
+
+    Args:
+        stats: [shards, n, 4] from `row_statistics`.
+        ignored: [n] bool, rows whose log-probability is 0 by definition, or None.
+    Returns:
+        logprobs [n], entropy [n], and [n, 3] = (m, log s, entropy) for the backward.
+    """
+    m_all, s_all, w_all, t_all = stats.unbind(-1)
+    m = m_all.amax(0)
+    s, w, t = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
+    for m_r, s_r, w_r, t_r in zip(m_all, s_all, w_all, t_all, strict=True):
+        gap = torch.where(m_r == -torch.inf, 0.0, m_r - m)
+        if temperature == 0:
+            scale = torch.where(gap == 0, 1.0, 0.0)
+            gap = torch.zeros_like(gap)
+        else:
+            scale = gap.exp()
+        s = s + scale * s_r
+        w = w + scale * (w_r + gap * s_r)
+        t = t + t_r
+    dead = s == 0
+    log_s = torch.where(dead, 1.0, s).log()
+    entropy = torch.where(dead, 0.0, log_s - w / torch.where(dead, 1.0, s))
+    distance = t - m
+    if temperature == 0:
+        distance = torch.where(distance < 0, -torch.inf, distance)
+    logprobs = torch.where(dead, -torch.inf, distance - log_s)
+    if ignored is not None:
+        logprobs = torch.where(ignored, 0.0, logprobs)
+    return logprobs, entropy, torch.stack([m, log_s, entropy], dim=-1)
+
+
+def row_gradient(
+    x: Tensor,
+    token_ids: Tensor | None,
+    temperature: float,
+    saved: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """dx = [g_logp (1[t] - p) - g_H p (log p + H)] / T for the rows x [n, V], in x's dtype.
+
+    Args:
+        token_ids: [n] ids relative to this shard (an id outside it adds no 1[t]), or None.
+        saved: [n, 3] from `merge_statistics`.
+        grad_logprobs: [n] or None; must already be 0 where the label is ignored.
+        grad_entropy: [n] or None.
+    """
+    if temperature == 0 or (grad_logprobs is None and grad_entropy is None) or x.shape[1] == 0:
+        return torch.zeros_like(x)
+    m, log_s, entropy = (column[:, None] for column in saved.unbind(-1))
+    dead = m == -torch.inf
+    log_p = x.to(saved.dtype) / temperature - torch.where(dead, 0.0, m) - log_s
+    p = log_p.exp()
+    grad = torch.zeros_like(p)
+    needed = torch.zeros_like(dead)
+    if grad_logprobs is not None:
+        g = grad_logprobs.to(p.dtype)[:, None]
+        needed |= g != 0
+        grad -= g * p
+        if token_ids is not None:
+            inside = (token_ids >= 0) & (token_ids < x.shape[1])
+            index = torch.where(inside, token_ids, 0)[:, None]
+            grad.scatter_add_(1, index, torch.where(inside[:, None], g, 0.0))
+    if grad_entropy is not None:
+        g = grad_entropy.to(p.dtype)[:, None]
+        needed |= g != 0
+        grad -= g * torch.where(p == 0, 0.0, p * (log_p + entropy))
+    return torch.where(needed & ~dead, grad / temperature, 0.0).to(x.dtype)
+
+
+def linear_logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    loss_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`logprobs_and_entropy(hidden @ weight.T + bias, token_ids)`, logits in float32.
+
+    Shapes: hidden [..., H], weight [V, H], bias [V], token_ids and loss_mask [...].
+    Rows with loss_mask 0 or label -100 give 0 for both results and never touch a gradient.
+    """
+    dtype = accumulation_dtype(hidden)
+    keep = token_ids != IGNORED_TOKEN
+    if loss_mask is not None:
+        keep = keep & (loss_mask != 0)
+    logits = hidden[keep].to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    logprobs, entropy = logprobs_and_entropy(
+        logits, token_ids[keep], temperature=temperature, vocab_size=vocab_size
+    )
+    zero = torch.zeros(keep.shape, dtype=dtype, device=hidden.device)
+    return zero.masked_scatter(keep, logprobs), zero.masked_scatter(keep, entropy)
+
+
+def ban_tokens_(
+    logits: Tensor, token_ids: Tensor, *, enabled: Tensor | None = None, vocab_start: int = 0
+) -> Tensor:
+    """Set logits[..., token_ids - vocab_start] to -inf in place where `enabled` [...] is not 0."""
+    local = token_ids.reshape(-1).to(torch.int64) - vocab_start
+    local = local[(local >= 0) & (local < logits.shape[-1])]
+    banned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    banned[local] = True
+    if enabled is not None:
+        banned = banned & (enabled != 0)[..., None]
+    return logits.masked_fill_(banned, -torch.inf)
