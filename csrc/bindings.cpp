@@ -1,0 +1,158 @@
+// The module r1v3._C: host kernels, and CUDA kernels when built with them.
+// Tensors arrive as addresses, so that the module does not depend on a torch version. The callers in
+// r1v3/kernels check shapes, dtypes and devices; here only numbers are checked. Address 0 = absent.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/capability.h"
+#include "cpu/ops.h"
+#ifdef R1V3_WITH_CUDA
+#include "cuda/ban_tokens.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void require(bool ok, const std::string& name, double value, const char* right) {
+  if (!ok) {
+    throw std::invalid_argument(name + " must be " + right + ", got " + std::to_string(value));
+  }
+}
+
+r1v3::LogitsView checked_view(int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
+                              Address rows, Address token_ids, double temperature,
+                              int num_threads) {
+  require(dtype >= 0 && dtype <= 2, "dtype", dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
+  require(n_rows >= 0, "n_rows", static_cast<double>(n_rows), ">= 0");
+  require(vocab >= 0, "vocab", static_cast<double>(vocab), ">= 0");
+  require(temperature > 0.0, "temperature", temperature, "> 0");
+  return {dtype, n_rows, row_stride, vocab, at<const int64_t>(rows), at<const int64_t>(token_ids),
+          temperature, num_threads};
+}
+
+void forward(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
+             Address rows, Address token_ids, double temperature, Address stats, int num_threads,
+             const std::string& capability) {
+  r1v3::logprobs_and_entropy_forward(
+      r1v3::row_kernels(capability), at<const void>(logits),
+      checked_view(dtype, n_rows, row_stride, vocab, rows, token_ids, temperature, num_threads),
+      at<float>(stats));
+}
+
+void backward(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
+              Address rows, Address token_ids, double temperature, Address lse, Address entropy,
+              Address grad_logprobs, Address grad_entropy, Address grad_logits,
+              int64_t grad_row_stride, int num_threads, const std::string& capability) {
+  r1v3::logprobs_and_entropy_backward(
+      r1v3::row_kernels(capability), at<const void>(logits),
+      checked_view(dtype, n_rows, row_stride, vocab, rows, token_ids, temperature, num_threads),
+      {at<const float>(lse), at<const float>(entropy), at<const float>(grad_logprobs),
+       at<const float>(grad_entropy)},
+      at<void>(grad_logits), grad_row_stride);
+}
+
+void group_advantages(Address rewards, Address order, Address offsets, int64_t n_groups,
+                      int baseline, int scale, int ddof, double eps, int singleton, Address out) {
+  require(n_groups >= 0, "n_groups", static_cast<double>(n_groups), ">= 0");
+  require(baseline >= 0 && baseline <= 2, "baseline", baseline,
+          "0 (mean), 1 (leave one out) or 2 (none)");
+  require(scale >= 0 && scale <= 2, "scale", scale, "0 (group), 1 (batch) or 2 (none)");
+  require(ddof == 0 || ddof == 1, "ddof", ddof, "0 or 1");
+  require(singleton == 0 || singleton == 1, "singleton", singleton, "0 (zero) or 1 (raw)");
+  r1v3::group_advantages(at<const float>(rewards), at<const int64_t>(order),
+                         at<const int64_t>(offsets), n_groups,
+                         {static_cast<r1v3::Baseline>(baseline), static_cast<r1v3::Scale>(scale),
+                          ddof, eps, singleton == 1},
+                         at<float>(out));
+}
+
+void grpo_loss(Address logprobs, Address old_logprobs, Address advantages,
+               bool advantage_is_per_token, Address mask, Address ref_logprobs, Address weights,
+               bool weights_is_per_token, Address seq_offsets, int64_t n_seqs, double clip_low,
+               double clip_high, double dual_clip, double kl_coef, int kl, int aggregation,
+               double normalizer, Address loss, Address grad, Address metrics, int num_threads) {
+  require(n_seqs >= 0, "n_seqs", static_cast<double>(n_seqs), ">= 0");
+  require(kl >= 0 && kl <= 2, "kl", kl, "0 (k1), 1 (k2) or 2 (k3)");
+  require(aggregation >= 0 && aggregation <= 3, "aggregation", aggregation,
+          "0 (sequence-mean), 1 (token-mean), 2 (sequence-sum) or 3 (constant)");
+  require(aggregation != 3 || normalizer > 0.0, "normalizer", normalizer,
+          "> 0 with aggregation 3 (constant)");
+  r1v3::grpo_loss(
+      {at<const float>(logprobs), at<const float>(old_logprobs), at<const float>(advantages),
+       advantage_is_per_token, at<const uint8_t>(mask), at<const float>(ref_logprobs),
+       at<const float>(weights), weights_is_per_token, at<const int64_t>(seq_offsets), n_seqs},
+      {clip_low, clip_high, dual_clip, kl_coef, static_cast<r1v3::KL>(kl),
+       static_cast<r1v3::Aggregation>(aggregation), normalizer, num_threads},
+      at<float>(loss), at<float>(grad), at<float>(metrics));
+}
+
+void ban_tokens(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
+                Address ids, int64_t n_ids, Address enabled, int64_t vocab_start) {
+  require(dtype >= 0 && dtype <= 2, "dtype", dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
+  r1v3::ban_tokens(at<void>(logits), dtype, n_rows, row_stride, vocab, at<const int64_t>(ids),
+                   n_ids, at<const uint8_t>(enabled), vocab_start);
+}
+
+#ifdef R1V3_WITH_CUDA
+void ban_tokens_cuda(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
+                     Address ids, int64_t n_ids, Address enabled, int64_t vocab_start,
+                     Address stream) {
+  require(dtype >= 0 && dtype <= 2, "dtype", dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
+  const char* error = r1v3::ban_tokens_cuda(
+      at<void>(logits), dtype, n_rows, row_stride, vocab, at<const int64_t>(ids), n_ids,
+      at<const uint8_t>(enabled), vocab_start, at<void>(stream));
+  if (error) throw std::runtime_error(std::string("ban_tokens_cuda: ") + error);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of r1v3. Use r1v3.kernels, which checks its arguments.";
+  using py::arg;
+  m.def("cpu_capability", [] { return r1v3::cpu_capabilities().front(); },
+        "The instruction set that the host kernels use on this machine.");
+  m.def("cpu_capabilities", &r1v3::cpu_capabilities,
+        "Every instruction set that this machine can run, best first.");
+  m.def("logprobs_and_entropy_forward", &forward, WithoutGil(), arg("logits"), arg("dtype"),
+        arg("n_rows"), arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"),
+        arg("temperature"), arg("stats"), arg("num_threads"), arg("capability") = "");
+  m.def("logprobs_and_entropy_backward", &backward, WithoutGil(), arg("logits"), arg("dtype"),
+        arg("n_rows"), arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"),
+        arg("temperature"), arg("lse"), arg("entropy"), arg("grad_logprobs"), arg("grad_entropy"),
+        arg("grad_logits"), arg("grad_row_stride"), arg("num_threads"), arg("capability") = "");
+  m.def("group_advantages", &group_advantages, WithoutGil(), arg("rewards"), arg("order"),
+        arg("offsets"), arg("n_groups"), arg("baseline"), arg("scale"), arg("ddof"), arg("eps"),
+        arg("singleton"), arg("out"));
+  m.def("grpo_loss", &grpo_loss, WithoutGil(), arg("logprobs"), arg("old_logprobs"),
+        arg("advantages"), arg("advantage_is_per_token"), arg("mask"), arg("ref_logprobs"),
+        arg("weights"), arg("weights_is_per_token"), arg("seq_offsets"), arg("n_seqs"),
+        arg("clip_low"), arg("clip_high"), arg("dual_clip"), arg("kl_coef"), arg("kl"),
+        arg("aggregation"), arg("normalizer"), arg("loss"), arg("grad"), arg("metrics"),
+        arg("num_threads"));
+  m.def("ban_tokens", &ban_tokens, WithoutGil(), arg("logits"), arg("dtype"), arg("n_rows"),
+        arg("row_stride"), arg("vocab"), arg("ids"), arg("n_ids"), arg("enabled"),
+        arg("vocab_start"));
+#ifdef R1V3_WITH_CUDA
+  m.def("ban_tokens_cuda", &ban_tokens_cuda, WithoutGil(), arg("logits"), arg("dtype"),
+        arg("n_rows"), arg("row_stride"), arg("vocab"), arg("ids"), arg("n_ids"), arg("enabled"),
+        arg("vocab_start"), arg("stream"));
+  m.attr("built_with_cuda") = true;
+#else
+  m.attr("built_with_cuda") = false;
+#endif
+}
