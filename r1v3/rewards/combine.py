@@ -1,0 +1,122 @@
+"""The reward of the Skywork-R1V3 report, eq. 1 to 3.
+
+R_format = 1 if the completion adheres to the template, else 0              (eq. 1)
+R_acc    = 1 if the rule or the verifier accepts the answer, else 0         (eq. 2)
+R        = w R_acc + (1 - w) R_format,   w = 0.8                            (eq. 3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from r1v3.rewards.extract import extract_answer
+from r1v3.rewards.format import format_reward
+from r1v3.rewards.rules import answers_match
+from r1v3.rewards.verifier import LLMVerifier
+
+
+class Gradable(Protocol):
+    """What a sample must offer to be graded; `r1v3.data.schema.Sample` does."""
+
+    @property
+    def question(self) -> str: ...
+    @property
+    def ground_truth(self) -> str: ...
+    @property
+    def options(self) -> Sequence[str] | None: ...
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Reward of one completion and its parts, all in [0, 1].
+
+    Attributes:
+        total: eq. 3.
+        accuracy: eq. 2, the larger of `rule` and `verifier`.
+        format: eq. 1.
+        rule: 1.0 if the rule accepts.
+        verifier: 1.0 or 0.0 as the judge said; None if it was not asked or gave no verdict.
+        extracted: the final answer found in the completion, if any.
+    """
+
+    total: float
+    accuracy: float
+    format: float
+    rule: float
+    verifier: float | None
+    extracted: str | None
+
+
+def combine(accuracy: float, format: float, weight: float = 0.8) -> float:
+    """Eq. 3: `weight * accuracy + (1 - weight) * format`.
+
+    Raises:
+        ValueError: weight is not in [0, 1].
+    """
+    if not 0.0 <= weight <= 1.0:
+        raise ValueError(f"weight {weight!r} must be between 0 and 1")
+    return weight * accuracy + (1.0 - weight) * format
+
+
+def score(
+    completions: Sequence[str],
+    samples: Sequence[Gradable | str],
+    *,
+    weight: float = 0.8,
+    verifier: LLMVerifier | None = None,
+    thinking: bool = True,
+) -> list[Reward]:
+    """Rewards of completions, in order (eq. 1 to 3).
+
+    Args:
+        completions: generated texts, without their prompts.
+        samples: for each completion, its sample, or just its ground truth as text (then there are
+            no options, and a verifier sees no question).
+        weight: w of eq. 3.
+        verifier: asked only about answers that the rule rejects and that could be extracted.
+        thinking: slow-thinking template; False for the NoThink template.
+
+    Raises:
+        ValueError: the two lists differ in length, or weight is not in [0, 1].
+        RuntimeError: math-verify cannot be run.
+    """
+    if len(completions) != len(samples):
+        raise ValueError(
+            f"completions has {len(completions)} entries and samples {len(samples)}; "
+            "there must be one sample per completion"
+        )
+    combine(0.0, 0.0, weight)
+    answers = [extract_answer(completion) for completion in completions]
+    rules: list[float] = []
+    questions: list[tuple[str, str]] = []
+    for answer, sample in zip(answers, samples, strict=True):
+        if isinstance(sample, str):
+            question, ground_truth, options = "", sample, None
+        else:
+            question, ground_truth, options = sample.question, sample.ground_truth, sample.options
+        accepted = answer is not None and answers_match(answer, ground_truth, options=options)
+        rules.append(float(accepted))
+        questions.append((_with_options(question, options), ground_truth))
+
+    judged: dict[int, float | None] = {}
+    if verifier is not None:
+        open_rows = [i for i, answer in enumerate(answers) if answer and rules[i] == 0.0]
+        verdicts = verifier.verify_answers([(*questions[i], answers[i]) for i in open_rows])
+        for i, verdict in zip(open_rows, verdicts, strict=True):
+            judged[i] = None if verdict.correct is None else float(verdict.correct)
+
+    rewards = []
+    for i, completion in enumerate(completions):
+        opinion = judged.get(i)
+        accuracy = max(rules[i], opinion or 0.0)
+        form = format_reward(completion, thinking=thinking)
+        total = combine(accuracy, form, weight)
+        rewards.append(Reward(total, accuracy, form, rules[i], opinion, answers[i]))
+    return rewards
+
+
+def _with_options(question: str, options: Sequence[str] | None) -> str:
+    lines = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options or ())]
+    return "\n".join([question, *lines])
