@@ -1,0 +1,1 @@
+"""Evaluation: decoding modes, scores, figures and the report."""
