@@ -39,7 +39,7 @@ r1v3::LogitsView checked_view(int dtype, int64_t n_rows, int64_t row_stride, int
   require(dtype >= 0 && dtype <= 2, "dtype", dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
   require(n_rows >= 0, "n_rows", static_cast<double>(n_rows), ">= 0");
   require(vocab >= 0, "vocab", static_cast<double>(vocab), ">= 0");
-  require(temperature > 0.0, "temperature", temperature, "> 0");
+  require(temperature >= 0.0, "temperature", temperature, ">= 0");
   return {dtype, n_rows, row_stride, vocab, at<const int64_t>(rows), at<const int64_t>(token_ids),
           temperature, num_threads};
 }
@@ -56,12 +56,13 @@ void forward(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int6
 void backward(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
               Address rows, Address token_ids, double temperature, Address lse, Address entropy,
               Address grad_logprobs, Address grad_entropy, Address grad_logits,
-              int64_t grad_row_stride, int num_threads, const std::string& capability) {
+              int64_t grad_row_stride, int num_threads, const std::string& capability,
+              Address log_s) {
   r1v3::logprobs_and_entropy_backward(
       r1v3::row_kernels(capability), at<const void>(logits),
       checked_view(dtype, n_rows, row_stride, vocab, rows, token_ids, temperature, num_threads),
-      {at<const float>(lse), at<const float>(entropy), at<const float>(grad_logprobs),
-       at<const float>(grad_entropy)},
+      {at<const float>(lse), at<const float>(log_s), at<const float>(entropy),
+       at<const float>(grad_logprobs), at<const float>(grad_entropy)},
       at<void>(grad_logits), grad_row_stride);
 }
 
@@ -134,7 +135,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("logprobs_and_entropy_backward", &backward, WithoutGil(), arg("logits"), arg("dtype"),
         arg("n_rows"), arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"),
         arg("temperature"), arg("lse"), arg("entropy"), arg("grad_logprobs"), arg("grad_entropy"),
-        arg("grad_logits"), arg("grad_row_stride"), arg("num_threads"), arg("capability") = "");
+        arg("grad_logits"), arg("grad_row_stride"), arg("num_threads"), arg("capability") = "",
+        arg("log_s") = 0);
   m.def("group_advantages", &group_advantages, WithoutGil(), arg("rewards"), arg("order"),
         arg("offsets"), arg("n_groups"), arg("baseline"), arg("scale"), arg("ddof"), arg("eps"),
         arg("singleton"), arg("out"));

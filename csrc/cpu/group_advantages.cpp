@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -28,7 +29,7 @@ Moments moments(const float* rewards, const int64_t* order, int64_t n, int ddof)
     const double difference = rewards[order[k]] - result.mean;
     squares += difference * difference;
   }
-  if (!result.constant) result.std = std::sqrt(squares / (n - ddof));
+  if (!result.constant) result.std = std::sqrt(squares / std::max<int64_t>(n - ddof, 1));
   return result;
 }
 
@@ -44,22 +45,26 @@ void group_advantages(const float* rewards, const int64_t* order, const int64_t*
   for (int64_t g = 0; g < n_groups; ++g) {
     const int64_t* members = order + offsets[g];
     const int64_t n = offsets[g + 1] - offsets[g];
-    if (n == 1) {
-      out[members[0]] = options.keep_singletons ? rewards[members[0]] : 0.0f;
+    const bool needs_group = options.baseline != Baseline::kNone || options.scale == Scale::kGroup;
+    if (n == 1 && needs_group) {
+      const float reward = rewards[members[0]];
+      out[members[0]] = options.keep_singletons ? reward : 0.0f * reward;
       continue;
     }
     const Moments group = moments(rewards, members, n, options.ddof);
-    double denominator = 1.0;
-    if (options.scale == Scale::kGroup) denominator = group.std + options.eps;
-    if (options.scale == Scale::kBatch) denominator = batch_std + options.eps;
-    // A group without variance teaches nothing; only the raw reward (no baseline) keeps it.
-    const bool zero = group.constant && (options.baseline != Baseline::kNone ||
-                                         options.scale == Scale::kGroup);
+    const double std = options.scale == Scale::kGroup ? group.std : batch_std;
+    const bool zero = (options.scale != Scale::kNone && std == 0.0) ||
+                      (options.baseline != Baseline::kNone && group.constant);
+    const double denominator = options.scale == Scale::kNone ? 1.0 : std + options.eps;
     for (int64_t k = 0; k < n; ++k) {
       double value = rewards[members[k]];
+      if (zero) {
+        out[members[k]] = static_cast<float>(0.0 * value);
+        continue;
+      }
       if (options.baseline == Baseline::kMean) value -= group.mean;
       if (options.baseline == Baseline::kLeaveOneOut) value = (value - group.mean) * n / (n - 1);
-      out[members[k]] = zero ? 0.0f : static_cast<float>(value / denominator);
+      out[members[k]] = static_cast<float>(value / denominator);
     }
   }
 }

@@ -109,7 +109,10 @@ Sums block_sums(const PolicyLossInputs& in, const PolicyLossOptions& options, co
     double weight = 1.0;
     if (in.weights) weight = in.weights[in.weights_is_per_token ? t : block.sequence];
     double slope = surrogate(logprob, old_logprob, advantage, weight, options, sums);
+    bool finite = std::isfinite(logprob) && std::isfinite(old_logprob) &&
+                  std::isfinite(advantage) && std::isfinite(weight);
     if (in.ref_logprobs) {
+      finite = finite && std::isfinite(in.ref_logprobs[t]);
       const Penalty penalty = kl_penalty(logprob, in.ref_logprobs[t], options.kl);
       sums.ref_kl += penalty.value;
       if (options.kl_coef != 0.0) {
@@ -118,10 +121,7 @@ Sums block_sums(const PolicyLossInputs& in, const PolicyLossOptions& options, co
       }
     }
     sums.tokens += 1.0;
-    sums.nonfinite += std::isfinite(logprob) && std::isfinite(old_logprob) &&
-                              std::isfinite(advantage)
-                          ? 0.0
-                          : 1.0;
+    sums.nonfinite += finite ? 0.0 : 1.0;
     grad[t] = static_cast<float>(coefficient * slope);
   }
   return sums;

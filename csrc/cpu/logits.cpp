@@ -32,7 +32,8 @@ void logprobs_and_entropy_backward(const RowKernels& kernels, const void* logits
   parallel_for(view.n_rows, view.vocab, view.num_threads, [&](int64_t i) {
     const int64_t row = view.rows ? view.rows[i] : i;
     const int64_t target = view.token_ids ? view.token_ids[i] : -1;
-    const RowGradient upstream = {inputs.lse[i], inputs.entropy[i],
+    const RowGradient upstream = {inputs.lse[i], inputs.log_s ? inputs.log_s[i] : 0.0f,
+                                  inputs.entropy[i],
                                   inputs.grad_logprobs ? inputs.grad_logprobs[i] : 0.0f,
                                   inputs.grad_entropy ? inputs.grad_entropy[i] : 0.0f};
     kernels.backward(base + row * row_bytes, view.dtype, view.vocab, target, view.temperature,

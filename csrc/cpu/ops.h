@@ -21,15 +21,18 @@ struct LogitsView {
 // stats[i] = (m, s, w, t) of y = x / temperature: m = max y, s = sum exp(y - m),
 // w = sum exp(y - m) (y - m), t = y[token_id] or 0. Then, in nats,
 // logprob = t - m - log s and entropy = log s - w / s. -inf adds nothing; a row of -inf gives
-// (-inf, 0, 0, t); NaN or +inf anywhere makes s NaN.
+// (-inf, 0, 0, t); NaN or +inf anywhere makes s NaN. At temperature 0, y = x and s counts the maxima.
 void logprobs_and_entropy_forward(const RowKernels& kernels, const void* logits,
                                   const LogitsView& view, float* stats);
 
 // dx = [g_lp (1[v = token] - p) - g_H p (log p + H)] / temperature, p = exp(y - lse), in the logits'
 // dtype, written to the same row numbers of grad_logits (which may be the logits themselves).
-// Rows whose two upstream gradients are 0 or absent, and rows with lse = -inf, become 0 unread.
+// Rows whose two upstream gradients are 0 or absent, rows with lse = -inf and temperature 0 give 0
+// without reading. lse may be split in two, m and log s: their float32 sum loses digits where the
+// logits are large.
 struct BackwardInputs {
-  const float* lse;
+  const float* lse;            // m + log s, or m when log_s is given
+  const float* log_s;          // or null
   const float* entropy;
   const float* grad_logprobs;  // or null
   const float* grad_entropy;   // or null
@@ -50,6 +53,7 @@ struct AdvantageOptions {
 };
 
 // Group g holds the samples order[offsets[g] .. offsets[g + 1]); results go to the sample's place.
+// A group (or batch) without variance gives exactly 0, NaN where a reward is not finite.
 void group_advantages(const float* rewards, const int64_t* order, const int64_t* offsets,
                       int64_t n_groups, const AdvantageOptions& options, float* out);
 
@@ -82,7 +86,8 @@ struct PolicyLossOptions {
 constexpr int kPolicyLossMetrics = 9;
 
 // loss[0], grad[N] = d loss / d logprobs, and metrics[9]: clip_low, clip_high and dual-clip
-// fractions, mean of old - current, mean reference KL, ratio mean and max, tokens, non-finite.
+// fractions, mean of old - current, mean reference KL, ratio mean and max, tokens, and tokens with a
+// non-finite input. grad outside [seq_offsets[0], seq_offsets[S]) is left alone.
 void grpo_loss(const PolicyLossInputs& inputs, const PolicyLossOptions& options, float* loss,
                float* grad, float* metrics);
 

@@ -8,7 +8,8 @@ namespace r1v3 {
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct RowGradient {
-  float lse;
+  float lse;    // or the maximum of y, with log s beside it
+  float log_s;  // 0 when lse holds all of it
   float entropy;
   float grad_logprob;
   float grad_entropy;

@@ -6,6 +6,7 @@
 // and a copy compiled for AVX-512 would then run on machines without it.
 #pragma once
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -113,13 +114,19 @@ ChunkSums chunk_sums(const typename Element<D>::type* x, int64_t n, float base_v
   return {lane_sum(add(add(s0, s1), add(s2, s3))), lane_sum(add(add(w0, w1), add(w2, w3)))};
 }
 
+// FLT_MAX at temperature 0: it sends every difference but 0 below the underflow bound.
+inline float inverse(double temperature) {
+  const double value = 1.0 / temperature;
+  return value < FLT_MAX ? static_cast<float>(value) : FLT_MAX;
+}
+
 // Differences are taken before the division by the temperature, so that a large common offset of
 // the logits costs no precision.
 template <int D>
 void forward_row(const void* logits, int64_t vocab, int64_t target, double temperature,
                  float* stats) {
   const auto* x = static_cast<const typename Element<D>::type*>(logits);
-  const float inv = static_cast<float>(1.0 / temperature);
+  const float inv = inverse(temperature);
   float m = kMinusInfinity;
   double s = 0.0, w = 0.0;
   for (int64_t start = 0; start < vocab; start += kChunk) {
@@ -138,7 +145,7 @@ void forward_row(const void* logits, int64_t vocab, int64_t target, double tempe
     s += part.sum;
     w += part.weighted;
   }
-  const float t = static_cast<float>(temperature);
+  const float t = temperature == 0.0 ? 1.0f : static_cast<float>(temperature);
   stats[0] = m / t;
   stats[1] = static_cast<float>(s);
   stats[2] = static_cast<float>(w);
@@ -146,12 +153,13 @@ void forward_row(const void* logits, int64_t vocab, int64_t target, double tempe
 }
 
 struct GradientTerms {
-  F inv_temperature, minus_lse, entropy, minus_grad_logprob, minus_grad_entropy;
+  F inv_temperature, minus_lse, log_s, entropy, minus_grad_logprob, minus_grad_entropy;
 };
 
 // -p * (g_lp + g_H * (log p + H)) / T; exactly 0 where p is.
 inline F gradient(F x, const GradientTerms& k) {
-  F z = max_keep_second(set1(kUnderflow), fma(x, k.inv_temperature, k.minus_lse));
+  F z = sub(fma(x, k.inv_temperature, k.minus_lse), k.log_s);
+  z = max_keep_second(set1(kUnderflow), z);
   F slope = fma(k.minus_grad_entropy, add(z, k.entropy), k.minus_grad_logprob);
   return mul(mul(exp_clamped(z), slope), k.inv_temperature);
 }
@@ -161,14 +169,16 @@ void backward_row(const void* logits, int64_t vocab, int64_t target, double temp
                   const RowGradient& up, void* grad_logits) {
   const auto* x = static_cast<const typename Element<D>::type*>(logits);
   auto* dx = static_cast<typename Element<D>::type*>(grad_logits);
-  if ((up.grad_logprob == 0.0f && up.grad_entropy == 0.0f) || up.lse == kMinusInfinity) {
+  const bool unused = up.grad_logprob == 0.0f && up.grad_entropy == 0.0f;
+  if (unused || up.lse == kMinusInfinity || temperature == 0.0) {
     memset(grad_logits, 0, vocab * sizeof(*dx));
     return;
   }
   const bool has_target = target >= 0 && target < vocab;
   const double target_logit = has_target ? load_scalar<D>(x + target) : 0.0;
-  const GradientTerms terms = {set1(static_cast<float>(1.0 / temperature)), set1(-up.lse),
-                               set1(up.entropy), set1(-up.grad_logprob), set1(-up.grad_entropy)};
+  const GradientTerms terms = {set1(inverse(temperature)),  set1(-up.lse),
+                               set1(up.log_s),              set1(up.entropy),
+                               set1(-up.grad_logprob),      set1(-up.grad_entropy)};
   int64_t i = 0;
   for (; i + 2 * kWidth <= vocab; i += 2 * kWidth) {
     const F x0 = load<D>(x + i), x1 = load<D>(x + i + kWidth);
@@ -179,7 +189,7 @@ void backward_row(const void* logits, int64_t vocab, int64_t target, double temp
   if (i < vocab) store_tail<D>(dx + i, gradient(load_tail<D>(x + i, vocab - i), terms), vocab - i);
   if (has_target) {
     // 1 - p from expm1: a subtraction would lose every digit of a confident token's gradient.
-    const double z = target_logit / temperature - up.lse, p = exp(z);
+    const double z = target_logit / temperature - up.lse - up.log_s, p = exp(z);
     const double entropy_term = p == 0.0 ? 0.0 : up.grad_entropy * p * (z + up.entropy);
     const double value = (up.grad_logprob * -expm1(z) - entropy_term) / temperature;
     store_tail<D>(dx + target, set1(static_cast<float>(value)), 1);
