@@ -149,12 +149,6 @@ def latest_checkpoint(root: Path) -> Path | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Manifest:
-    step: int
-    files: dict[str, tuple[int, str]]
-
-
 def _write_own_files(
     directory: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]
 ) -> None:
@@ -163,9 +157,12 @@ def _write_own_files(
             raise ValueError(f"write_model wrote {name}, a name the checkpoint itself needs")
     save_file(_storable(tensors), directory / TENSORS)
     write_json(directory / STATE, {"step": step, "state": state})
+    mode = (directory / STATE).stat().st_mode & 0o777
     files = {}
     for file in sorted(directory.rglob("*")):
         if file.is_file():
+            # safetensors makes files that only their owner can read, whatever the umask.
+            file.chmod(mode)
             size, digest = file.stat().st_size, _sha256(file)
             files[file.relative_to(directory).as_posix()] = {"size": size, "sha256": digest}
     write_json(directory / MANIFEST, {"format": _FORMAT, "step": step, "files": files})
@@ -207,7 +204,7 @@ def _estimate_bytes(root: Path, tensors: Mapping[str, Tensor]) -> int:
     own = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     for _, path in sorted(_checkpoints(root), reverse=True):
         try:
-            files = _read_manifest(path).files
+            _, files = _read_manifest(path)
         except CheckpointError:
             continue
         own += sum(size for name, (size, _) in files.items() if name != TENSORS)
@@ -249,13 +246,14 @@ def _checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 def _has_all_files(path: Path) -> bool:
     try:
-        files = _read_manifest(path).files
+        _, files = _read_manifest(path)
         return all((path / name).stat().st_size == size for name, (size, _) in files.items())
     except (CheckpointError, OSError):
         return False
 
 
-def _read_manifest(path: Path) -> _Manifest:
+def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """Step, and size and SHA-256 by file name."""
     file = path / MANIFEST
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: {path} is not a complete checkpoint")
@@ -275,13 +273,13 @@ def _read_manifest(path: Path) -> _Manifest:
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{file} names {name!r}, which is outside of the checkpoint")
-    return _Manifest(step=step, files=files)
+    return step, files
 
 
 def _verify(path: Path) -> tuple[int, dict[str, Any]]:
     """Check every file of a checkpoint; its step and state."""
-    manifest = _read_manifest(path)
-    for name, (size, digest) in manifest.files.items():
+    step, files = _read_manifest(path)
+    for name, (size, digest) in files.items():
         file = path / name
         try:
             if not file.is_file():
@@ -295,11 +293,11 @@ def _verify(path: Path) -> tuple[int, dict[str, Any]]:
         if found != digest:
             raise CheckpointError(f"{file} is altered: sha256 is {found}, expected {digest}")
     document = json.loads((path / STATE).read_text(encoding="utf-8"))
-    if document["step"] != manifest.step:
+    if document["step"] != step:
         raise CheckpointError(
-            f"{path / MANIFEST} is altered: step is {manifest.step}, expected {document['step']}"
+            f"{path / MANIFEST} is altered: step is {step}, expected {document['step']}"
         )
-    return manifest.step, document["state"]
+    return step, document["state"]
 
 
 def _sha256(file: Path) -> str:

@@ -1,0 +1,599 @@
+import errno
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import r1v3
+from r1v3.trainer.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+
+REPOSITORY = Path(r1v3.__path__[0]).parent
+
+
+def write_model(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": "internvl"}')
+    (directory / "tokenizer").mkdir()
+    (directory / "tokenizer" / "vocab.json").write_text("{}")
+    save_file({"weight": torch.arange(12.0)}, directory / "model.safetensors")
+
+
+def save(root: Path, step: int, **options: Any) -> Path:
+    arguments: dict[str, Any] = {
+        "tensors": {"moment": torch.full((300,), float(step))},
+        "state": {"seed": 7, "step": step},
+        "write_model": write_model,
+        **options,
+    }
+    return save_checkpoint(root, step, **arguments)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_what_was_saved_is_loaded_and_the_model_files_lie_beside_it(tmp_path: Path) -> None:
+    state: dict[str, Any] = {
+        "seed": 2**70,
+        "best": None,
+        "losses": [0.1 + 0.2, 1e-310],
+        "done": False,
+        "n": {},
+    }
+    path = save(tmp_path / "new" / "root", 40, state=state)
+    assert path == tmp_path / "new" / "root" / "step-000040"
+    loaded = load_checkpoint(path)
+    assert (loaded.step, loaded.state, loaded.path) == (40, state, path)
+    assert torch.equal(loaded.tensors["moment"], torch.full((300,), 40.0))
+    assert torch.equal(load_file(path / "model.safetensors")["weight"], torch.arange(12.0))
+    assert json.loads((path / "config.json").read_text()) == {"model_type": "internvl"}
+    listed = json.loads((path / "manifest.json").read_text())["files"]
+    assert set(listed) == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer/vocab.json",
+        "trainer.json",
+        "trainer.safetensors",
+    }
+
+
+def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    """safetensors refuses strided and shared tensors, so saving them as they are would fail."""
+    base = torch.randn(6, 8)
+    tensors = {
+        "transposed": base.t(),
+        "row": base[2],
+        "same": base,
+        "alias": base,
+        "expanded": torch.tensor([1.5]).expand(5),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0),
+        "empty2": torch.empty(0, 4),
+        "bfloat16": torch.randn(7).to(torch.bfloat16),
+        "special": torch.tensor([float("nan"), float("inf"), -0.0]),
+        "bool": torch.tensor([True, False]),
+        "rng": torch.get_rng_state(),
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+    }
+    loaded = load_checkpoint(save(tmp_path, 1, tensors=tensors)).tensors
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape, name
+        expected = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        assert torch.equal(loaded[name].reshape(-1).view(torch.uint8), expected), name
+
+
+def test_loaded_tensors_own_aligned_memory(tmp_path: Path) -> None:
+    """A view into the mapped file would be unaligned for the host kernels and die with the file."""
+    path = save(tmp_path, 1, tensors={"odd": torch.ones(3, dtype=torch.uint8), "w": torch.ones(99)})
+    loaded = load_checkpoint(path).tensors
+    os.truncate(path / "trainer.safetensors", 0)
+    shutil.rmtree(path)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.values())
+    assert torch.equal(loaded["w"], torch.ones(99))
+    loaded["w"].add_(1)
+
+
+def test_checkpoint_files_obey_the_umask(tmp_path: Path) -> None:
+    previous = os.umask(0o022)
+    try:
+        path = save(tmp_path, 1)
+    finally:
+        os.umask(previous)
+    assert path.stat().st_mode & 0o777 == 0o755
+    assert {file.stat().st_mode & 0o777 for file in path.rglob("*") if file.is_file()} == {0o644}
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def become_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+ALL_FILES = ["model.safetensors", "tokenizer/vocab.json", "trainer.safetensors", "trainer.json"]
+
+
+@pytest.mark.parametrize("name", ALL_FILES)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, r"is missing \(expected \d+ bytes, sha256 [0-9a-f]{64}\)"),
+        (become_directory, "is missing"),
+        (cut, r"has \d+ bytes, expected \d+"),
+        (flip, r"is altered: sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_was_expected_and_found(
+    tmp_path: Path, name: str, damage: Any, message: str
+) -> None:
+    path = save(tmp_path, 3)
+    damage(path / name)
+    with pytest.raises(CheckpointError, match=re.escape(str(path / name)) + " " + message):
+        load_checkpoint(path)
+
+
+def edit_manifest(path: Path, **changes: Any) -> None:
+    document = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**document, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, "has format 'other'"),
+        ({"step": 4}, "is altered: step is 4, expected 3"),
+        ({"step": "3"}, "is not a manifest"),
+        ({"files": {}}, "is not a manifest"),
+        ({"files": []}, "is not a manifest"),
+        ({"files": {"trainer.json": 3}}, "is not a manifest"),
+    ],
+)
+def test_a_wrong_manifest_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = save(tmp_path, 3)
+    edit_manifest(path, **changes)
+    with pytest.raises(CheckpointError, match=r"manifest\.json " + message):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("outside", ["../secret", "/etc/hostname", "a/../../secret"])
+def test_a_manifest_cannot_make_us_read_outside_of_the_checkpoint(
+    tmp_path: Path, outside: str
+) -> None:
+    path = save(tmp_path, 3)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    edit_manifest(path, files={**files, outside: {"size": 1, "sha256": ""}})
+    with pytest.raises(CheckpointError, match="outside of the checkpoint"):
+        load_checkpoint(path)
+
+
+def test_no_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+        load_checkpoint(tmp_path / "step-000099")
+
+
+def test_no_single_changed_byte_changes_what_is_loaded(tmp_path: Path) -> None:
+    """Any byte of any file: loading fails with CheckpointError or gives what was saved."""
+    path = save(tmp_path, 3)
+    generator = random.Random(0)
+    refused = 0
+    for file in sorted(path.rglob("*.*")):
+        content = file.read_bytes()
+        positions = generator.sample(range(len(content)), min(60, len(content)))
+        for position in positions:
+            changed = bytearray(content)
+            changed[position] ^= 1 << generator.randrange(8)
+            file.write_bytes(changed)
+            try:
+                loaded = load_checkpoint(path)
+            except CheckpointError:
+                refused += 1
+            else:
+                assert file.name == "manifest.json"
+                assert (loaded.step, loaded.state) == (3, {"seed": 7, "step": 3})
+        file.write_bytes(content)
+    assert refused > 200
+    load_checkpoint(path)
+
+
+def test_latest_skips_broken_checkpoints_with_a_warning_that_names_them(tmp_path: Path) -> None:
+    for step in (5, 10, 999_999, 1_000_000):
+        save(tmp_path, step, keep=None)
+    for other in ("best", "step-abc", ".step-000050.0123.tmp", "step-7"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "step-000077").write_text("a file")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-1000000"
+    cut(tmp_path / "step-1000000" / "model.safetensors")
+    (tmp_path / "step-999999" / "manifest.json").unlink()
+    with pytest.warns(UserWarning) as caught:
+        assert latest_checkpoint(tmp_path) == tmp_path / "step-000010"
+    messages = [str(warning.message) for warning in caught]
+    assert "step-1000000 is broken" in messages[0] and "model.safetensors has" in messages[0]
+    assert "step-999999 is broken" in messages[1]
+    assert len(messages) == 2
+
+
+def test_latest_of_nothing_is_none(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "none") is None
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def look(directory: Path) -> None:
+        seen.append([name for name in names(tmp_path) if name.startswith("step")])
+
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path, step, keep=2, protect={10}, write_model=look)
+    assert seen[-1] == ["step-000010", "step-000030", "step-000040"]
+    assert names(tmp_path) == ["step-000010", "step-000040", "step-000050"]
+    save(tmp_path, 60, keep=None)
+    assert len(names(tmp_path)) == 4
+    save(tmp_path, 70, keep=1)
+    assert names(tmp_path) == ["step-000070"]
+
+
+def test_a_broken_checkpoint_does_not_count_as_one_to_keep(tmp_path: Path) -> None:
+    """keep=2 with the newer of two broken must not delete the last good one but the new."""
+    save(tmp_path, 10)
+    cut(save(tmp_path, 20) / "model.safetensors")
+    save(tmp_path, 30, keep=2)
+    assert names(tmp_path) == ["step-000010", "step-000020", "step-000030"]
+
+
+def test_the_new_checkpoint_stays_when_later_steps_exist(tmp_path: Path) -> None:
+    for step in (40, 50):
+        save(tmp_path, step, keep=None)
+    save(tmp_path, 10, keep=2)
+    assert names(tmp_path) == ["step-000010", "step-000050"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    flip(save(tmp_path, 5) / "model.safetensors")
+    path = save(tmp_path, 5, state={"second": True})
+    assert load_checkpoint(path).state == {"second": True}
+    assert names(tmp_path) == ["step-000005"]
+
+
+def test_leftovers_of_killed_saves_are_removed_by_the_next(tmp_path: Path) -> None:
+    leftover = tmp_path / ".step-000004.0123456789ab.tmp"
+    (leftover / "deep").mkdir(parents=True)
+    (leftover / "deep" / "model.safetensors").write_text("half")
+    save(tmp_path, 5)
+    assert names(tmp_path) == ["step-000005"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("engine"), KeyboardInterrupt()])
+def test_a_failing_engine_leaves_no_trace(tmp_path: Path, error: BaseException) -> None:
+    save(tmp_path, 5)
+
+    def fail(directory: Path) -> None:
+        (directory / "half").write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        save(tmp_path, 6, write_model=fail)
+    assert names(tmp_path) == ["step-000005"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": -1}, "step must be >= 0, got -1"),
+        ({"keep": 0}, "keep must be >= 1 or None, got 0"),
+        ({"state": {"best": float("inf")}}, r"state\.best is inf"),
+        ({"state": {"a": [1, {"b": float("nan")}]}}, r"state\.a\[1\]\.b is nan"),
+        ({"state": {"a": {3: 1}}}, r"state\.a has the key 3"),
+        ({"state": {"a": torch.ones(1)}}, r"state\.a is tensor.*`tensors`"),
+        ({"state": {"a": {1, 2}}}, r"state\.a is \{1, 2\}"),
+    ],
+)
+def test_what_json_would_change_is_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    """inf silently saved as null would make a resumed run differ from an uninterrupted one."""
+    with pytest.raises(ValueError, match=message):
+        save(tmp_path, **{"step": 1, **options})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "trainer.json", "trainer.safetensors"])
+def test_the_engine_may_not_write_our_files(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"write_model wrote {name}"):
+        save(tmp_path, 1, write_model=lambda directory: (directory / name).write_text("x"))
+    assert names(tmp_path) == []
+
+
+def test_too_little_space_is_found_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate must hold the new tensors and, from the last checkpoint, the model."""
+
+    def big_model(directory: Path) -> None:
+        (directory / "model.safetensors").write_bytes(b"x" * 3_000_000)
+
+    save(tmp_path, 1, write_model=big_model)
+    usage = shutil.disk_usage(tmp_path)._replace(free=6_900_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"not enough free space for the checkpoint of step 2") as e:
+        save(tmp_path, 2, tensors={"w": torch.zeros(1_000_000)}, write_model=pytest.fail)
+    assert e.value.errno == errno.ENOSPC
+    assert "needs 6.7 MiB, 6.6 MiB are free" in str(e.value) and str(tmp_path) in str(e.value)
+    assert names(tmp_path) == ["step-000001"]
+
+
+def test_a_write_that_fails_half_way_is_one_clear_error(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE ends a real write of safetensors as a full disk does (os error 27)."""
+    save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="disk became full while saving .* step 2") as failure:
+            save(tmp_path, 2, tensors={"w": torch.zeros(500_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert failure.value.errno == errno.ENOSPC and failure.value.__cause__ is not None
+    assert names(tmp_path) == ["step-000001"]
+    load_checkpoint(tmp_path / "step-000001")
+
+
+FULL_DISK = """
+    import json, os, subprocess, sys
+    from pathlib import Path
+    import torch
+    from r1v3.trainer.checkpoint import load_checkpoint, save_checkpoint
+
+    root = Path(sys.argv[1])
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(root)]
+    if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode != 0:
+        sys.exit(77)
+
+    def save(step, model_bytes, numbers):
+        save_checkpoint(
+            root, step, tensors={"w": torch.full((numbers,), 1.0 * step)}, state={},
+            write_model=lambda d: (d / "model.safetensors").write_bytes(b"x" * model_bytes),
+        )
+
+    save(1, 300_000, 100_000)
+    results = []
+    # Full in the engine's own write; in ours; found before writing.
+    for model_bytes, numbers in ((9_000_000, 1000), (2_000_000, 600_000), (300_000, 2_000_000)):
+        try:
+            save(2, model_bytes, numbers)
+            error = None
+        except OSError as e:
+            error = [e.errno, str(e), e.filename]
+        free = os.statvfs(root).f_bavail * os.statvfs(root).f_frsize
+        results.append([error, os.listdir(root), free])
+        assert torch.equal(load_checkpoint(root / "step-000001").tensors["w"], torch.ones(100_000))
+    save(3, 300_000, 100_000)
+    print(json.dumps(results))
+"""
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_all_its_space(tmp_path: Path) -> None:
+    """A real 4 MB file system in a mount namespace that ends with the process."""
+    command = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path)]
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare program to mount a small file system with")
+    finished = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", *command],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    if finished.returncode == 77 or finished.stderr.startswith("unshare:"):
+        pytest.skip("this machine does not let a test mount a tmpfs")
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads(finished.stdout)
+    assert [result[0][0] for result in results] == [errno.ENOSPC] * 3
+    assert [result[0][2] for result in results] == [str(tmp_path)] * 3
+    for result in results[:2]:
+        assert "the disk became full while saving the checkpoint of step 2" in result[0][1]
+        assert "earlier checkpoints are intact" in result[0][1]
+    assert "not enough free space" in results[2][0][1]
+    for _, listing, free in results:
+        assert listing == ["step-000001"] and free > 3_000_000
+
+
+KILLS = """
+    import os, random, signal, sys, time, warnings
+    from pathlib import Path
+    import torch
+    from r1v3.trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    root, generator = Path(sys.argv[1]), random.Random(0)
+
+    def content(step):
+        return bytes([step % 256]) * 300_000
+
+    def save(step):
+        save_checkpoint(
+            root, step, tensors={"w": torch.full((100_000,), float(step))}, state={"n": [step]},
+            write_model=lambda d: (d / "model.safetensors").write_bytes(content(step)),
+        )
+
+    save(1)
+    last, in_the_middle = 1, 0
+    for _ in range(30):
+        child = os.fork()
+        if child == 0:
+            for step in range(last, last + 10_000):  # the first one replaces an existing checkpoint
+                save(step)
+        time.sleep(generator.uniform(0.001, 0.2))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        in_the_middle += any(name.startswith(".") for name in os.listdir(root))
+        loaded = load_checkpoint(latest_checkpoint(root))
+        assert loaded.step >= last, (loaded.step, last)
+        last = loaded.step
+        assert loaded.state == {"n": [last]}
+        assert torch.equal(loaded.tensors["w"], torch.full((100_000,), float(last)))
+        model = (loaded.path / "model.safetensors").read_bytes()
+        assert model == content(last)
+    save(last + 1)
+    assert len(os.listdir(root)) == 2, os.listdir(root)
+    print(in_the_middle, last)
+"""
+
+
+def test_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
+    """Thirty processes that save in a loop die by SIGKILL; no save may take a finished one back."""
+    finished = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLS), str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    in_the_middle, last_step = map(int, finished.stdout.split())
+    assert in_the_middle >= 10 and last_step > 5
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(8, 16)
+        self.second = torch.nn.Linear(16, 4)
+        self.frozen = torch.nn.Parameter(torch.ones(3))
+        self.scale = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x))) * self.scale.float()
+
+
+def build(seed: int) -> tuple[Model, torch.optim.AdamW]:
+    torch.manual_seed(seed)
+    model = Model()
+    groups = [
+        {"params": model.first.parameters(), "lr": 1e-2},
+        {"params": [*model.second.parameters(), model.frozen, model.scale], "weight_decay": 0.1},
+    ]
+    return model, torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
+
+
+def train(model: Model, optimizer: torch.optim.AdamW, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        loss = model(torch.randn(5, 8, generator=generator)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_adamw_resumed_from_a_checkpoint_takes_the_same_steps_to_the_bit(tmp_path: Path) -> None:
+    whole, optimizer = build(seed=0)
+    train(whole, optimizer, range(10))
+
+    first, optimizer = build(seed=0)
+    train(first, optimizer, range(4))
+    path = save_checkpoint(
+        tmp_path,
+        4,
+        tensors=optimizer_tensors(optimizer, first.named_parameters()),
+        state={},
+        write_model=lambda d: save_file(first.state_dict(), d / "model.safetensors"),
+    )
+    train(first, optimizer, range(4, 6))  # must not reach what was saved
+
+    second, optimizer = build(seed=1)
+    train(second, optimizer, range(2))
+    loaded = load_checkpoint(path)
+    second.load_state_dict(load_file(path / "model.safetensors"))
+    load_optimizer_tensors(optimizer, dict(second.named_parameters()), loaded.tensors)
+    untouched = {name: tensor.clone() for name, tensor in loaded.tensors.items()}
+    assert second.frozen not in optimizer.state
+    train(second, optimizer, range(4, 10))
+    for (name, a), b in zip(whole.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert all(torch.equal(loaded.tensors[name], untouched[name]) for name in untouched)
+
+
+def trained_tensors() -> dict[str, Tensor]:
+    model, optimizer = build(seed=0)
+    train(model, optimizer, range(2))
+    return optimizer_tensors(optimizer, model.named_parameters())
+
+
+def test_optimizer_tensors_are_named_after_their_parameters() -> None:
+    tensors = trained_tensors()
+    assert len(tensors) == 5 * 3 + 1
+    assert tensors["optimizer.exp_avg_sq.first.weight"].shape == (16, 8)
+    assert tensors["optimizer.exp_avg.scale"].dtype == torch.bfloat16
+    assert float(tensors["optimizer.step.second.bias"]) == 2
+    assert tensors["optimizer.unused.frozen"].numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer.exp_avg.gone": torch.ones(1)}, "optimizer state for gone, which"),
+        (
+            {"optimizer.exp_avg.first.bias": torch.ones(15)},
+            r"first\.bias has shape \(15,\), ",
+        ),
+        ({"optimizer.unused.frozen": None}, "no saved optimizer state for frozen"),
+    ],
+)
+def test_a_mismatch_is_an_error_and_leaves_the_optimizer_alone(
+    change: dict[str, Tensor | None], message: str
+) -> None:
+    merged = {**trained_tensors(), **change}
+    tensors = {name: tensor for name, tensor in merged.items() if tensor is not None}
+    model, optimizer = build(seed=1)
+    train(model, optimizer, range(3))
+    before = optimizer_tensors(optimizer, model.named_parameters())
+    with pytest.raises(ValueError, match=message):
+        load_optimizer_tensors(optimizer, model.named_parameters(), tensors)
+    after = optimizer_tensors(optimizer, model.named_parameters())
+    assert all(after[name] is before[name] for name in before if "unused" not in name)
+
+
+def test_a_parameter_without_a_name_is_an_error() -> None:
+    model, optimizer = build(seed=0)
+    with pytest.raises(ValueError, match=r"shape \(16, 8\) that is not in named_parameters"):
+        optimizer_tensors(optimizer, model.second.named_parameters())
+
+
+def test_saving_and_loading_give_no_warnings(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_checkpoint(save(tmp_path, 1))
+        assert latest_checkpoint(tmp_path) == tmp_path / "step-000001"
