@@ -1,6 +1,6 @@
-"""Rewards of the Skywork-R1V3 report: format, rules, LLM verifier, and their sum. Loads no torch."""
+"""Rewards of the Skywork-R1V3 report: format, rules, LLM verifier, and their sum."""
 
-from r1v3.rewards.combine import Gradable, Reward, combine, score
+from r1v3.rewards.combine import Gradable, Reward, score, total_reward
 from r1v3.rewards.extract import extract_answer
 from r1v3.rewards.format import format_reward
 from r1v3.rewards.rules import accuracy_reward
@@ -12,8 +12,8 @@ __all__ = [
     "Reward",
     "Verdict",
     "accuracy_reward",
-    "combine",
     "extract_answer",
     "format_reward",
     "score",
+    "total_reward",
 ]

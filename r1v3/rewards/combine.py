@@ -49,7 +49,7 @@ class Reward:
     extracted: str | None
 
 
-def combine(accuracy: float, format: float, weight: float = 0.8) -> float:
+def total_reward(accuracy: float, format: float, weight: float = 0.8) -> float:
     """Eq. 3: `weight * accuracy + (1 - weight) * format`.
 
     Raises:
@@ -87,7 +87,7 @@ def score(
             f"completions has {len(completions)} entries and samples {len(samples)}; "
             "there must be one sample per completion"
         )
-    combine(0.0, 0.0, weight)
+    total_reward(0.0, 0.0, weight)
     answers = [extract_answer(completion) for completion in completions]
     rules: list[float] = []
     questions: list[tuple[str, str]] = []
@@ -112,7 +112,7 @@ def score(
         opinion = judged.get(i)
         accuracy = max(rules[i], opinion or 0.0)
         form = format_reward(completion, thinking=thinking)
-        total = combine(accuracy, form, weight)
+        total = total_reward(accuracy, form, weight)
         rewards.append(Reward(total, accuracy, form, rules[i], opinion, answers[i]))
     return rewards
 

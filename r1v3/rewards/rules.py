@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from r1v3.rewards.choices import find_choice, find_letter, option_key, plain_text
 from r1v3.rewards.extract import MAX_ANSWER_CHARS, extract_answer, unwrap_boxed
-from r1v3.rewards.numbers import RELATIVE_TOLERANCE, numbers_equal, parse_number
+from r1v3.rewards.quantities import RELATIVE_TOLERANCE, numbers_equal, parse_number
 from r1v3.rewards.symbolic import symbolically_equal
 
 __all__ = ["accuracy_reward", "extract_answer"]

@@ -28,7 +28,7 @@ from r1v3.rewards.extract import extract_answer
 if TYPE_CHECKING:
     import httpx
 
-MAX_QUESTION_CHARS = 4000
+MAX_FIELD_CHARS = 4000
 MAX_RESPONSE_BYTES = 1 << 20
 MAX_CACHED = 100_000
 MAX_BACKOFF_SECONDS = 8.0
@@ -63,7 +63,7 @@ class _RequestFailed(Exception):
 
 
 def _messages(question: str, ground_truth: str, answer: str) -> list[dict[str, str]]:
-    fields = (question[-MAX_QUESTION_CHARS:], ground_truth, answer)
+    fields = tuple(text[-MAX_FIELD_CHARS:] for text in (question, ground_truth, answer))
     digest = hashlib.sha256("\x00".join(fields).encode("utf-8", "replace")).hexdigest()[:16]
     blocks = [
         f"<<<{name} {digest}>>>\n{text}\n<<<END {name} {digest}>>>"
@@ -83,6 +83,23 @@ def parse_verdict(reply: str) -> bool | None:
     """
     match = _VERDICT.fullmatch(reply) if len(reply) < 100 else None
     return None if match is None else match[1].upper() == "CORRECT"
+
+
+def _check_endpoint(base_url: str, model: str) -> None:
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"base_url {base_url!r} must be an http:// or https:// address")
+    if not model:
+        raise ValueError("model '' must be the name of the served judge model")
+
+
+def _check_limits(above_zero: dict[str, float], not_negative: dict[str, float]) -> None:
+    for name, value in above_zero.items():
+        if not value > 0:
+            raise ValueError(f"{name} {value!r} must be above 0")
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise ValueError(f"{name} {value!r} must be 0 or more")
 
 
 class LLMVerifier:
@@ -124,20 +141,15 @@ class LLMVerifier:
             ValueError: an argument is out of range.
             ImportError: httpx is not installed.
         """
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                f"base_url {base_url!r} must start with http:// or https:// and a host"
-            )
-        if not model:
-            raise ValueError("model '' must be the name of the served judge model")
-        positive = {"timeout_seconds": timeout_seconds, "deadline_seconds": deadline_seconds}
-        for name, value in {**positive, "max_concurrency": max_concurrency}.items():
-            if not value > 0:
-                raise ValueError(f"{name} {value!r} must be above 0")
-        for name, value in {"retries": retries, "backoff_seconds": backoff_seconds}.items():
-            if not value >= 0:
-                raise ValueError(f"{name} {value!r} must be 0 or more")
+        _check_endpoint(base_url, model)
+        _check_limits(
+            above_zero={
+                "timeout_seconds": timeout_seconds,
+                "deadline_seconds": deadline_seconds,
+                "max_concurrency": max_concurrency,
+            },
+            not_negative={"retries": retries, "backoff_seconds": backoff_seconds},
+        )
         try:
             import httpx  # noqa: F401
         except ImportError as error:

@@ -38,7 +38,7 @@ _DEGREES = frozenset(["°", "degrees", "degree", "\\degree", "\\circ"])
 
 @dataclass(frozen=True)
 class Number:
-    """A number as written. `unit` is "" for none; `integer` means no point, fraction or exponent."""
+    """A number as written; `integer` means that it has no point, fraction or exponent."""
 
     value: Fraction
     unit: str

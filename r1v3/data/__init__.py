@@ -1,0 +1,1 @@
+"""Samples, image tiling, packing, task builders and resumable loading."""

@@ -1,0 +1,199 @@
+"""Images as InternVL sees them: dynamic tiling and normalisation, with PIL only.
+
+Follows the released preprocessing (InternVL `dynamic_preprocess`, used unchanged by Skywork-R1V):
+a grid of square tiles close to the image's shape, bicubic resize, row-major crops, and a thumbnail.
+At 448 pixels and up to 12 tiles, 640x480 becomes 4x3 + 1 = 13 tiles and 448x448 stays 1.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import torch
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 89_478_485  # PIL's own limit, above which it warns of a decompression bomb
+MAX_FILE_BYTES = 64 << 20
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    """Header of an image, checked; the pixels are not decoded yet."""
+    if not data:
+        raise ValueError(f"{name} is empty, not an image")
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"{name} has {len(data)} bytes; an image may have {MAX_FILE_BYTES}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not an image in one of {', '.join(FORMATS)}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{name} is too large to decode: {error}") from error
+    except Exception as error:  # PIL's readers raise struct.error, SyntaxError, ... on bad headers
+        raise ValueError(f"{name} is not a readable image: {error}") from error
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ValueError(f"{name} is {width}x{height} pixels; it must be at least 1x1")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{name} is {width}x{height} pixels; at most {MAX_PIXELS} are decoded")
+    return image
+
+
+def check_image_header(data: bytes, name: str) -> None:
+    """Cheap check that `data` starts like an image of an accepted format and size.
+
+    Args:
+        data: the encoded image.
+        name: what to call it in the error.
+
+    Raises:
+        ValueError: it does not; the message starts with `name`.
+    """
+    with _open(data, name) as image:
+        try:
+            image.verify()
+        except Exception as error:
+            raise ValueError(f"{name} is damaged: {error}") from error
+
+
+def load_image(source: str | Path | bytes) -> Image.Image:
+    """Decoded image in RGB. Transparency is dropped and EXIF rotation not applied, as in InternVL.
+
+    Args:
+        source: a path, or the bytes of an image file (PNG, JPEG, WebP, GIF, BMP, TIFF or PPM).
+
+    Raises:
+        ValueError: the file is missing, unreadable, truncated, in another format, empty, above 64
+            MiB or above 89 million pixels. The message names the file.
+    """
+    name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    if isinstance(source, bytes):
+        data = source
+    else:
+        try:
+            path = Path(source)
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise ValueError(f"{name} is larger than {MAX_FILE_BYTES} bytes")
+            data = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+    with _open(data, name) as image:
+        try:
+            return image.convert("RGB")
+        except Exception as error:  # truncated or corrupt pixel data; many types, as above
+            raise ValueError(f"{name} cannot be decoded: {error}") from error
+
+
+@lru_cache(maxsize=64)
+def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """All (columns, rows) with min_tiles <= columns * rows <= max_tiles.
+
+    Ordered by area, then by columns. From min_tiles = 1 the order within one area decides nothing:
+    where two grids of equal area are equally close to an image's shape, a third is closer.
+    """
+    grids = [
+        (columns, rows)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+        if columns * rows >= min_tiles
+    ]
+    return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)))
+
+
+def choose_grid(
+    width: int, height: int, *, tile_size: int, min_tiles: int = 1, max_tiles: int = 12
+) -> tuple[int, int]:
+    """(columns, rows) of the grid whose aspect ratio is closest to width / height.
+
+    On equal distance a later, larger grid replaces an earlier one only if the image has more than
+    half of the larger grid's pixels.
+
+    Raises:
+        ValueError: a size is below 1, or min_tiles is not in [1, max_tiles].
+    """
+    for name, value in {"width": width, "height": height, "tile_size": tile_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} {value!r} must be at least 1 pixel")
+    if not 1 <= min_tiles <= max_tiles:
+        raise ValueError(f"min_tiles {min_tiles!r} must be from 1 to max_tiles {max_tiles!r}")
+    ratio = width / height
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in candidate_grids(min_tiles, max_tiles):
+        distance = abs(ratio - columns / rows)
+        enough_pixels = width * height > 0.5 * tile_size**2 * columns * rows
+        if distance < best_distance or (distance == best_distance and enough_pixels):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+def tile_image(
+    image: Image.Image,
+    *,
+    tile_size: int,
+    min_tiles: int = 1,
+    max_tiles: int = 12,
+    thumbnail: bool = True,
+) -> list[Image.Image]:
+    """Square tiles of `image` in row-major order, then a thumbnail of the whole image.
+
+    The thumbnail is left out when the grid is a single tile, which already shows everything.
+
+    Args:
+        image: of any size; it is resized to the grid, without regard to its aspect ratio.
+        tile_size: side of a tile in pixels (448 for InternVL3).
+        min_tiles, max_tiles: bounds on the number of tiles without the thumbnail.
+        thumbnail: add the thumbnail.
+
+    Raises:
+        ValueError: as `choose_grid`.
+    """
+    columns, rows = choose_grid(
+        image.width, image.height, tile_size=tile_size, min_tiles=min_tiles, max_tiles=max_tiles
+    )
+    size = (columns * tile_size, rows * tile_size)
+    resized = image.resize(size, Image.Resampling.BICUBIC)
+    tiles = [
+        resized.crop((left, top, left + tile_size, top + tile_size))
+        for top in range(0, size[1], tile_size)
+        for left in range(0, size[0], tile_size)
+    ]
+    if thumbnail and len(tiles) > 1:
+        tiles.append(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+    return tiles
+
+
+def pixel_values(
+    tiles: Sequence[Image.Image],
+    *,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> torch.Tensor:
+    """float32 tensor [tiles, 3, S, S]: (pixel / 255 - mean) / std per RGB channel.
+
+    Raises:
+        ValueError: there are no tiles, or they are not RGB squares of one size.
+    """
+    import torch
+
+    if not tiles:
+        raise ValueError("tiles is empty; at least one tile is needed")
+    side = tiles[0].width
+    for index, tile in enumerate(tiles):
+        if tile.mode != "RGB" or tile.size != (side, side):
+            raise ValueError(
+                f"tiles[{index}] is {tile.mode} {tile.width}x{tile.height}; "
+                f"it must be RGB {side}x{side}"
+            )
+    stacked = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))
+    pixels = stacked.permute(0, 3, 1, 2).to(torch.float32) / 255
+    shift, scale = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    return ((pixels - shift) / scale).contiguous()

@@ -1,0 +1,179 @@
+"""Files of samples (`r1v3.data.sample`): Parquet, as verl reads it, and JSON lines."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from r1v3.data.sample import Sample, make_sample, parse_row
+
+__all__ = ["Sample", "load_samples", "make_sample", "write_samples"]
+
+SHOWN_FAULTS = 10
+ROWS_PER_GROUP = 256
+
+_TEXT = pa.string()
+_EXTRA_INFO: dict[str, pa.DataType] = {
+    "split": _TEXT,
+    "index": pa.int64(),
+    "domain": _TEXT,
+    "options": pa.list_(_TEXT),
+    "question": _TEXT,
+    "answer": _TEXT,
+    "response": _TEXT,
+}
+
+
+def load_samples(path: str | Path) -> list[Sample]:
+    """All samples of a `.parquet` or `.jsonl` file, in order.
+
+    Raises:
+        ValueError: the file is missing, empty, damaged or of another kind, or rows are wrong. The
+            message names the file and the first 10 wrong rows (JSON lines: line number from 1;
+            Parquet: row index from 0), each with key and reason, and how many more there are.
+            Nothing is returned then.
+    """
+    path = Path(path)
+    readers = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows}
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise ValueError(f"{path}: the name must end in .parquet or .jsonl")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    samples: list[Sample] = []
+    faults: list[str] = []
+    try:
+        for place, read in reader(path):
+            try:
+                samples.append(parse_row(read(), folder=path.parent))
+            except (ValueError, RecursionError, pa.ArrowException) as error:
+                faults.append(f"{place}: {error}")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if faults:
+        shown = "\n  ".join(faults[:SHOWN_FAULTS])
+        more = len(faults) - SHOWN_FAULTS
+        rest = f"\n  and {more} more" if more > 0 else ""
+        raise ValueError(f"{path}: {len(faults)} wrong rows\n  {shown}{rest}")
+    if not samples:
+        raise ValueError(f"{path}: the file holds no samples")
+    return samples
+
+
+Row = tuple[str, Callable[[], Any]]
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"line {number}", lambda line=line: _json(line)  # type: ignore[misc]
+
+
+def _json(line: bytes) -> Any:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(line.decode("utf-8"), parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        with pq.ParquetFile(path) as file:
+            index = 0
+            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP):
+                for i in range(batch.num_rows):
+                    one = batch.slice(i, 1)
+                    yield f"row {index}", lambda one=one: one.to_pylist()[0]  # type: ignore[misc]
+                    index += 1
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: is not a readable Parquet file: {error}") from error
+
+
+def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
+    """Write samples to a `.parquet` or `.jsonl` file, which replaces `path` only when complete.
+
+    Images are stored in the file: as bytes in Parquet, as base64 text in JSON lines. Loading the
+    file gives equal samples. verl reads the Parquet file; it cannot read base64 images.
+
+    Raises:
+        ValueError: there are no samples, the name has another ending, or Parquet cannot hold the
+            further keys of `extra_info` exactly (a key with another type in another row).
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    if not samples:
+        raise ValueError(f"{path}: there are no samples to write")
+    if path.suffix == ".jsonl":
+        with _replacing(path) as file:
+            for sample in samples:
+                file.write(_json_line(sample))
+    elif path.suffix == ".parquet":
+        schema = _parquet_schema(path, samples)
+        with _replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
+            for start in range(0, len(samples), ROWS_PER_GROUP):
+                rows = [sample.to_row() for sample in samples[start : start + ROWS_PER_GROUP]]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    else:
+        raise ValueError(f"{path}: the name must end in .parquet or .jsonl")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of `path` once it is complete and on disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _json_line(sample: Sample) -> bytes:
+    row = sample.to_row()
+    row["images"] = [{"bytes": base64.b64encode(image).decode()} for image in sample.images]
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+
+
+def _parquet_schema(path: Path, samples: Sequence[Sample]) -> pa.Schema:
+    """Schema of verl's layout; types of further `extra_info` keys are taken from their values."""
+    extras = [sample.to_row()["extra_info"] for sample in samples]
+    further_keys = dict.fromkeys(key for extra in extras for key in extra if key not in _EXTRA_INFO)
+    fields = dict(_EXTRA_INFO)
+    for key in further_keys:
+        values = [extra.get(key) for extra in extras]
+        try:
+            array = pa.array(values)
+            exact = json.dumps(array.to_pylist()) == json.dumps(values)
+        except (pa.ArrowException, OverflowError) as error:
+            raise ValueError(f"{path}: Parquet cannot hold extra_info[{key!r}]: {error}") from error
+        if not exact:
+            raise ValueError(
+                f"{path}: Parquet cannot hold extra_info[{key!r}] exactly; "
+                "give it values of one type in every row, or write .jsonl"
+            )
+        fields[key] = array.type
+    return pa.schema(
+        {
+            "data_source": _TEXT,
+            "prompt": pa.list_(pa.struct({"role": _TEXT, "content": _TEXT})),
+            "images": pa.list_(pa.struct({"bytes": pa.binary()})),
+            "ability": _TEXT,
+            "reward_model": pa.struct({"style": _TEXT, "ground_truth": _TEXT}),
+            "extra_info": pa.struct(fields),
+        }
+    )
