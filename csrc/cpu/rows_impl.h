@@ -1,7 +1,7 @@
 // The row algorithms, written once over the vector type F of the including file.
 //
 // The including file defines, in an anonymous namespace: F, kWidth, set1, load<D>, store<D>, add,
-// sub, mul, fma, max_keep_second (returns the second argument when either is NaN) and exp_clamped.
+// sub, mul, div, fma, max_keep_second (returns the second argument when either is NaN) and exp_clamped.
 // Nothing here may instantiate a library template: the linker keeps one copy of an inline function,
 // and a copy compiled for AVX-512 would then run on machines without it.
 #pragma once
@@ -153,12 +153,13 @@ void forward_row(const void* logits, int64_t vocab, int64_t target, double tempe
 }
 
 struct GradientTerms {
-  F inv_temperature, minus_lse, log_s, entropy, minus_grad_logprob, minus_grad_entropy;
+  F temperature, inv_temperature, lse, log_s, entropy, minus_grad_logprob, minus_grad_entropy;
 };
 
-// -p * (g_lp + g_H * (log p + H)) / T; exactly 0 where p is.
+// -p * (g_lp + g_H * (log p + H)) / T; exactly 0 where p is. A division, as in the forward's m: with
+// a rounded reciprocal the largest logit would not cancel against it.
 inline F gradient(F x, const GradientTerms& k) {
-  F z = sub(fma(x, k.inv_temperature, k.minus_lse), k.log_s);
+  F z = sub(sub(div(x, k.temperature), k.lse), k.log_s);
   z = max_keep_second(set1(kUnderflow), z);
   F slope = fma(k.minus_grad_entropy, add(z, k.entropy), k.minus_grad_logprob);
   return mul(mul(exp_clamped(z), slope), k.inv_temperature);
@@ -175,10 +176,11 @@ void backward_row(const void* logits, int64_t vocab, int64_t target, double temp
     return;
   }
   const bool has_target = target >= 0 && target < vocab;
-  const double target_logit = has_target ? load_scalar<D>(x + target) : 0.0;
-  const GradientTerms terms = {set1(inverse(temperature)),  set1(-up.lse),
-                               set1(up.log_s),              set1(up.entropy),
-                               set1(-up.grad_logprob),      set1(-up.grad_entropy)};
+  const float target_logit = has_target ? load_scalar<D>(x + target) : 0.0f;
+  const float t = static_cast<float>(temperature);
+  const GradientTerms terms = {set1(t),        set1(inverse(temperature)), set1(up.lse),
+                               set1(up.log_s), set1(up.entropy),           set1(-up.grad_logprob),
+                               set1(-up.grad_entropy)};
   int64_t i = 0;
   for (; i + 2 * kWidth <= vocab; i += 2 * kWidth) {
     const F x0 = load<D>(x + i), x1 = load<D>(x + i + kWidth);
@@ -189,7 +191,7 @@ void backward_row(const void* logits, int64_t vocab, int64_t target, double temp
   if (i < vocab) store_tail<D>(dx + i, gradient(load_tail<D>(x + i, vocab - i), terms), vocab - i);
   if (has_target) {
     // 1 - p from expm1: a subtraction would lose every digit of a confident token's gradient.
-    const double z = target_logit / temperature - up.lse - up.log_s, p = exp(z);
+    const double z = static_cast<double>(target_logit / t) - up.lse - up.log_s, p = exp(z);
     const double entropy_term = p == 0.0 ? 0.0 : up.grad_entropy * p * (z + up.entropy);
     const double value = (up.grad_logprob * -expm1(z) - entropy_term) / temperature;
     store_tail<D>(dx + target, set1(static_cast<float>(value)), 1);
