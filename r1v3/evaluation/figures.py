@@ -93,7 +93,8 @@ def _draw_selection(run: RunFolder, figure: Figure) -> bool:
         colour = STAGE_COLOURS["selected"] if c.selected else STAGE_COLOURS["grpo"]
         interval_point(scatter, c.entropy, score, colour, "*" if c.selected else "o")
         if c.selected:
-            scatter.plot([c.entropy], [100 * c.accuracy], "*", color=colour, ms=17, zorder=6)
+            x, y = [c.entropy], [100 * c.accuracy]
+            scatter.plot(x, y, "*", color=colour, ms=17, zorder=6, label="selected")
     scatter.margins(x=0.16, y=0.12)
     scatter.set_xlabel("Entropy at critical tokens (nats); labels are GRPO steps")
     scatter.set_ylabel("Validation accuracy (%)")
@@ -112,8 +113,10 @@ def _draw_selection(run: RunFolder, figure: Figure) -> bool:
         for c in found:
             if c.selected:
                 axes.axvline(c.step, color=STAGE_COLOURS["selected"], lw=1.5, alpha=0.7, zorder=0)
-    names = [f"{c.step:g}" + (" selected" if c.selected else "") for c in found]
+    names = [f"{c.step:g}" for c in found]
     chosen = {i for i, c in enumerate(found) if c.selected}
+    if chosen:
+        scatter.legend(loc="best")
     figure.draw_without_rendering()
     label_points(scatter, [(c.entropy, 100 * c.accuracy) for c in found], names, chosen)
     return True

@@ -337,6 +337,19 @@ def parameters_text(summary: Record) -> str:
     return f"{sum(known.values()):,.0f} parameters ({parts})" if known else ""
 
 
+def model_scale(summary: Record) -> str:
+    """How far this run's model is from the report's, in a sentence."""
+    parameters = summary.get("parameters")
+    sizes = map(number, parameters.values()) if isinstance(parameters, dict) else ()
+    total = sum(size for size in sizes if size is not None)
+    if total <= 0:
+        return "The numbers on this page are those of this run and not the report's."
+    return (
+        f"Here the model has {total:,.0f} parameters, the report's has 38 billion: the numbers on"
+        " this page are those of this run and not the report's."
+    )
+
+
 def evaluation_size(summary: Record) -> str:
     """Questions and samples behind the table, empty when not recorded."""
     stage = main_stage(summary)

@@ -12,6 +12,7 @@ from r1v3.evaluation.findings import (
     evaluation_size,
     findings,
     headline,
+    model_scale,
     parameters_text,
     stage_sentences,
     summing_up,
@@ -30,7 +31,8 @@ FIGURES = (
     (
         figures.reward_figure,
         "reward and accuracy over GRPO steps",
-        "Look at the diamonds: validation questions are never trained on. Points are single steps.",
+        "Look at the diamonds, where there are any: validation questions are never trained on."
+        " Points are single steps.",
     ),
     (
         figures.selection_figure,
@@ -123,6 +125,7 @@ def _content(run: RunFolder, pictures: list[Picture], absent: list[str]) -> dict
     domains = tables.domain_rows(summary)
     return {
         "headline": headline(run),
+        "scale": model_scale(summary),
         "facts": _facts(run),
         "stages": stage_sentences(run),
         "rule": str(run.selection.get("rule") or ""),

@@ -185,10 +185,17 @@ def correlation(x: Sequence[float | None], y: Sequence[float | None]) -> Correla
     n = len(pairs)
     if n < 3 or (np.ptp(pairs, axis=0) == 0).any():
         return Correlation(None, None, None, n)
-    pearson = float(np.corrcoef(pairs.T)[0, 1])
-    ranks = np.stack([stats.rankdata(column) for column in pairs.T], axis=1)
-    rho = float(np.corrcoef(ranks.T)[0, 1])
+    pearson = _pearson(pairs)
+    ranks: NDArray[np.float64] = np.stack([stats.rankdata(column) for column in pairs.T], axis=1)
+    rho = _pearson(ranks)
     return Correlation(pearson, rho, _spearman_p(ranks, rho), n)
+
+
+def _pearson(pairs: NDArray[np.float64]) -> float:
+    centred = pairs - pairs.mean(axis=0)
+    centred /= np.abs(centred).max(axis=0)  # squares of tiny spreads would underflow
+    x, y = centred.T
+    return min(max(float(x @ y) / math.sqrt(float(x @ x) * float(y @ y)), -1.0), 1.0)
 
 
 def _spearman_p(ranks: NDArray[np.float64], rho: float) -> float:

@@ -17,8 +17,8 @@ from r1v3.evaluation.statistics import Score
 
 ABSENT = "–"
 MODE_NAMES = {"slow": "Slow thinking", "nothink": "NoThink", "nowait": "NoWait"}
-SUMMARY_COLUMNS = ("Stage", "In-domain, %", "Out-of-domain, %", "Tokens", "Tokens, o.o.d.")
-MODE_COLUMNS = ("Decoding mode", "In-domain, %", "Out-of-domain, %", "Tokens", "Tokens, o.o.d.")
+SUMMARY_COLUMNS = ("Stage", "In-domain, %", "Tokens", "Out-of-domain, %", "Tokens")
+MODE_COLUMNS = ("Decoding mode", *SUMMARY_COLUMNS[1:])
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Row:
         return (
             self.name,
             format_score(self.in_domain),
-            format_score(self.out_of_domain),
             ABSENT if self.in_domain is None else f"{self.in_domain.tokens:.1f}",
+            format_score(self.out_of_domain),
             ABSENT if self.out_of_domain is None else f"{self.out_of_domain.tokens:.1f}",
         )
 
@@ -54,9 +54,9 @@ def format_score(score: Score | None) -> str:
 
 
 def mode_name(mode: str) -> str:
-    """Name of a decoding mode for a reader: "budget-8" is "Budget 8 tokens"."""
+    """Name of a decoding mode for a reader: "budget-8" is "Budget 8"."""
     budget = mode_budget(mode)
-    return f"Budget {budget} tokens" if budget is not None else MODE_NAMES.get(mode, mode)
+    return f"Budget {budget}" if budget is not None else MODE_NAMES.get(mode, mode)
 
 
 def mode_budget(mode: str) -> int | None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -226,9 +225,3 @@ def write_example_run(root: Path, seed: int = 0) -> Path:
 def example_run(tmp_path: Path) -> Path:
     """The folder of a finished run, private to one test."""
     return write_example_run(tmp_path / "run")
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[[], Path]:
-    """Write a run folder when called."""
-    return lambda: write_example_run(tmp_path / "run")
