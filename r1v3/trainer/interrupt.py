@@ -1,0 +1,70 @@
+"""Stopping a run politely: Ctrl-C and SIGTERM end it after the current step."""
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag, and the second into KeyboardInterrupt.
+
+        with StopRequest() as stop:
+            for step in steps:
+                ...
+                if stop.requested:
+                    save, say how to resume, return
+
+    The handlers that were there come back on exit. A signal that the process ignores (a job
+    started in the background by a shell ignores SIGINT) stays ignored. Off the main thread,
+    where Python installs no handlers, this does nothing and `requested` stays False.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come since the block was entered."""
+        return self._signal is not None
+
+    @property
+    def signal_name(self) -> str | None:
+        """ "SIGINT" or "SIGTERM", the first that came, or None."""
+        return None if self._signal is None else signal.Signals(self._signal).name
+
+    def __enter__(self) -> Self:
+        self._signal = None
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                # None: a handler that was not installed from Python and could not be put back.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
+        name = signal.Signals(number).name
+        # Not print: the signal may have come in the middle of one, whose lock is not re-entrant.
+        message = f"\n{name}: stopping after this step (once more: stop at once)\n"
+        try:
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
+        except (OSError, ValueError):
+            pass
