@@ -92,9 +92,7 @@ def select_checkpoint(
         raise ValueError(f"no checkpoint can be selected by {rule} ({reasons or 'none given'})")
     highest = max(value for value, _ in values)
     selected = [record for value, record in values if value >= highest - tolerance][-1]
-    text = (
-        _RULE_TEXT[rule] + (f", within {tolerance:g}" if tolerance else "") + "; ties: later step"
-    )
+    within = f", within {tolerance:g}" if tolerance else ""
     entropies, accuracies = _measured_pairs(records)
     return Selection(
         records=tuple(records),
