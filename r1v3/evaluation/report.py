@@ -2,10 +2,11 @@
 
 import base64
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from r1v3.evaluation import figures, tables
 from r1v3.evaluation.findings import (
@@ -103,6 +104,20 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     pictures, absent = write_figures(run, run.path / "figures")
+    target = run.path / "report.html"
+    page = render_page(run, pictures, absent)
+    # A response may hold half of a surrogate pair, which UTF-8 cannot carry.
+    write_bytes(target, page.encode("utf-8", errors="replace"))
+    return target
+
+
+def render_page(run: RunFolder, pictures: list[Picture], absent: list[str]) -> str:
+    """The HTML of the report with these figures; `absent` names those that could not be drawn."""
+    return _template().render(_content(run, pictures, absent))
+
+
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -110,10 +125,7 @@ def write_report(run_dir: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(_content(run, pictures, absent))
-    target = run.path / "report.html"
-    write_bytes(target, page.encode("utf-8", errors="replace"))
-    return target
+    return environment.get_template("report.html.j2")
 
 
 def _content(run: RunFolder, pictures: list[Picture], absent: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -221,7 +222,13 @@ def write_example_run(root: Path, seed: int = 0) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, shared by all tests: not to be changed."""
+    return write_example_run(tmp_path_factory.mktemp("finished") / "run")
+
+
 @pytest.fixture
-def example_run(tmp_path: Path) -> Path:
-    """The folder of a finished run, private to one test."""
-    return write_example_run(tmp_path / "run")
+def example_run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, private to one test."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
