@@ -36,7 +36,6 @@ TENSORS = "trainer.safetensors"
 STATE = "trainer.json"
 _FORMAT = "r1v3-checkpoint-1"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_JSON_OVERHEAD = 64 * 1024
 _PREFIX = "optimizer."
 _UNUSED = "unused"
 NamedParameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -86,10 +85,8 @@ def save_checkpoint(
         ValueError: a bad step, keep or state; nothing was written.
         OSError: no room (ENOSPC, found before or while writing); earlier checkpoints are intact.
     """
-    if step < 0:
-        raise ValueError(f"step must be >= 0, got {step}")
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep must be >= 1 or None, got {keep}")
+    if step < 0 or (keep is not None and keep < 1):
+        raise ValueError(f"step must be >= 0 and keep >= 1 or None, got {step} and {keep}")
     _check_state("state", state)
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -209,7 +206,7 @@ def _estimate_bytes(root: Path, tensors: Mapping[str, Tensor]) -> int:
             continue
         own += sum(size for name, (size, _) in files.items() if name != TENSORS)
         break
-    return own + _JSON_OVERHEAD
+    return own + 64 * 1024  # the JSON files
 
 
 def _disk_full(error: BaseException | None) -> bool:
