@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 # The position of a name is the code the compiled kernels use for it.
@@ -46,6 +47,10 @@ def check_logits(logits: Tensor, temperature: float, vocab_size: int | None) -> 
         raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"vocab_size must be >= 1, got {vocab_size}")
+    if vocab_size is not None and vocab_size > logits.shape[-1]:
+        raise ValueError(
+            f"vocab_size must be at most the {logits.shape[-1]} columns of logits, got {vocab_size}"
+        )
 
 
 def check_token_ids(token_ids: Tensor, shape: tuple[int, ...]) -> None:
@@ -53,3 +58,18 @@ def check_token_ids(token_ids: Tensor, shape: tuple[int, ...]) -> None:
     check_shape("token_ids", token_ids, shape)
     if token_ids.is_floating_point() or token_ids.is_complex():
         raise ValueError(f"token_ids must be integers, got {token_ids.dtype}")
+
+
+def check_rows(rows: Tensor | None) -> None:
+    """Raises ValueError unless rows are int64 [n] or None."""
+    if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
+        raise ValueError(f"rows must be int64 [n], got {rows.dtype} of shape {list(rows.shape)}")
+
+
+def as_scalar(value: float) -> Tensor:
+    """value as a 0-d float64 CPU tensor.
+
+    A custom op that took the float itself would be compiled again for every value; written as a
+    product, torch.compile keeps it a run-time input.
+    """
+    return torch.ones((), dtype=torch.float64, device="cpu") * value

@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from r1v3.kernels import reference
+from r1v3.kernels import host, reference
 from r1v3.kernels.arguments import BASELINES, SCALES, SINGLETONS, check_choice, check_shape
 
 
@@ -89,6 +89,33 @@ def _segments_of_lengths(lengths: Sequence[int], rewards: Tensor) -> tuple[Tenso
 
 @torch.library.custom_op("r1v3::group_advantages", mutates_args=())
 def _group_advantages(
+    rewards: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    baseline: int,
+    scale: int,
+    singleton: int,
+    ddof: int,
+    eps: float,
+) -> Tensor:
+    options = baseline, scale, singleton, ddof, eps
+    if rewards.dtype == torch.float64:
+        return _reference(rewards, order, offsets, *options)
+    rewards = rewards.to(torch.float32).contiguous()
+    if rewards.is_cuda:
+        from r1v3.kernels import group_advantages_triton
+
+        by_batch = SCALES[scale] == "batch" and rewards.numel() > 0
+        batch_std = reference.standard_deviation(rewards, ddof) if by_batch else None
+        return group_advantages_triton.group_advantages(
+            rewards, order, offsets, *options, batch_std
+        )
+    if host.supports(rewards):
+        return host.group_advantages(rewards, order, offsets, *options)
+    return _reference(rewards, order, offsets, *options)
+
+
+def _reference(
     rewards: Tensor,
     order: Tensor,
     offsets: Tensor,

@@ -6,11 +6,12 @@ One pass gives the loss, its gradient and the metrics; the backward is one multi
 import torch
 from torch import Tensor
 
-from r1v3.kernels import reference
+from r1v3.kernels import host, reference
 from r1v3.kernels.arguments import (
     AGGREGATIONS,
     KL_ESTIMATORS,
     METRICS,
+    as_scalar,
     check_choice,
     check_shape,
 )
@@ -90,8 +91,7 @@ def grpo_loss(
         if weights is None
         else _flat(_per_sequence_or_token("weights", weights, shape, sequences), dtype),
         offsets,
-        normalizer.detach().to(dtype).reshape(1) if isinstance(normalizer, Tensor) else None,
-        0.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
+        _normalizer(normalizer),
         clip_low,
         clip_high,
         0.0 if dual_clip is None else dual_clip,
@@ -99,7 +99,7 @@ def grpo_loss(
         KL_ESTIMATORS.index(kl),
         AGGREGATIONS.index(aggregation),
     )
-    return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+    return loss, dict(zip(METRICS, metrics.detach().unbind(), strict=True))
 
 
 def _check_options(
@@ -164,6 +164,14 @@ def _per_sequence_or_token(
     )
 
 
+def _normalizer(normalizer: Tensor | float | None) -> Tensor | None:
+    if normalizer is None:
+        return None
+    if isinstance(normalizer, Tensor):
+        return normalizer.detach().reshape(())
+    return as_scalar(normalizer)
+
+
 def _flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.detach().reshape(-1).to(dtype).contiguous()
 
@@ -177,8 +185,7 @@ def _grpo_loss(
     ref_logprobs: Tensor | None,
     weights: Tensor | None,
     offsets: Tensor,
-    normalizer_tensor: Tensor | None,
-    normalizer: float,
+    normalizer: Tensor | None,
     clip_low: float,
     clip_high: float,
     dual_clip: float,
@@ -186,9 +193,19 @@ def _grpo_loss(
     kl: int,
     aggregation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = logprobs, old_logprobs, advantages, mask, ref_logprobs, weights, offsets
+    options = clip_low, clip_high, dual_clip, kl_coef, kl, aggregation, len(METRICS)
+    if logprobs.is_cuda and logprobs.dtype == torch.float32:
+        from r1v3.kernels import grpo_loss_triton
+
+        if normalizer is not None:
+            normalizer = normalizer.to(logprobs.device, torch.float32, non_blocking=True)
+        return grpo_loss_triton.grpo_loss(*inputs, normalizer, *options)
     if logprobs.device.type == "cpu":
         _check_offsets(offsets, logprobs.shape[0])
-    chosen = normalizer_tensor if normalizer_tensor is not None else normalizer or None
+        divisor = _divisor_on_host(normalizer)
+        if host.supports(logprobs):
+            return host.grpo_loss(*inputs, divisor, *options)
     return reference.grpo_loss(
         logprobs,
         old_logprobs,
@@ -203,8 +220,18 @@ def _grpo_loss(
         kl_coef=kl_coef,
         kl=KL_ESTIMATORS[kl],
         aggregation=AGGREGATIONS[aggregation],
-        normalizer=chosen,
+        normalizer=normalizer,
     )
+
+
+def _divisor_on_host(normalizer: Tensor | None) -> float:
+    """The normalizer as a number, 0 for none."""
+    if normalizer is None:
+        return 0.0
+    divisor = float(normalizer)
+    if not divisor > 0:
+        raise ValueError(f"normalizer must be > 0, got {divisor}")
+    return divisor
 
 
 def _check_offsets(offsets: Tensor, tokens: int) -> None:
@@ -224,8 +251,7 @@ def _(
     ref_logprobs: Tensor | None,
     weights: Tensor | None,
     offsets: Tensor,
-    normalizer_tensor: Tensor | None,
-    normalizer: float,
+    normalizer: Tensor | None,
     clip_low: float,
     clip_high: float,
     dual_clip: float,
@@ -243,7 +269,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_loss, _grad_gradient, _grad_metrics):  # type: ignore[no-untyped-def]
-    rest = (None,) * 14
+    rest = (None,) * 13
     if grad_loss is None:
         return None, *rest
     (gradient,) = ctx.saved_tensors

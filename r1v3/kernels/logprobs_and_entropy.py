@@ -1,10 +1,20 @@
-"""Log-probability and entropy of each row of logits."""
+"""Log-probability and entropy of softmax(logits / temperature) from one read of the logits.
 
+    logp_t = y_t - lse(y)    H = lse(y) - sum_v p_v y_v    y = logits / temperature, in nats
+    dlogits_v = [g_logp (1[v = t] - p_v) - g_H p_v (log p_v + H)] / temperature
+
+The backward reads the logits once more and keeps three numbers per row between the two.
+"""
+
+import math
+
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1v3.kernels import reference
-from r1v3.kernels.arguments import check_logits, check_token_ids
+from r1v3.kernels import reference, softmax_rows
+from r1v3.kernels.arguments import as_scalar, check_logits, check_rows, check_token_ids
+from r1v3.kernels.vocab_parallel import group_name
 
 
 def logprobs_and_entropy(
@@ -17,12 +27,53 @@ def logprobs_and_entropy(
     group: ProcessGroup | None = None,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of token_ids and entropy, both [...] float32, from logits [..., V]."""
-    check_logits(logits, temperature, vocab_size)
+    """Log-probability of each row's token and entropy of each row, in nats.
+
+    A -inf logit has probability 0. A row of -inf gives logp -inf, entropy 0 and gradient 0. NaN
+    and +inf make both results of their row NaN. Label -100 gives logp 0 and adds no gradient.
+    Temperature 0 is the limit: uniform over the maxima, gradient 0.
+
+    The same input gives the same bits whatever the other rows are. On CUDA, where V is no
+    multiple of 16 bytes, the last bit may depend on the row's alignment, that is on its index
+    modulo 8.
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 or float64, any strides.
+        token_ids: [...] integers in [0, vocabulary) or -100. Outside it a CPU tensor raises; a
+            CUDA tensor gives NaN (nothing here waits for the device).
+        temperature: finite and >= 0.
+        vocab_size: the true vocabulary where columns are padded; columns from it on carry no
+            probability and get exactly zero gradient.
+        rows: int64 [n], distinct indices into the flattened leading dimensions: only these rows
+            are computed, and the results are [n].
+        group: the vocabulary is sharded over this group, in rank order; shards may differ in
+            width, `vocab_size` counts all of them, and every rank must call with the same rows.
+            The backward expects the same upstream gradient on every rank.
+        inplace_backward: the backward may overwrite `logits` with their gradient, which saves
+            a tensor of their size; a second backward then raises RuntimeError. Ignored under
+            torch.compile, which plans memory itself, and where logits share memory.
+
+    Returns:
+        logprobs and entropy, [...] or [n], float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: for a shape, dtype or value that makes no sense.
+    """
+    check_logits(logits, temperature, vocab_size if group is None else None)
     check_token_ids(token_ids, tuple(logits.shape[:-1]))
-    return reference.logprobs_and_entropy(
-        logits, token_ids, temperature=temperature, vocab_size=vocab_size, rows=rows
+    check_rows(rows)
+    ids = token_ids.reshape(-1)
+    logprobs, entropy, _, _ = _logprobs_and_entropy(
+        logits,
+        ids if rows is None else ids[rows],
+        rows,
+        as_scalar(temperature),
+        vocab_size,
+        group_name(group),
+        inplace_backward and not torch.compiler.is_compiling(),
     )
+    shape = logits.shape[:-1] if rows is None else rows.shape
+    return logprobs.view(shape), entropy.view(shape)
 
 
 def entropy_from_logits(
@@ -33,11 +84,23 @@ def entropy_from_logits(
     rows: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Entropy in nats, [...] float32, from logits [..., V]."""
-    check_logits(logits, temperature, vocab_size)
-    return reference.entropy_from_logits(
-        logits, temperature=temperature, vocab_size=vocab_size, rows=rows
-    )
+    """Entropy of softmax(logits / temperature) in nats; see `logprobs_and_entropy`.
+
+    Args:
+        logits: [..., V]; the other arguments are those of `logprobs_and_entropy`.
+
+    Returns:
+        [...] (or [len(rows)]) float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: for a shape, dtype or value that makes no sense.
+    """
+    check_logits(logits, temperature, vocab_size if group is None else None)
+    check_rows(rows)
+    entropy = _logprobs_and_entropy(
+        logits, None, rows, as_scalar(temperature), vocab_size, group_name(group), False
+    )[1]
+    return entropy.view(logits.shape[:-1] if rows is None else rows.shape)
 
 
 def selective_log_softmax(
@@ -49,7 +112,131 @@ def selective_log_softmax(
     rows: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Log-probability of token_ids, [...] float32, from logits [..., V]."""
+    """log softmax(logits / temperature) at token_ids, in nats; see `logprobs_and_entropy`.
+
+    Args:
+        logits: [..., V]; token_ids: [...]; the rest as in `logprobs_and_entropy`.
+
+    Returns:
+        [...] (or [len(rows)]) float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: for a shape, dtype or value that makes no sense.
+    """
     return logprobs_and_entropy(
         logits, token_ids, temperature=temperature, vocab_size=vocab_size, rows=rows, group=group
     )[0]
+
+
+@torch.library.custom_op("r1v3::logprobs_and_entropy", mutates_args=())
+def _logprobs_and_entropy(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: Tensor,
+    vocab_size: int | None,
+    group: str,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return softmax_rows.forward(logits, token_ids, rows, float(temperature), vocab_size, group)
+
+
+@_logprobs_and_entropy.register_fake
+def _(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: Tensor,
+    vocab_size: int | None,
+    group: str,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = math.prod(logits.shape[:-1]) if rows is None else rows.shape[0]
+    logprobs = logits.new_empty(n, dtype=reference.accumulation_dtype(logits))
+    shard = logits.new_empty(2 if group else 0, dtype=torch.int64)
+    return logprobs, torch.empty_like(logprobs), logprobs.new_empty(n, 3), shard
+
+
+@torch.library.custom_op("r1v3::logits_gradient", mutates_args=())
+def _logits_gradient(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: Tensor,
+    vocab_size: int | None,
+    shard: Tensor,
+    saved: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    out = logits.new_empty(logits.shape)
+    softmax_rows.backward(
+        logits, out, token_ids, rows, float(temperature), vocab_size, shard, saved,
+        grad_logprobs, grad_entropy,
+    )  # fmt: skip
+    return out
+
+
+@_logits_gradient.register_fake
+def _(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: Tensor,
+    vocab_size: int | None,
+    shard: Tensor,
+    saved: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("r1v3::logits_gradient_", mutates_args=("logits",))
+def _logits_gradient_(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: Tensor,
+    vocab_size: int | None,
+    shard: Tensor,
+    saved: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    softmax_rows.backward(
+        logits, logits, token_ids, rows, float(temperature), vocab_size, shard, saved,
+        grad_logprobs, grad_entropy,
+    )  # fmt: skip
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    logits, token_ids, rows, temperature, ctx.vocab_size, _, ctx.inplace = inputs
+    _, _, saved, shard = output
+    ctx.set_materialize_grads(False)
+    ctx.consumed = False
+    ctx.save_for_backward(logits, token_ids, rows, temperature, shard, saved)
+
+
+def _backward(ctx, grad_logprobs, grad_entropy, _saved, _shard):  # type: ignore[no-untyped-def]
+    rest = (None,) * 6
+    if grad_logprobs is None and grad_entropy is None:
+        return None, *rest
+    if ctx.consumed:
+        raise RuntimeError(
+            "logprobs_and_entropy(..., inplace_backward=True) has already overwritten the logits "
+            "with their gradient; a second backward needs inplace_backward=False"
+        )
+    logits, token_ids, rows, temperature, shard, saved = ctx.saved_tensors
+    arguments = (
+        logits, token_ids, rows, temperature, ctx.vocab_size, shard, saved, grad_logprobs,
+        grad_entropy,
+    )  # fmt: skip
+    if ctx.inplace and softmax_rows.writable_in_place(logits):
+        _logits_gradient_(*arguments)
+        ctx.consumed = True
+        return logits.detach(), *rest
+    return _logits_gradient(*arguments), *rest
+
+
+_logprobs_and_entropy.register_autograd(_backward, setup_context=_save)

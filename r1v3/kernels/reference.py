@@ -3,7 +3,7 @@
 Arithmetic is float32, or float64 for float64 input; everything is differentiable by autograd and
 runs on any device. `T > 0` is the temperature, `x` a row of logits:
 
-    y = x / T            p = softmax(y)            logp_t = log p_t            H = -sum_v p_v log p_v
+    y = x / T        p = softmax(y)        logp_t = log p_t        H = -sum_v p_v log p_v
 
 Both results come from the shifted form, with M = max x, d = (x - M) / T, s = sum exp d and
 w = sum d exp d:  logp_t = d_t - log s,  H = log s - w / s.  Nothing cancels, whatever the offset.
@@ -12,7 +12,7 @@ w = sum d exp d:  logp_t = d_t - log s,  H = log s - w / s.  Nothing cancels, wh
 import torch
 from torch import Tensor
 
-from r1v3.kernels.reference_grpo import group_advantages, grpo_loss
+from r1v3.kernels.reference_grpo import group_advantages, grpo_loss, standard_deviation
 
 __all__ = [
     "IGNORED_TOKEN",
@@ -27,6 +27,7 @@ __all__ = [
     "row_gradient",
     "row_statistics",
     "selective_log_softmax",
+    "standard_deviation",
 ]
 
 IGNORED_TOKEN = -100

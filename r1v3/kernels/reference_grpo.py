@@ -38,7 +38,7 @@ def group_advantages(
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     r = rewards.detach().to(dtype)
     out = torch.empty_like(r)
-    batch_std = _std(r, ddof) if scale == "batch" and r.numel() else r.new_zeros(())
+    batch_std = standard_deviation(r, ddof) if scale == "batch" and r.numel() else r.new_zeros(())
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         members = order[start:end]
         n = end - start
@@ -55,14 +55,15 @@ def group_advantages(
         elif baseline == "leave_one_out":
             centred = centred * (n / (n - 1))
         if scale != "none":
-            std = _std(group, ddof) if scale == "group" else batch_std
+            std = standard_deviation(group, ddof) if scale == "group" else batch_std
             # std is NaN, not 0, when a reward is: NaN must not turn into a plausible 0.
             centred = torch.where(std == 0, _zero_like(centred), centred / (std + eps))
         out[members] = centred
     return out
 
 
-def _std(r: Tensor, ddof: int) -> Tensor:
+def standard_deviation(r: Tensor, ddof: int) -> Tensor:
+    """0-d standard deviation of r [N], N >= 1, exactly 0 where all are equal."""
     shifted = r - r[0]
     centred = shifted - shifted.mean()
     return (centred.square().sum() / max(r.numel() - ddof, 1)).sqrt()
@@ -136,9 +137,12 @@ def grpo_loss(
         gap = per_token(ref_logprobs) - new
         finite = finite & gap.isfinite()
         divergence, divergence_slope = _kl(gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), kl)
-        slope = slope + kl_coef * torch.where(_clamped(gap), 0.0, divergence_slope)
+        # Not 0 * NaN: without a coefficient a broken reference only shows in the metrics.
+        if kl_coef != 0:
+            policy = policy + kl_coef * divergence
+            slope = slope + kl_coef * torch.where(_clamped(gap), 0.0, divergence_slope)
     share = _share(sequence, sequences, aggregation, normalizer, dtype)
-    loss = ((policy + kl_coef * divergence) * share).sum()
+    loss = (policy * share).sum()
     with torch.no_grad():
         gradient = torch.zeros_like(logprobs, dtype=dtype)
         gradient[picked] = slope * share

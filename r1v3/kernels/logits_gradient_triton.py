@@ -1,0 +1,155 @@
+"""Triton kernel of the gradient with respect to the logits: one read, one write."""
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r1v3.kernels.logits_triton import FLOOR, LN_2, LOG2_E, Layout, row_offset
+
+BLOCK = 2048
+PART_BLOCKS = 8
+
+
+@triton.jit
+def _gradient(x, column, token, m, log2_s, entropy, g_logp, g_entropy, scale, HAS_ENTROPY):
+    log2_p = (x.to(tl.float32) - m) * scale - log2_s
+    log2_p = tl.maximum(log2_p, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    pull = g_logp
+    if HAS_ENTROPY:
+        pull = g_logp + g_entropy * (log2_p * LN_2 + entropy)
+    return (tl.where(column == token, g_logp, 0.0) - tl.exp2(log2_p) * pull) * (scale * LN_2)
+
+
+@triton.jit
+def _row_gradient_kernel(
+    x_ptr,
+    out_ptr,
+    slots_ptr,
+    ids_ptr,
+    shard_ptr,
+    saved_ptr,
+    grad_logprobs_ptr,
+    grad_entropy_ptr,
+    base: tl.int64,
+    out_base: tl.int64,
+    inner: tl.int64,
+    stride_outer: tl.int64,
+    stride_inner: tl.int64,
+    out_stride_outer: tl.int64,
+    out_stride_inner: tl.int64,
+    vocab: tl.int64,
+    width: tl.int64,
+    temperature: tl.float32,
+    parts,
+    HAS_SLOTS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_SHARD: tl.constexpr,
+    HAS_LOGPROBS: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART_BLOCKS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    row = (pid // parts).to(tl.int64)
+    part = pid % parts
+    slot = row
+    if HAS_SLOTS:
+        slot = tl.load(slots_ptr + row)
+    first_id = tl.zeros([], tl.int64)
+    if HAS_SHARD:
+        first_id = tl.load(shard_ptr)
+        vocab = tl.minimum(vocab, tl.maximum(tl.load(shard_ptr + 1) - first_id, 0))
+    active = slot >= 0
+    m = tl.load(saved_ptr + slot * 3, mask=active, other=-float("inf"))
+    log2_s = tl.load(saved_ptr + slot * 3 + 1, mask=active, other=0.0) * LOG2_E
+    entropy = tl.load(saved_ptr + slot * 3 + 2, mask=active, other=0.0)
+    token = tl.full([], -1, tl.int64)
+    g_logp = tl.zeros([], tl.float32)
+    g_entropy = tl.zeros([], tl.float32)
+    if HAS_LOGPROBS:
+        global_token = tl.load(ids_ptr + slot, mask=active, other=-100).to(tl.int64)
+        g_logp = tl.load(grad_logprobs_ptr + slot, mask=active & (global_token != -100), other=0.0)
+        token = tl.where(global_token < 0, -1, global_token - first_id)
+    if HAS_ENTROPY:
+        g_entropy = tl.load(grad_entropy_ptr + slot, mask=active, other=0.0)
+    needed = (m != -float("inf")) & ((g_logp != 0) | (g_entropy != 0))
+    offset = row_offset(row, base, inner, stride_outer, stride_inner)
+    out = row_offset(row, out_base, inner, out_stride_outer, out_stride_inner)
+    head = tl.minimum((ALIGN - offset % ALIGN) % ALIGN, vocab)
+    full = ((vocab - head) // BLOCK).to(tl.int32)
+    start = tl.multiple_of(offset + head, ALIGN)
+    out_start = tl.multiple_of(out + head, OUT_ALIGN)
+    scale = LOG2_E / temperature
+    lanes = tl.arange(0, BLOCK)
+    done = full.to(tl.int64) * BLOCK
+    dtype = out_ptr.dtype.element_ty
+    for block in range(part * PART_BLOCKS, tl.minimum((part + 1) * PART_BLOCKS, full)):
+        shift = block * BLOCK
+        to = tl.multiple_of(out_start + shift, OUT_ALIGN)
+        g = tl.zeros([BLOCK], tl.float32)
+        if needed:
+            at = tl.multiple_of(start + shift, ALIGN)
+            x = tl.load(x_ptr + at + lanes, eviction_policy="evict_first")
+            g = _gradient(
+                x, head + shift + lanes, token, m, log2_s, entropy, g_logp, g_entropy, scale,
+                HAS_ENTROPY,
+            )  # fmt: skip
+        tl.store(out_ptr + to + lanes, g.to(dtype))
+    if part == parts - 1:
+        for rest in range(0, vocab - done, BLOCK):
+            r = rest + lanes
+            column = tl.where(r < head, r, done + r)
+            mask = r < vocab - done
+            g = tl.zeros([BLOCK], tl.float32)
+            if needed:
+                x = tl.load(x_ptr + offset + column, mask=mask, other=0.0)
+                g = _gradient(
+                    x, column, token, m, log2_s, entropy, g_logp, g_entropy, scale, HAS_ENTROPY
+                )
+            tl.store(out_ptr + out + column, g.to(dtype), mask=mask)
+        for padded in range(0, width - vocab, BLOCK):
+            column = vocab + padded + lanes
+            zero = tl.zeros([BLOCK], dtype)
+            tl.store(out_ptr + out + column, zero, mask=column < width)
+
+
+def row_gradient(
+    logits: Tensor,
+    out: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    vocab: int,
+    shard: Tensor | None,
+    saved: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    """Writes the gradient of every row into `out` (shaped like logits; may be logits).
+
+    Rows that `rows` does not name, rows without upstream gradient and columns from `vocab` on
+    get exactly 0. `rows` must not repeat.
+    """
+    layout, out_layout = Layout(logits), Layout(out)
+    n, width = logits.shape[:-1].numel(), logits.shape[-1]
+    if n == 0 or width == 0:
+        return
+    slots = None
+    if rows is not None:
+        slots = torch.full((n,), -1, dtype=torch.int64, device=logits.device)
+        slots[rows] = torch.arange(rows.shape[0], device=logits.device)
+    parts = max(1, triton.cdiv(vocab // BLOCK, PART_BLOCKS))
+    _row_gradient_kernel[(n * parts,)](
+        layout.pointer, out_layout.pointer, slots, token_ids, shard, saved, grad_logprobs,
+        grad_entropy, layout.base, out_layout.base, layout.inner, layout.stride_outer,
+        layout.stride_inner, out_layout.stride_outer, out_layout.stride_inner, vocab, width,
+        float(temperature), parts, HAS_SLOTS=rows is not None, HAS_IDS=token_ids is not None,
+        HAS_SHARD=shard is not None, HAS_LOGPROBS=grad_logprobs is not None,
+        HAS_ENTROPY=grad_entropy is not None, ALIGN=layout.align,
+        OUT_ALIGN=layout.align if layout.matches(out_layout) else 1, BLOCK=BLOCK,
+        PART_BLOCKS=PART_BLOCKS, num_warps=8,
+    )  # fmt: skip

@@ -1,0 +1,271 @@
+"""Triton kernels over rows of logits: statistics of parts or shards, and their merge.
+
+A row is cut into parts of `PART` columns, one program each, so one long row fills the device and
+how a row is summed never depends on how many rows there are. V = 151,674 makes most rows start
+off a 16-byte boundary: each row skips to the first aligned element, streams unmasked 16-byte
+vectors from there, and the last part collects the skipped head and the tail. The order of
+summation therefore depends on a row's address modulo 16 bytes, and on nothing else.
+"""
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+PART_BLOCKS = 8
+PART = BLOCK * PART_BLOCKS
+MERGE_ROWS = 128
+LOWEST = tl.constexpr(-3.4028234e38)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# exp2 of this is 0, and 0 times it is 0: what -inf becomes, so that 0 * -inf never appears.
+FLOOR = tl.constexpr(-1.0e4)
+
+
+@triton.jit
+def _accumulate(x, m, s, w, scale):
+    """Online (max, sum e, sum e d), d = (x - max) * scale in log2 units; s and w per lane."""
+    top = tl.maximum(m, tl.max(x, axis=0))
+    gap = tl.maximum((m - top) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    shrink = tl.exp2(gap)
+    d = tl.maximum((x - top) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(d)
+    w = shrink * (w + gap * s) + e * d
+    s = shrink * s + e
+    return top, s, w
+
+
+@triton.jit
+def row_offset(row, base, inner, stride_outer, stride_inner):
+    return base + (row // inner) * stride_outer + (row % inner) * stride_inner
+
+
+@triton.jit
+def _row_statistics_kernel(
+    x_ptr,
+    rows_ptr,
+    ids_ptr,
+    shard_ptr,
+    stats_ptr,
+    n_rows: tl.int64,
+    base: tl.int64,
+    inner: tl.int64,
+    stride_outer: tl.int64,
+    stride_inner: tl.int64,
+    vocab: tl.int64,
+    temperature: tl.float32,
+    parts,
+    HAS_ROWS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_SHARD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART_BLOCKS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    selected = (pid // parts).to(tl.int64)
+    part = pid % parts
+    row = selected
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + selected).to(tl.int64)
+    first_id = tl.zeros([], tl.int64)
+    if HAS_SHARD:
+        first_id = tl.load(shard_ptr)
+        vocab = tl.minimum(vocab, tl.maximum(tl.load(shard_ptr + 1) - first_id, 0))
+    offset = row_offset(row, base, inner, stride_outer, stride_inner)
+    head = tl.minimum((ALIGN - offset % ALIGN) % ALIGN, vocab)
+    full = ((vocab - head) // BLOCK).to(tl.int32)
+    start = tl.multiple_of(offset + head, ALIGN)
+    scale = LOG2_E / temperature
+    lanes = tl.arange(0, BLOCK)
+    m = tl.full([], LOWEST, tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
+    w = tl.zeros([BLOCK], tl.float32)
+    for block in range(part * PART_BLOCKS, tl.minimum((part + 1) * PART_BLOCKS, full)):
+        at = tl.multiple_of(start + block * BLOCK, ALIGN)
+        x = tl.load(x_ptr + at + lanes, eviction_policy="evict_first").to(tl.float32)
+        m, s, w = _accumulate(x, m, s, w, scale)
+    if part == parts - 1:
+        done = full.to(tl.int64) * BLOCK
+        for rest in range(0, vocab - done, BLOCK):
+            r = rest + lanes
+            column = tl.where(r < head, r, done + r)
+            x = tl.load(x_ptr + offset + column, mask=r < vocab - done, other=-float("inf"))
+            m, s, w = _accumulate(x.to(tl.float32), m, s, w, scale)
+    target = tl.zeros([], tl.float32)
+    if HAS_IDS:
+        token = tl.load(ids_ptr + selected).to(tl.int64) - first_id
+        here = (part == 0) & (token >= 0) & (token < vocab)
+        target = tl.load(x_ptr + offset + token, mask=here, other=0.0).to(tl.float32)
+    out = stats_ptr + (part * n_rows + selected) * 4
+    tl.store(out, m)
+    tl.store(out + 1, tl.sum(s, axis=0))
+    tl.store(out + 2, tl.sum(w, axis=0) * LN_2)
+    tl.store(out + 3, target)
+
+
+@triton.jit
+def _merge_kernel(
+    stats_ptr,
+    ids_ptr,
+    shard_ptr,
+    merged_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    saved_ptr,
+    n_rows: tl.int64,
+    vocab: tl.int64,
+    temperature: tl.float32,
+    parts,
+    FINAL: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_SHARD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < n_rows
+    m = tl.full([ROWS], LOWEST, tl.float32)
+    for part in range(parts):
+        m = tl.maximum(m, tl.load(stats_ptr + (part * n_rows + row) * 4, mask=inside, other=0.0))
+    s = tl.zeros([ROWS], tl.float32)
+    w = tl.zeros([ROWS], tl.float32)
+    t = tl.zeros([ROWS], tl.float32)
+    for part in range(parts):
+        at = stats_ptr + (part * n_rows + row) * 4
+        part_m = tl.load(at, mask=inside, other=0.0)
+        part_s = tl.load(at + 1, mask=inside, other=1.0)
+        gap = (part_m - m) / temperature
+        gap = tl.maximum(gap, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        shrink = tl.exp(gap)
+        s += shrink * part_s
+        w += shrink * (tl.load(at + 2, mask=inside, other=0.0) + gap * part_s)
+        t += tl.load(at + 3, mask=inside, other=0.0)
+    if FINAL:
+        dead = s == 0
+        log_s = tl.log(tl.where(dead, 1.0, s))
+        entropy = tl.where(dead, 0.0, log_s - w / tl.where(dead, 1.0, s))
+        tl.store(entropy_ptr + row, entropy, mask=inside)
+        tl.store(saved_ptr + row * 3, tl.where(dead, -float("inf"), m), mask=inside)
+        tl.store(saved_ptr + row * 3 + 1, log_s, mask=inside)
+        tl.store(saved_ptr + row * 3 + 2, entropy, mask=inside)
+        logprobs = tl.zeros([ROWS], tl.float32)
+        if HAS_IDS:
+            if HAS_SHARD:
+                vocab = tl.load(shard_ptr + 1)
+            token = tl.load(ids_ptr + row, mask=inside, other=0).to(tl.int64)
+            logprobs = tl.where(dead, -float("inf"), (t - m) / temperature - log_s)
+            logprobs = tl.where((token < 0) | (token >= vocab), float("nan"), logprobs)
+            logprobs = tl.where(token == -100, 0.0, logprobs)
+        tl.store(logprobs_ptr + row, logprobs, mask=inside)
+    else:
+        at = merged_ptr + row * 4
+        tl.store(at, m, mask=inside)
+        tl.store(at + 1, s, mask=inside)
+        tl.store(at + 2, w, mask=inside)
+        tl.store(at + 3, t, mask=inside)
+
+
+class Layout:
+    """Rows of [..., V] logits as the kernels address them, from a 16-byte aligned pointer."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        view = tensor[None, None] if tensor.dim() == 1 else tensor
+        view = view[None] if view.dim() == 2 else view
+        assert view.dim() == 3
+        self.inner = max(view.shape[1], 1)
+        self.stride_outer, self.stride_inner = view.stride(0), view.stride(1)
+        size = tensor.element_size()
+        self.align = 16 // size
+        skew = tensor.data_ptr() % 16 // size
+        reachable = skew <= tensor.storage_offset() and tensor.numel() > 0
+        self.base = skew if reachable else 0
+        self.pointer = (
+            tensor.as_strided((1,), (1,), tensor.storage_offset() - skew)
+            if reachable and skew
+            else tensor
+        )
+
+    def matches(self, other: "Layout") -> bool:
+        """Whether every row starts at the same offset modulo 16 bytes in both."""
+        return all(
+            (a - b) % self.align == 0
+            for a, b in (
+                (self.base, other.base),
+                (self.stride_inner, other.stride_inner),
+                (self.stride_outer, other.stride_outer),
+            )
+        )
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """logits as 1, 2 or 3 dimensions, contiguous in the last: a view wherever one exists."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    return logits if logits.dim() <= 3 else logits.reshape(-1, *logits.shape[-2:])
+
+
+def _parts(vocab: int) -> int:
+    return max(1, triton.cdiv(vocab // BLOCK, PART_BLOCKS))
+
+
+def row_statistics(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    vocab: int,
+    shard: Tensor | None,
+) -> Tensor:
+    """Statistics [parts, n, 4] of the selected rows; m and t in logits, not divided by T.
+
+    Args:
+        logits: from `as_rows`; token_ids: [n] global ids; rows: int64 [n] or None.
+        vocab: columns to read; shard: int64 [2] on the device, (first id, true vocabulary), which
+            bounds them further, or None.
+    """
+    layout = Layout(logits)
+    n = logits.shape[:-1].numel() if rows is None else rows.shape[0]
+    parts = _parts(vocab)
+    stats = torch.empty(parts, n, 4, dtype=torch.float32, device=logits.device)
+    if n:
+        _row_statistics_kernel[(n * parts,)](
+            layout.pointer, rows, token_ids, shard, stats, n, layout.base, layout.inner,
+            layout.stride_outer, layout.stride_inner, vocab, float(temperature), parts,
+            HAS_ROWS=rows is not None, HAS_IDS=token_ids is not None,
+            HAS_SHARD=shard is not None, ALIGN=layout.align, BLOCK=BLOCK,
+            PART_BLOCKS=PART_BLOCKS, num_warps=8,
+        )  # fmt: skip
+    return stats
+
+
+def merge_parts(stats: Tensor, temperature: float) -> Tensor:
+    """[parts, n, 4] -> [n, 4], in order."""
+    n = stats.shape[1]
+    merged = torch.empty(n, 4, dtype=torch.float32, device=stats.device)
+    if n:
+        _merge_kernel[(triton.cdiv(n, MERGE_ROWS),)](
+            stats, None, None, merged, None, None, None, n, 0, float(temperature),
+            stats.shape[0], FINAL=False, HAS_IDS=False, HAS_SHARD=False, ROWS=MERGE_ROWS,
+        )  # fmt: skip
+    return merged
+
+
+def finalize(
+    stats: Tensor, token_ids: Tensor | None, temperature: float, vocab: int, shard: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[parts, n, 4] -> logprobs [n], entropy [n], saved [n, 3] = (m, log s, entropy).
+
+    A label outside the vocabulary gives NaN, -100 gives 0.
+    """
+    n = stats.shape[1]
+    logprobs = torch.empty(n, dtype=torch.float32, device=stats.device)
+    entropy, saved = torch.empty_like(logprobs), stats.new_empty(n, 3)
+    if n:
+        _merge_kernel[(triton.cdiv(n, MERGE_ROWS),)](
+            stats, token_ids, shard, None, logprobs, entropy, saved, n, vocab,
+            float(temperature), stats.shape[0], FINAL=True, HAS_IDS=token_ids is not None,
+            HAS_SHARD=shard is not None, ROWS=MERGE_ROWS,
+        )  # fmt: skip
+    return logprobs, entropy, saved

@@ -1,0 +1,251 @@
+"""Forward and backward over rows of logits, on whatever device they live.
+
+CUDA tensors run Triton, CPU tensors the compiled host kernels; float64, temperature 0 and
+anything those two do not take run the reference. No autograd here.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from r1v3.kernels import host, reference, vocab_parallel
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def forward(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    vocab_size: int | None,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities [n], entropy [n], what the backward needs [n, 3], shard bounds.
+
+    Args:
+        logits: [..., V]; token_ids: [n] global ids of the selected rows, or None.
+        rows: int64 [n] into the flattened leading dimensions, or None for all of them.
+    """
+    width = logits.shape[-1]
+    if group_name:
+        shard = vocab_parallel.shard_bounds(width, vocab_size, group_name, logits.device)
+    else:
+        shard = torch.empty(0, dtype=torch.int64, device=logits.device)
+    if logits.is_cuda and logits.dtype in TRITON_DTYPES and temperature > 0:
+        return *_forward_triton(
+            logits, token_ids, rows, temperature, vocab_size, shard, group_name
+        ), shard
+    first, vocab, true_size = _columns(width, vocab_size, shard)
+    if logits.device.type == "cpu":
+        _check_on_host(token_ids, rows, true_size, logits.shape[:-1].numel())
+    local = None if token_ids is None else token_ids.to(torch.int64) - first
+    stats = _statistics(logits, local, rows, temperature, vocab)
+    shards = vocab_parallel.gather_statistics(stats, group_name) if group_name else stats[None]
+    ignored = None if token_ids is None else token_ids == reference.IGNORED_TOKEN
+    return *reference.merge_statistics(shards, ignored, temperature), shard
+
+
+def backward(
+    logits: Tensor,
+    out: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    vocab_size: int | None,
+    shard: Tensor,
+    saved: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    """Writes the gradient of all rows of logits [..., V] to out, which may be the logits.
+
+    Rows outside `rows` and columns outside the vocabulary get 0.
+    """
+    width = logits.shape[-1]
+    if grad_logprobs is not None:
+        assert token_ids is not None
+        grad_logprobs = grad_logprobs.to(saved.dtype).contiguous()
+    if grad_entropy is not None:
+        grad_entropy = grad_entropy.to(saved.dtype).contiguous()
+    if logits.is_cuda and logits.dtype in TRITON_DTYPES and temperature > 0:
+        from r1v3.kernels.logits_gradient_triton import row_gradient
+        from r1v3.kernels.logits_triton import as_rows
+
+        vocab = width if shard.numel() or vocab_size is None else vocab_size
+        row_gradient(
+            as_rows(logits), as_rows(out), token_ids, rows,
+            temperature, vocab, shard if shard.numel() else None, saved, grad_logprobs,
+            grad_entropy,
+        )  # fmt: skip
+        return
+    first, vocab, _ = _columns(width, vocab_size, shard)
+    local = None
+    if token_ids is not None:
+        local = token_ids.to(torch.int64) - first
+        if grad_logprobs is not None:
+            ignored = token_ids == reference.IGNORED_TOKEN
+            grad_logprobs = torch.where(ignored, 0.0, grad_logprobs)
+    _gradient(logits, out, local, rows, temperature, vocab, saved, grad_logprobs, grad_entropy)
+
+
+def writable_in_place(logits: Tensor) -> bool:
+    """Whether every element has its own memory and the kernels can address the rows there."""
+    if any(
+        stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)
+    ):
+        return False
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        return False
+    return logits.dim() <= 3 if logits.is_cuda else _flattens(logits)
+
+
+def _forward_triton(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    vocab_size: int | None,
+    shard: Tensor,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from r1v3.kernels import logits_triton
+
+    bounds = shard if group_name else None
+    vocab = logits.shape[-1] if group_name or vocab_size is None else vocab_size
+    stats = logits_triton.row_statistics(
+        logits_triton.as_rows(logits), token_ids, rows, temperature, vocab, bounds
+    )
+    if group_name:
+        merged = logits_triton.merge_parts(stats, temperature)
+        stats = vocab_parallel.gather_statistics(merged, group_name)
+    return logits_triton.finalize(stats, token_ids, temperature, vocab, bounds)
+
+
+def _columns(width: int, vocab_size: int | None, shard: Tensor) -> tuple[int, int, int]:
+    """First token id here, number of columns that take part, and the true vocabulary size."""
+    if shard.numel() == 0:
+        vocab = width if vocab_size is None else vocab_size
+        return 0, vocab, vocab
+    first, true_size = shard.tolist()
+    return first, min(width, max(true_size - first, 0)), true_size
+
+
+def _check_on_host(
+    token_ids: Tensor | None, rows: Tensor | None, true_size: int, n_rows: int
+) -> None:
+    if token_ids is not None and token_ids.numel():
+        bad = (token_ids < 0) | (token_ids >= true_size)
+        bad &= token_ids != reference.IGNORED_TOKEN
+        if bool(bad.any()):
+            raise ValueError(
+                f"token_ids must be in [0, {true_size}) or {reference.IGNORED_TOKEN}, "
+                f"got {token_ids[bad][:8].tolist()}"
+            )
+    if rows is not None and rows.numel():
+        if int(rows.min()) < 0 or int(rows.max()) >= n_rows:
+            raise ValueError(
+                f"rows must be in [0, {n_rows}), got {int(rows.min())} to {int(rows.max())}"
+            )
+        if rows.unique().numel() != rows.numel():
+            raise ValueError(f"rows must not repeat, got {rows[:16].tolist()}")
+
+
+def _flattens(logits: Tensor) -> bool:
+    try:
+        logits.view(logits.shape[:-1].numel(), logits.shape[-1])
+    except RuntimeError:
+        return False
+    return True
+
+
+def _blocks(logits: Tensor) -> Iterator[Tensor]:
+    """The rows as 2-D views, in order; a copy is made only of a strided last dimension."""
+    if _flattens(logits):
+        yield logits.view(logits.shape[:-1].numel(), logits.shape[-1])
+    else:
+        for part in logits.unbind(0):
+            yield from _blocks(part)
+
+
+def _statistics(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    vocab: int,
+) -> Tensor:
+    if not host.supports(logits) or temperature == 0:
+        x = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])[:, :vocab]
+        return reference.row_statistics(x if rows is None else x[rows], token_ids, temperature)
+    logits = _last_contiguous(logits)
+    n = logits.shape[:-1].numel() if rows is None else rows.shape[0]
+    stats = torch.empty(n, 4, dtype=torch.float32)
+    ids = None if token_ids is None else token_ids.contiguous()
+    if rows is not None:
+        flat = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])[:, :vocab]
+        host.row_statistics(flat, rows.contiguous(), ids, temperature, stats)
+        return stats
+    done = 0
+    for block in _blocks(logits):
+        end = done + block.shape[0]
+        part = None if ids is None else ids[done:end]
+        host.row_statistics(block[:, :vocab], None, part, temperature, stats[done:end])
+        done = end
+    return stats
+
+
+def _gradient(
+    logits: Tensor,
+    out: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    vocab: int,
+    saved: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    n, width = logits.shape[:-1].numel(), logits.shape[-1]
+    target = out.view(n, width)
+    if not host.supports(logits) or temperature == 0:
+        x = logits.reshape(n, width)[:, :vocab]
+        x = x if rows is None else x[rows]
+        grad = reference.row_gradient(x, token_ids, temperature, saved, grad_logprobs, grad_entropy)
+        _zero_rest(target, rows, vocab)
+        target[:, :vocab][slice(None) if rows is None else rows] = grad
+        return
+    ids = None if token_ids is None else token_ids.contiguous()
+    if rows is not None:
+        x = _last_contiguous(logits).reshape(n, width)[:, :vocab]
+        host.row_gradient(
+            x, target[:, :vocab], rows.contiguous(), ids, temperature, saved, grad_logprobs,
+            grad_entropy,
+        )  # fmt: skip
+    else:
+        done = 0
+        for block in _blocks(_last_contiguous(logits)):
+            part = slice(done, done + block.shape[0])
+            host.row_gradient(
+                block[:, :vocab], target[part, :vocab], None, _part(ids, part), temperature,
+                saved[part], _part(grad_logprobs, part), _part(grad_entropy, part),
+            )  # fmt: skip
+            done = part.stop
+    _zero_rest(target, rows, vocab)
+
+
+def _part(vector: Tensor | None, part: slice) -> Tensor | None:
+    return None if vector is None else vector[part]
+
+
+def _zero_rest(target: Tensor, rows: Tensor | None, vocab: int) -> None:
+    target[:, vocab:] = 0
+    if rows is not None:
+        unselected = torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
+        unselected[rows] = False
+        target[unselected] = 0
+
+
+def _last_contiguous(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] <= 1 else logits.contiguous()

@@ -1,0 +1,47 @@
+"""What the ranks of a vocabulary-parallel group tell each other.
+
+One gather of the shard widths (8 bytes per rank; it keeps uneven shards and padded columns off
+the host) and one of (max, sum, weighted sum, target logit), 16 bytes per row and rank. Every
+rank then merges in rank order, so all hold the same bits, whatever the timing. The backward
+needs no communication.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+def group_name(group: dist.ProcessGroup | None) -> str:
+    """The name a custom op can carry instead of the group; empty for None."""
+    return "" if group is None else group.group_name
+
+
+def shard_bounds(width: int, vocab_size: int | None, name: str, device: torch.device) -> Tensor:
+    """int64 [2] on `device`: this shard's first token id and the true vocabulary size."""
+    group = _resolve_process_group(name)
+    mine = torch.full((1,), width, dtype=torch.int64, device=device)
+    widths = mine.new_empty(dist.get_world_size(group))
+    dist.all_gather_into_tensor(widths, mine, group=group)
+    total = widths.sum()
+    true_size = total if vocab_size is None else torch.full_like(total, vocab_size)
+    bounds = torch.stack([widths[: dist.get_rank(group)].sum(), true_size])
+    if device.type == "cpu" and vocab_size is not None and vocab_size > int(total):
+        raise ValueError(
+            f"vocab_size must be at most the {int(total)} columns of all shards, got {vocab_size}"
+        )
+    return bounds
+
+
+def gather_statistics(stats: Tensor, name: str) -> Tensor:
+    """[n, 4] of each rank -> [ranks, n, 4] in rank order."""
+    group = _resolve_process_group(name)
+    gathered = stats.new_empty(dist.get_world_size(group), *stats.shape)
+    dist.all_gather_into_tensor(gathered, stats.contiguous(), group=group)
+    return gathered
+
+
+def all_reduce_(tensor: Tensor, name: str) -> Tensor:
+    """Sum over the group, in place."""
+    dist.all_reduce(tensor, group=_resolve_process_group(name))
+    return tensor
