@@ -30,7 +30,14 @@ BUILD_CUDA = os.environ.get("R1V3_BUILD_CUDA") == "1"
 class BuildExtension(build_ext):
     """Adds the objects that need flags or a compiler of their own."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # flags and R1V3_BUILD_CUDA leave no trace in the files' times
+
     def build_extension(self, ext: Pybind11Extension) -> None:
+        if BUILD_CUDA:
+            ext.extra_objects += compile_cuda("csrc/cuda/ban_tokens.cu", Path(self.build_temp))
+            ext.define_macros.append(("R1V3_WITH_CUDA", "1"))
         if IS_X86:
             for source, flags in ISA_FLAGS.items():
                 ext.extra_objects += self.compiler.compile(
@@ -38,9 +45,6 @@ class BuildExtension(build_ext):
                     output_dir=self.build_temp,
                     extra_postargs=[*COMMON_FLAGS, *flags, "-std=c++17", "-fvisibility=hidden"],
                 )
-        if BUILD_CUDA:
-            ext.extra_objects += compile_cuda("csrc/cuda/ban_tokens.cu", Path(self.build_temp))
-            ext.define_macros.append(("R1V3_WITH_CUDA", "1"))
         super().build_extension(ext)
 
 

@@ -1,0 +1,121 @@
+"""The build: what it needs, what it leaves out, and what its objects may contain."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from r1v3 import _C
+from r1v3.doctor import read_pins
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def run_build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build r1v3._C in a copy of the sources, where importing torch is an error."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "r1v3").mkdir()
+    shutil.copy(ROOT / "setup.py", folder)
+    shutil.copy(ROOT / "r1v3" / "__init__.py", folder / "r1v3")
+    (folder / "torch.py").write_text("raise RuntimeError('the build imported torch')\n")
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "R1V3_BUILD_CUDA": "0", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def ask_extension(folder: Path, expression: str) -> str:
+    """Evaluate an expression on the extension built in `folder`, in a process without torch."""
+    program = f"import sys; from r1v3 import _C; assert 'torch' not in sys.modules; {expression}"
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def plain_build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("build")
+    done = run_build(folder)
+    assert done.returncode == 0, done.stderr
+    yield folder
+
+
+def test_plain_build_needs_no_torch_and_has_no_cuda(plain_build: Path) -> None:
+    """Fails if installing the kernels needs torch first, or a CPU build carries CUDA code."""
+    question = "print(_C.built_with_cuda, hasattr(_C, 'ban_tokens_cuda'), _C.cpu_capability())"
+    assert ask_extension(plain_build, question) == f"False False {_C.cpu_capability()}"
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm from binutils")
+def test_instruction_set_objects_share_no_function(plain_build: Path) -> None:
+    """Fails if an inline function compiled for AVX can replace the copy other code uses.
+
+    The linker keeps any one copy of a weak symbol; if that is the AVX-512 copy, a machine without
+    AVX-512 stops with an illegal instruction, in a function that has nothing to do with vectors.
+    """
+    objects = list(plain_build.glob("build/**/rows_*.o"))
+    assert any(path.name == "rows_portable.o" for path in objects)
+    for path in objects:
+        listing = subprocess.run(
+            ["nm", "--defined-only", path], capture_output=True, text=True, check=True
+        ).stdout
+        kinds = {line.split()[-1]: line.split()[-2] for line in listing.splitlines()}
+        assert kinds
+        assert [name for name, kind in kinds.items() if kind in "WVuwv"] == []
+        exported = [name for name, kind in kinds.items() if kind.isupper()]
+        assert len(exported) == 1, exported
+
+
+def test_cuda_build_without_nvcc_says_so(tmp_path: Path) -> None:
+    """Fails if asking for CUDA without nvcc is ignored, or refused without a reason."""
+    done = run_build(tmp_path, R1V3_BUILD_CUDA="1", PATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "R1V3_BUILD_CUDA=1 needs nvcc on PATH" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_build_imports_without_a_gpu(tmp_path: Path) -> None:
+    """Fails if the CUDA object does not link, or needs a driver or libcudart.so to be imported."""
+    done = run_build(tmp_path, R1V3_BUILD_CUDA="1", R1V3_CUDA_ARCHS="90")
+    assert done.returncode == 0, done.stderr
+    assert ask_extension(tmp_path, "print(_C.built_with_cuda)") == "True"
+    # No rows: nothing may be launched, so this works without a device.
+    ask_extension(tmp_path, "_C.ban_tokens_cuda(0, 0, 0, 1, 1, 0, 0, 0, 0, 0)")
+
+
+def test_the_installed_extension_is_the_one_described() -> None:
+    """Fails if the flag and the function disagree: callers choose the CUDA kernel by the flag."""
+    assert _C.built_with_cuda == hasattr(_C, "ban_tokens_cuda")
+
+
+def test_build_isolation_fetches_no_torch() -> None:
+    """Fails if `pip install` with build isolation would download a second torch."""
+    names = {canonicalize_name(Requirement(r).name) for r in PROJECT["build-system"]["requires"]}
+    assert names == {"setuptools", "wheel", "pybind11"}
+
+
+def test_every_dependency_is_pinned_within_its_range() -> None:
+    """Fails if a range changes and the tested version is forgotten, or the other way round."""
+    project = PROJECT["project"]
+    pins = read_pins(ROOT / "constraints.txt")
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        requirement = Requirement(text)
+        pinned = pins.get(canonicalize_name(requirement.name))
+        assert pinned is not None, f"{requirement.name} is missing from constraints.txt"
+        assert requirement.specifier.contains(pinned), f"{text} excludes the tested {pinned}"

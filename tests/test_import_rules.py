@@ -1,0 +1,187 @@
+"""Which part of r1v3 may import which, and the sizes that keep a file readable, from the syntax."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "r1v3"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+CODE = sorted(
+    path
+    for folder in ("r1v3", "tests", "benchmarks", "csrc")
+    for pattern in ("*.py", "*.cpp", "*.h", "*.cu")
+    for path in (ROOT / folder).rglob(pattern)
+)
+
+# What each part must not import; deferred imports inside functions count as well.
+FORBIDDEN = {
+    "kernels": ("transformers", "megatron", "vllm", "pydantic"),
+    "config": ("torch", "transformers", "megatron", "vllm", "r1v3.kernels"),
+    "rewards": ("torch", "transformers", "megatron", "vllm", "r1v3.kernels"),
+    "model": ("r1v3.trainer", "r1v3.rollout", "r1v3.evaluation"),
+    "engine": ("r1v3.trainer", "r1v3.evaluation"),
+    "rollout": ("r1v3.trainer",),
+}
+KERNELS_MAY_IMPORT = {"torch", "triton", "r1v3"} | set(sys.stdlib_module_names)
+# Importing these takes seconds, or fails where the package is optional.
+NEVER_AT_TOP = ("vllm", "wandb", "flash_attn", "transformer_engine", "apex", "verl", "trl")
+
+
+def part_of(path: Path) -> str:
+    """`kernels` for r1v3/kernels/x.py, `config` for r1v3/config.py."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, top_only: bool = False) -> Iterator[str]:
+    """Absolute dotted names imported by a file: `from r1v3 import _C` gives r1v3._C."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in tree.body if top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def offences(parts: set[str], prefixes: tuple[str, ...]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in SOURCES
+        if part_of(path) in parts
+        for name in imports(path)
+        if any(within(name, prefix) for prefix in prefixes)
+    ]
+
+
+@pytest.mark.parametrize("part", FORBIDDEN)
+def test_imports_go_one_way(part: str) -> None:
+    """Fails if a lower layer comes to depend on a higher one."""
+    assert offences({part}, FORBIDDEN[part]) == []
+
+
+def test_kernels_import_torch_and_triton_only() -> None:
+    """Fails if `from r1v3.kernels import ...` drags the rest of r1v3 into another stack."""
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in SOURCES
+        if part_of(path) == "kernels"
+        for name in imports(path)
+        if name.split(".")[0] not in KERNELS_MAY_IMPORT
+        or (within(name, "r1v3") and not (within(name, "r1v3.kernels") or name == "r1v3._C"))
+    ]
+    assert found == []
+
+
+def test_nobody_imports_integrations_but_the_command_line() -> None:
+    """Fails if the core needs a foreign framework's adapter."""
+    parts = {part_of(path) for path in SOURCES} - {"integrations", "cli"}
+    assert offences(parts, ("r1v3.integrations",)) == []
+
+
+def test_optional_packages_are_imported_where_they_are_used() -> None:
+    """Fails if a module cannot be imported without an optional package."""
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in SOURCES
+        if part_of(path) != "integrations"
+        for name in imports(path, top_only=True)
+        if any(within(name, package) for package in NEVER_AT_TOP)
+    ]
+    assert found == []
+
+
+def test_packages_that_break_cpu_installs_are_not_used() -> None:
+    """Fails if torchvision or timm is imported: with them InternVL cannot be loaded on a CPU."""
+    assert offences({part_of(path) for path in SOURCES}, ("torchvision", "timm")) == []
+
+
+def loaded_after(module: str) -> set[str]:
+    program = f"import sys, {module}; print(*sorted({{n.split('.')[0] for n in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("r1v3", {"torch", "numpy", "transformers"}),
+        ("r1v3.kernels", {"transformers", "megatron", "vllm", "pydantic"}),
+        ("r1v3.config", {"torch", "transformers", "megatron", "vllm"}),
+        ("r1v3.rewards", {"torch", "transformers", "megatron", "vllm"}),
+        ("r1v3.cli", {"torch", "transformers", "megatron", "vllm", "matplotlib"}),
+    ],
+)
+def test_an_import_loads_only_what_it_says(module: str, absent: set[str]) -> None:
+    """Fails if something indirect makes an import slow or needs a package it should not."""
+    assert loaded_after(module) & absent == set()
+
+
+def test_files_stay_below_400_lines() -> None:
+    """Fails if a file has grown past what one reads in one sitting: split it by concept."""
+    sizes = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in CODE
+    }
+    assert {path: lines for path, lines in sizes.items() if lines >= 400} == {}
+
+
+def is_jit(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def lines_without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    total = (function.end_lineno or function.lineno) - function.lineno + 1
+    first = function.body[0]
+    if ast.get_docstring(function, clean=False) is not None:
+        total -= (first.end_lineno or first.lineno) - first.lineno + 1
+    return total
+
+
+def test_functions_stay_short() -> None:
+    """Fails if a function reaches 60 lines without its docstring (a Triton kernel: 120)."""
+    found = []
+    for path in CODE:
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = lines_without_docstring(node)
+                if lines > (120 if is_jit(node) else 60):
+                    found.append(f"{path.relative_to(ROOT)}:{node.name} has {lines} lines")
+    assert found == []
+
+
+def test_nothing_is_unpickled() -> None:
+    """Fails if a file that somebody else wrote could run code when it is read."""
+    found = []
+    for path in SOURCES:
+        if any(name.split(".")[0] in ("pickle", "dill", "shelve") for name in imports(path)):
+            found.append(f"{path.relative_to(ROOT)} imports pickle")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                arguments = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                if arguments.get("weights_only") != "True":
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} torch.load")
+    assert found == []
+
+
+def test_the_rules_see_an_offence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the checks above pass because they look at nothing."""
+    assert len(SOURCES) > 5
+    bad = tmp_path / "r1v3" / "kernels" / "bad.py"
+    bad.parent.mkdir(parents=True)
+    bad.write_text("def f():\n    from ..trainer import grpo\nimport r1v3.model.internvl\n")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert set(imports(bad)) == {"r1v3.trainer.grpo", "r1v3.model.internvl"}
