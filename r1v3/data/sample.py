@@ -20,7 +20,7 @@ import binascii
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import (
     AfterValidator,
@@ -33,8 +33,9 @@ from pydantic import (
     StrictStr,
     ValidationError,
     model_validator,
+    with_config,
 )
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from r1v3.data.images import MAX_FILE_BYTES, check_image_header
 
@@ -48,24 +49,24 @@ def _as_list(value: Any) -> Any:
     return list(value)
 
 
+@with_config(ConfigDict(extra="forbid"))
 class Message(TypedDict):
     """One turn of a prompt; `content` holds one `<image>` per image shown in it."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
     role: Literal["system", "user", "assistant"]
     content: StrictStr
 
 
+@with_config(ConfigDict(extra="forbid"))
 class RewardModel(TypedDict):
     """How a completion is graded: by rule, against `ground_truth`."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
     style: Literal["rule"]
     ground_truth: StrictStr
 
 
+@with_config(ConfigDict(extra="allow"))
 class _ExtraInfo(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     split: StrictStr
     index: StrictInt
     domain: NotRequired[StrictStr | None]
@@ -318,8 +319,10 @@ def _read_inside(folder: Path, path: str) -> bytes:
             if target.stat().st_size > MAX_FILE_BYTES:
                 raise ValueError(f"path {shown!r} has more than {MAX_FILE_BYTES} bytes")
             return target.read_bytes()
-    except (OSError, RuntimeError) as error:  # too long a name, a loop of links, no permission
-        raise ValueError(f"path {shown!r} cannot be read: {error}") from error
+    except OSError as error:  # too long a name, no permission
+        raise ValueError(f"path {shown!r} cannot be read: {error.strerror}") from error
+    except RuntimeError as error:
+        raise ValueError(f"path {shown!r} is a loop of links") from error
     if not inside:
         raise ValueError(f"path {shown!r} leads out of the data file's folder")
     raise ValueError(f"path {shown!r} is not a file in the data file's folder")

@@ -90,14 +90,14 @@ def _json(line: bytes) -> Any:
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             index = 0
             for batch in file.iter_batches(batch_size=ROWS_PER_GROUP):
                 for i in range(batch.num_rows):
                     one = batch.slice(i, 1)
                     yield f"row {index}", lambda one=one: one.to_pylist()[0]  # type: ignore[misc]
                     index += 1
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise ValueError(f"{path}: is not a readable Parquet file: {error}") from error
 
 
@@ -121,7 +121,10 @@ def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
                 file.write(_json_line(sample))
     elif path.suffix == ".parquet":
         schema = _parquet_schema(path, samples)
-        with _replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
+        with (
+            _replacing(path) as file,
+            pq.ParquetWriter(file, schema, write_page_checksum=True) as writer,
+        ):
             for start in range(0, len(samples), ROWS_PER_GROUP):
                 rows = [sample.to_row() for sample in samples[start : start + ROWS_PER_GROUP]]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
@@ -157,8 +160,11 @@ def _parquet_schema(path: Path, samples: Sequence[Sample]) -> pa.Schema:
     for key in further_keys:
         values = [extra.get(key) for extra in extras]
         try:
-            array = pa.array(values)
-            exact = json.dumps(array.to_pylist()) == json.dumps(values)
+            column = pa.table({key: pa.array(values)})
+            stored = pa.BufferOutputStream()
+            pq.write_table(column, stored)
+            back = pq.read_table(pa.BufferReader(stored.getvalue())).column(key)
+            exact = json.dumps(back.to_pylist()) == json.dumps(values)
         except (pa.ArrowException, OverflowError) as error:
             raise ValueError(f"{path}: Parquet cannot hold extra_info[{key!r}]: {error}") from error
         if not exact:
@@ -166,7 +172,7 @@ def _parquet_schema(path: Path, samples: Sequence[Sample]) -> pa.Schema:
                 f"{path}: Parquet cannot hold extra_info[{key!r}] exactly; "
                 "give it values of one type in every row, or write .jsonl"
             )
-        fields[key] = array.type
+        fields[key] = column.schema.field(key).type
     return pa.schema(
         {
             "data_source": _TEXT,

@@ -42,20 +42,21 @@ _SIMPLE_EXPONENT = re.compile(
     rf"(?:/\d{{1,2}})?|[+-]?\\[dt]?frac\{{{_SMALL}\}}\{{\d{{1,2}}\}})\s*\}}"
     rf"|\({_SMALL}(?:/\d{{1,2}})?\))(?!\s*(?:\^|\*\*))"
 )
+_POWER_OF_GROUP = re.compile(r"[)\]}]\s*(?:\^|\*\*)\s*[{(]?\s*[+-]?\d\d")
 _LONG_NUMBER = re.compile(r"\d{16}")
 
 
 def is_tame(text: str) -> bool:
     """True if `text` looks like a formula that sympy reads quickly.
 
-    Refused: more than 200 characters, 16-digit numbers, factorials, exponents that are more than
-    two digits, a letter or a small fraction, towers of powers, brackets deeper than 8, LaTeX
-    commands outside a short list, and prose (letters alone, or a run of three letters that is no
-    function name; sympy would read "rat" and "tar" as the same product).
+    Refused: more than 200 characters, 16-digit numbers, factorials, exponents other than two
+    digits (one on a bracket), a letter or a small fraction, towers of powers, brackets deeper than
+    8, LaTeX commands outside a short list, and prose (letters alone, or a run of three letters
+    that is no function name; sympy would read "rat" and "tar" as the same product).
     """
     if not text or len(text) > MAX_CHARS or "!" in text.replace("\\!", ""):
         return False
-    if _LONG_NUMBER.search(text.replace(",", "")):
+    if _LONG_NUMBER.search(text.replace(",", "")) or _POWER_OF_GROUP.search(text):
         return False
     if any(name not in _COMMANDS for name in _COMMAND.findall(text)):
         return False
