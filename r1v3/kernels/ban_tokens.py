@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from r1v3.kernels import host, reference
+from r1v3.kernels import devices, host, reference
 from r1v3.kernels.arguments import check_shape
 
 
@@ -48,7 +48,7 @@ def _ban_tokens_(
 ) -> None:
     if logits.numel() == 0 or token_ids.numel() == 0:
         return
-    if logits.is_cuda and logits.dim() <= 3 and logits.dtype in host.DTYPE_CODES:
+    if devices.runs_triton(logits) and logits.dim() <= 3:
         from r1v3.kernels import ban_tokens_triton
 
         ban_tokens_triton.ban_tokens(logits, token_ids, enabled, vocab_start)

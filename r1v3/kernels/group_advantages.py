@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from r1v3.kernels import host, reference
+from r1v3.kernels import devices, host, reference
 from r1v3.kernels.arguments import BASELINES, SCALES, SINGLETONS, check_choice, check_shape
 
 
@@ -102,7 +102,7 @@ def _group_advantages(
     if rewards.dtype == torch.float64:
         return _reference(rewards, order, offsets, *options)
     rewards = rewards.to(torch.float32).contiguous()
-    if rewards.is_cuda:
+    if devices.runs_triton(rewards):
         from r1v3.kernels import group_advantages_triton
 
         by_batch = SCALES[scale] == "batch" and rewards.numel() > 0

@@ -6,7 +6,7 @@ One pass gives the loss, its gradient and the metrics; the backward is one multi
 import torch
 from torch import Tensor
 
-from r1v3.kernels import host, reference
+from r1v3.kernels import devices, host, reference
 from r1v3.kernels.arguments import (
     AGGREGATIONS,
     KL_ESTIMATORS,
@@ -195,7 +195,7 @@ def _grpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = logprobs, old_logprobs, advantages, mask, ref_logprobs, weights, offsets
     options = clip_low, clip_high, dual_clip, kl_coef, kl, aggregation, len(METRICS)
-    if logprobs.is_cuda and logprobs.dtype == torch.float32:
+    if devices.runs_triton(logprobs):
         from r1v3.kernels import grpo_loss_triton
 
         if normalizer is not None:

@@ -236,7 +236,8 @@ def grpo_loss(
     if sequences:
         _sequence_kernel[(sequences,)](
             logprobs, old_logprobs, advantages, mask.view(torch.uint8), ref_logprobs, weights,
-            offsets, gradient, sums, float(clip_low), float(clip_high), float(dual_clip), float(kl_coef),
+            offsets, gradient, sums, float(clip_low), float(clip_high), float(dual_clip),
+            float(kl_coef),
             HAS_OLD=old_logprobs is not None, HAS_REF=ref_logprobs is not None,
             HAS_WEIGHTS=weights is not None, TOKEN_ADVANTAGES=advantages.shape[0] == tokens,
             TOKEN_WEIGHTS=weights is not None and weights.shape[0] == tokens,

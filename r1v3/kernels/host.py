@@ -1,10 +1,14 @@
 """Calls into the compiled host kernels, `r1v3._C`: addresses, dtype codes and thread counts."""
 
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
+_C: Any
 try:
-    from r1v3 import _C
+    _C = import_module("r1v3._C")
 except ImportError:
     _C = None
 

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from r1v3.kernels import host, reference, vocab_parallel
-
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from r1v3.kernels import devices, host, reference, vocab_parallel
 
 
 def forward(
@@ -33,7 +31,7 @@ def forward(
         shard = vocab_parallel.shard_bounds(width, vocab_size, group_name, logits.device)
     else:
         shard = torch.empty(0, dtype=torch.int64, device=logits.device)
-    if logits.is_cuda and logits.dtype in TRITON_DTYPES and temperature > 0:
+    if devices.runs_triton(logits) and temperature > 0:
         return *_forward_triton(
             logits, token_ids, rows, temperature, vocab_size, shard, group_name
         ), shard
@@ -69,7 +67,7 @@ def backward(
         grad_logprobs = grad_logprobs.to(saved.dtype).contiguous()
     if grad_entropy is not None:
         grad_entropy = grad_entropy.to(saved.dtype).contiguous()
-    if logits.is_cuda and logits.dtype in TRITON_DTYPES and temperature > 0:
+    if devices.runs_triton(logits) and temperature > 0:
         from r1v3.kernels.logits_gradient_triton import row_gradient
         from r1v3.kernels.logits_triton import as_rows
 
@@ -98,7 +96,7 @@ def writable_in_place(logits: Tensor) -> bool:
         return False
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         return False
-    return logits.dim() <= 3 if logits.is_cuda else _flattens(logits)
+    return logits.dim() <= 3 if devices.runs_triton(logits) else _flattens(logits)
 
 
 def _forward_triton(

@@ -17,9 +17,13 @@ def group_name(group: dist.ProcessGroup | None) -> str:
     return "" if group is None else group.group_name
 
 
+def _group(name: str) -> dist.ProcessGroup:
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def shard_bounds(width: int, vocab_size: int | None, name: str, device: torch.device) -> Tensor:
     """int64 [2] on `device`: this shard's first token id and the true vocabulary size."""
-    group = _resolve_process_group(name)
+    group = _group(name)
     mine = torch.full((1,), width, dtype=torch.int64, device=device)
     widths = mine.new_empty(dist.get_world_size(group))
     dist.all_gather_into_tensor(widths, mine, group=group)
@@ -35,7 +39,7 @@ def shard_bounds(width: int, vocab_size: int | None, name: str, device: torch.de
 
 def gather_statistics(stats: Tensor, name: str) -> Tensor:
     """[n, 4] of each rank -> [ranks, n, 4] in rank order."""
-    group = _resolve_process_group(name)
+    group = _group(name)
     gathered = stats.new_empty(dist.get_world_size(group), *stats.shape)
     dist.all_gather_into_tensor(gathered, stats.contiguous(), group=group)
     return gathered
@@ -43,5 +47,5 @@ def gather_statistics(stats: Tensor, name: str) -> Tensor:
 
 def all_reduce_(tensor: Tensor, name: str) -> Tensor:
     """Sum over the group, in place."""
-    dist.all_reduce(tensor, group=_resolve_process_group(name))
+    dist.all_reduce(tensor, group=_group(name))
     return tensor
