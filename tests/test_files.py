@@ -224,3 +224,36 @@ def test_free_space_error_names_directory_needed_and_free(tmp_path: Path) -> Non
 )
 def test_human_bytes(count: int, text: str) -> None:
     assert files.human_bytes(count) == text
+
+
+def test_everything_is_on_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut, a name that was durable before its content would show an empty file."""
+    synced: set[int] = set()
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def recording_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def check(source: Path, target: Path) -> None:
+        for path in [Path(source), *Path(source).rglob("*")]:
+            assert path.stat().st_ino in synced, path
+
+    def checked_rename(source: Path, target: Path) -> None:
+        check(source, target)
+        rename(source, target)
+
+    def checked_replace(source: Path, target: Path) -> None:
+        check(source, target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "rename", checked_rename)
+    monkeypatch.setattr(os, "replace", checked_replace)
+    files.write_text(tmp_path / "a", "x")
+    assert synced == {(tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino}
+    synced.clear()
+    files.replace_directory(make_tree(tmp_path / "new", "x"), tmp_path / "final")
+    assert {(tmp_path / "final" / "inner" / "b").stat().st_ino, tmp_path.stat().st_ino} <= synced
