@@ -1,0 +1,148 @@
+"""Builds the recipe's datasets from handwritten scans: questions, cold-start chains, base data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from r1v3.data.chains import TeacherConfig, sample_chain, show_rows, solve
+from r1v3.data.compose import compose, to_png
+from r1v3.data.sample import Sample
+from r1v3.data.tasks import BUILDERS, IN_DOMAIN, LETTERS, OUT_OF_DOMAIN, Problem
+from r1v3.data.tokenizer import THINK_CLOSE
+
+
+def question_text(problem: Problem) -> str:
+    """The question, with lettered options below it where there are some."""
+    lines = [problem.question]
+    for letter, option in zip(LETTERS, problem.options or (), strict=False):
+        lines.append(f"{letter}. {option}")
+    return "\n".join(lines)
+
+
+def _sample(
+    problem: Problem,
+    text: str,
+    split: str,
+    index: int,
+    rng: np.random.Generator,
+    *,
+    picture: bool = True,
+    answer: str | None = None,
+    response: str | None = None,
+    thinking: bool = True,
+) -> Sample:
+    gold = problem.answer if answer is None else answer
+    return Sample(
+        data_source="r1v3/handwriting",
+        prompt=[{"role": "user", "content": f"<image>\n{text}" if picture else text}],
+        images=[to_png(compose(list(problem.cells), rng))] if picture else [],
+        ability="visual-reasoning",
+        reward_model={"style": "rule", "ground_truth": gold},
+        extra_info={
+            "split": split,
+            "index": index,
+            "domain": problem.domain,
+            "question": text,
+            "answer": gold,
+            "options": list(problem.options) if problem.options else None,
+            "response": response,
+            "thinking": thinking,
+        },
+    )
+
+
+def questions(split: str, domains: Sequence[str], count: int, seed: int) -> list[Sample]:
+    """`count` questions about scans of one split, the domains taking turns."""
+    rng = np.random.default_rng([seed, *map(ord, split)])
+    samples = []
+    for index in range(count):
+        problem = BUILDERS[domains[index % len(domains)]](split, rng)
+        samples.append(_sample(problem, question_text(problem), split, index, rng))
+    return samples
+
+
+@dataclass
+class ColdStart:
+    """Cold-start samples and the account of the rejection sampling that kept them."""
+
+    samples: list[Sample] = field(default_factory=list)
+    written: int = 0
+    abandoned: int = 0
+    rechecks: int = 0
+
+
+def cold_start(
+    split: str, count: int, seed: int, teacher: TeacherConfig, *, tries: int = 4
+) -> ColdStart:
+    """`count` slow-thinking samples: chains whose final answer matches; the others are rejected.
+
+    A question whose `tries` chains all fail is given up and another is taken in its place.
+    """
+    rng = np.random.default_rng([seed, 1, *map(ord, split)])
+    result = ColdStart()
+    while len(result.samples) < count:
+        domain = IN_DOMAIN[len(result.samples) % len(IN_DOMAIN)]
+        problem = BUILDERS[domain](split, rng)
+        chain, written = sample_chain(problem, teacher, rng, tries)
+        result.written += written
+        if chain is None:
+            result.abandoned += 1
+            continue
+        result.rechecks += chain.rechecks > 0
+        response = f"{chain.thought}\n{THINK_CLOSE}\n\n\\boxed{{{chain.answer}}}"
+        text, index = question_text(problem), len(result.samples)
+        result.samples.append(_sample(problem, text, split, index, rng, response=response))
+    return result
+
+
+def _spoken(problem: Problem, rng: np.random.Generator, index: int, split: str) -> Sample:
+    """A worked text-only problem: the numbers are given in words, no picture."""
+    rows = problem.true_rows()
+    steps, answer = solve(problem, rows)
+    text = f"The picture shows {show_rows(rows, problem.target)}.\n{question_text(problem)}"
+    response = f"{steps}\n\n\\boxed{{{answer}}}"
+    return _sample(
+        problem, text, split, index, rng, picture=False, response=response, thinking=False
+    )
+
+
+def base_corpus(split: str, count: int, seed: int) -> list[Sample]:
+    """Pre-training data: what a vision-language model knows before any reasoning is taught.
+
+    Half transcriptions of pictures, a quarter questions with the bare answer, a quarter worked
+    text-only problems, in all domains; never a picture with a chain of thought.
+    """
+    rng = np.random.default_rng([seed, 2, *map(ord, split)])
+    asked = (*IN_DOMAIN, *OUT_OF_DOMAIN)
+    samples = []
+    for index in range(count):
+        kind = index % 4
+        domain = asked[index // 4 % len(asked)]
+        if kind == 0:
+            domain = "reading"
+        problem = BUILDERS[domain](split, rng)
+        if kind < 2:
+            transcript = show_rows(problem.true_rows(), problem.target)
+            text = "Read the digits row by row."
+            samples.append(
+                _sample(
+                    problem,
+                    text,
+                    split,
+                    index,
+                    rng,
+                    answer=transcript,
+                    response=f"{transcript}.",
+                    thinking=False,
+                )
+            )
+        elif kind == 2:
+            response = f"\\boxed{{{problem.answer}}}"
+            text = question_text(problem)
+            samples.append(
+                _sample(problem, text, split, index, rng, response=response, thinking=False)
+            )
+        else:
+            samples.append(_spoken(problem, rng, index, split))
+    return samples

@@ -1,0 +1,164 @@
+"""Questions about handwritten digits, in domains, with verifiable answers.
+
+A `Problem` knows what stands in the picture (rows of scan ids), how it is asked, and how its answer
+follows from any reading of the digits; the chains of thought are built on that in `chains`.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from r1v3.data.compose import GRID, Cell
+from r1v3.data.digits import scans
+
+IN_DOMAIN = ("arithmetic", "comparison", "ordering")
+OUT_OF_DOMAIN = ("counting",)
+LETTERS = "ABCD"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question.
+
+    `rows` are the scan ids of each number in the picture from top to bottom, `cells` where they
+    stand, `target` what the question is about besides the picture (the sign, the digit to count).
+    """
+
+    domain: str
+    question: str
+    answer: str
+    rows: tuple[tuple[int, ...], ...]
+    cells: tuple[Cell, ...]
+    target: str = ""
+    options: tuple[str, ...] | None = None
+
+    def true_rows(self) -> tuple[str, ...]:
+        """The digits of every row, correctly read."""
+        return tuple("".join(str(scans().labels[s]) for s in row) for row in self.rows)
+
+
+@dataclass
+class Sheet:
+    """Places numbers of one split on the grid."""
+
+    split: str
+    rng: np.random.Generator
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+
+    def write(self, number: str, row: int, right: int) -> None:
+        """Write a number so that its last digit stands in column `right`."""
+        ids = tuple(int(self.rng.choice(scans().ids(self.split, int(d)))) for d in number)
+        self.rows.append(ids)
+        for offset, scan in enumerate(ids):
+            self.cells.append(Cell(row, right - len(number) + 1 + offset, scan))
+
+    def sign(self, sign: str, row: int, column: int) -> None:
+        self.cells.append(Cell(row, column, sign))
+
+    def problem(self, domain: str, question: str, answer: str, **kwargs: object) -> Problem:
+        return Problem(
+            domain, question, answer, tuple(self.rows), tuple(self.cells), **kwargs  # type: ignore[arg-type]
+        )
+
+
+def _number(rng: np.random.Generator, two_digits: float = 0.7) -> int:
+    return int(rng.integers(10, 100)) if rng.random() < two_digits else int(rng.integers(0, 10))
+
+
+def arithmetic(split: str, rng: np.random.Generator) -> Problem:
+    """Fill-in-the-blank: the sum or difference of two handwritten numbers, never negative."""
+    sign = str(rng.choice(["+", "-"]))
+    a, b = _number(rng), _number(rng)
+    if sign == "-" and a < b:
+        a, b = b, a
+    sheet = Sheet(split, rng)
+    top, right = int(rng.integers(0, GRID - 1)), int(rng.integers(2, GRID))
+    sheet.write(str(a), top, right)
+    sheet.write(str(b), top + 1, right)
+    sheet.sign(sign, top + 1, right - 2)
+    answer = str(a + b if sign == "+" else a - b)
+    return sheet.problem("arithmetic", "Compute the result.", answer, target=sign)
+
+
+def comparison(split: str, rng: np.random.Generator) -> Problem:
+    """Multiple choice: which row of three shows the largest or the smallest number."""
+    kind = str(rng.choice(["largest", "smallest"]))
+    values: list[int] = []
+    while len(values) < 3:
+        value = int(rng.integers(10, 100))
+        if value not in values:
+            values.append(value)
+    sheet = Sheet(split, rng)
+    top, right = int(rng.integers(0, GRID - 2)), int(rng.integers(1, GRID))
+    for row, value in enumerate(values):
+        sheet.write(str(value), top + row, right)
+    best = max(values) if kind == "largest" else min(values)
+    names = [f"row {i + 1}" for i in rng.permutation(3)]
+    answer = LETTERS[names.index(f"row {values.index(best) + 1}")]
+    question = f"Which row shows the {kind} number?"
+    return sheet.problem("comparison", question, answer, target=kind, options=tuple(names))
+
+
+def ordering(split: str, rng: np.random.Generator) -> Problem:
+    """Multiple choice: the digits of a row from smallest to largest."""
+    digits = [int(d) for d in rng.choice(10, 3, replace=False)]
+    sheet = Sheet(split, rng)
+    right = int(rng.integers(2, GRID))
+    sheet.write("".join(map(str, digits)), int(rng.integers(0, GRID)), right)
+    correct = sorted(digits)
+    lists = [tuple(correct)]
+    while len(lists) < 3:
+        # A wrong list is another order, or one with a digit that is not there.
+        other = list(rng.permutation(correct))
+        if rng.random() < 0.5:
+            other = list(correct)
+            other[int(rng.integers(0, 3))] = int(rng.integers(0, 10))
+            other.sort()
+        if tuple(other) not in lists and len(set(other)) == 3:
+            lists.append(tuple(int(d) for d in other))
+    order = rng.permutation(3)
+    options = tuple(" ".join(map(str, lists[i])) for i in order)
+    answer = LETTERS[int(np.flatnonzero(order == 0)[0])]
+    question = "Which list goes from smallest to largest?"
+    return sheet.problem("ordering", question, answer, options=options)
+
+
+def counting(split: str, rng: np.random.Generator) -> Problem:
+    """Out of domain: how often a digit stands in rows of digits."""
+    target = int(rng.integers(0, 10))
+    sheet = Sheet(split, rng)
+    n_rows = int(rng.integers(2, 4))
+    top = int(rng.integers(0, GRID - n_rows + 1))
+    total = 0
+    for row in range(n_rows):
+        length = int(rng.integers(2, 4))
+        number = "".join(
+            str(target) if rng.random() < 0.4 else str(rng.integers(0, 10)) for _ in range(length)
+        )
+        total += number.count(str(target))
+        sheet.write(number, top + row, int(rng.integers(length - 1, GRID)))
+    question = f"How many times does the digit {target} appear?"
+    return sheet.problem("counting", question, str(total), target=str(target))
+
+
+def reading(split: str, rng: np.random.Generator) -> Problem:
+    """Transcription of the picture: alignment data for pre-training and connector tuning."""
+    sheet = Sheet(split, rng)
+    n_rows = int(rng.integers(1, GRID + 1))
+    top = int(rng.integers(0, GRID - n_rows + 1))
+    for row in range(n_rows):
+        length = int(rng.integers(1, GRID + 1))
+        number = "".join(str(d) for d in rng.integers(0, 10, length))
+        sheet.write(number, top + row, int(rng.integers(length - 1, GRID)))
+    problem = sheet.problem("reading", "Read the digits row by row.", "")
+    return Problem(**{**problem.__dict__, "answer": " ".join(problem.true_rows())})
+
+
+BUILDERS = {
+    "arithmetic": arithmetic,
+    "comparison": comparison,
+    "ordering": ordering,
+    "counting": counting,
+    "reading": reading,
+}

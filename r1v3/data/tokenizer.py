@@ -1,0 +1,115 @@
+"""A byte-level BPE tokenizer in Qwen2's layout, with InternVL's special tokens and our chat template.
+
+As in the 38B, `<think>` and `</think>` are ordinary text, not special tokens (research of the
+model's tokenizer: they take several tokens), and every decimal digit is a token of its own.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+SPECIAL_TOKENS = (
+    *(END_OF_TEXT, TURN_START, TURN_END),
+    *(IMAGE_START, IMAGE_END, IMAGE_CONTEXT),
+    *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
+)
+SYSTEM_PROMPT = "You are a helpful assistant."
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+# Qwen2's split: words with one leading mark, single digits, runs of punctuation, white space.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Slow thinking opens the assistant turn with <think>; NoThink leaves it out (report, section 6.2).
+CHAT_TEMPLATE = (
+    "{%- if messages[0].role != 'system' -%}"
+    "{{ '<|im_start|>system\\n"
+    + SYSTEM_PROMPT
+    + "<|im_end|>\\n' }}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is not defined or enable_thinking -%}{{ '<think>\\n' }}{%- endif -%}"
+    "{%- endif -%}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Learn a BPE vocabulary of at most `vocab_size` (special tokens included) from texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=list(SPECIAL_TOKENS[3:]),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a model folder; the folder must hold `tokenizer.json`."""
+    if not (Path(directory) / "tokenizer.json").is_file():
+        raise ValueError(f"model folder {directory} has no tokenizer.json")
+    return PreTrainedTokenizerFast.from_pretrained(str(directory))
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[dict[str, str]],
+    image_tokens: list[int],
+    *,
+    thinking: bool = True,
+) -> list[int]:
+    """Token ids of a chat prompt with its image placeholders expanded.
+
+    Args:
+        messages: roles and contents; each `<image>` stands for one picture.
+        image_tokens: how many context tokens each picture takes, in order.
+        thinking: open the assistant turn with `<think>` (slow thinking) or not (NoThink).
+
+    Raises:
+        ValueError: placeholders and pictures differ in number, or a message smuggles in a
+            special token.
+    """
+    safe = []
+    for message in messages:
+        content = str(message["content"])
+        found = [token for token in SPECIAL_TOKENS if token in content]
+        if found:
+            raise ValueError(f"the {message['role']} message contains the special token {found[0]}")
+        safe.append({"role": message["role"], "content": content})
+    text = tokenizer.apply_chat_template(
+        safe, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    )
+    pieces = str(text).split("<image>")
+    if len(pieces) - 1 != len(image_tokens):
+        raise ValueError(
+            f"the prompt has {len(pieces) - 1} <image> placeholders for {len(image_tokens)} images"
+        )
+    filled = pieces[0]
+    for count, piece in zip(image_tokens, pieces[1:], strict=True):
+        filled += IMAGE_START + IMAGE_CONTEXT * count + IMAGE_END + piece
+    return tokenizer.encode(filled, add_special_tokens=False)

@@ -1,0 +1,1 @@
+"""Engines: one contract, and what runs the model behind it."""

@@ -1,0 +1,1 @@
+"""The model: InternVL (InternViT, pixel shuffle, MLP connector, Qwen2)."""

@@ -1,0 +1,157 @@
+"""InternVL shaped like the 38B, in any size: building, loading, and its three parts."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+PARTS = ("vision", "connector", "llm")
+_PREFIXES = {
+    "model.vision_tower.": "vision",
+    "model.multi_modal_projector.": "connector",
+    "model.language_model.": "llm",
+    "lm_head.": "llm",
+}
+
+
+def part_of(name: str) -> str:
+    """The part (vision, connector or llm) a parameter of HF-native InternVL belongs to."""
+    for prefix, part in _PREFIXES.items():
+        if name.startswith(prefix):
+            return part
+    raise ValueError(f"parameter {name!r} belongs to no part of InternVL ({', '.join(PARTS)})")
+
+
+def internvl_config(
+    *,
+    vocab_size: int,
+    image_token_id: int,
+    image_size: int,
+    patch_size: int,
+    vision: Mapping[str, int],
+    text: Mapping[str, int],
+) -> InternVLConfig:
+    """A configuration with the 38B's architecture in the given size.
+
+    InternViT with RMS norm, QK norm over the whole width, layer scale and no final norm; pixel
+    shuffle by 2; Qwen2 with QKV bias, grouped-query attention and an untied head. `vision` and
+    `text` take transformers' names (hidden_size, num_hidden_layers, num_attention_heads,
+    intermediate_size; and num_key_value_heads, max_position_embeddings for the text).
+    """
+    side = image_size // patch_size
+    if image_size % patch_size or side % 2:
+        raise ValueError(
+            f"image size {image_size} must be an even multiple of the patch size {patch_size}"
+        )
+    return InternVLConfig(
+        vision_config={
+            "image_size": [image_size, image_size],
+            "patch_size": [patch_size, patch_size],
+            "norm_type": "rms_norm",
+            "use_qk_norm": True,
+            "attention_bias": False,
+            "layer_scale_init_value": 1.0,
+            **vision,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": vocab_size,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "rms_norm_eps": 1e-6,
+            **text,
+        },
+        image_token_id=image_token_id,
+        image_seq_length=(side // 2) ** 2,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+
+
+def build_model(config: InternVLConfig, seed: int) -> InternVLForConditionalGeneration:
+    """A randomly initialised model; matrices are scaled by fan-in, as small models need."""
+    generator = torch.Generator().manual_seed(seed)
+    config._attn_implementation = "sdpa"
+    model = InternVLForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or "cls_token" in name:
+            continue
+        embedding = "embed" in name or "lm_head" in name
+        fan_in = parameter[0].numel()
+        std = 0.02 if embedding and "projection" not in name else 0.7 * fan_in**-0.5
+        nn.init.normal_(parameter, std=std, generator=generator)
+    return model.float()
+
+
+def load_model(
+    directory: Path | str, *, dtype: torch.dtype = torch.float32
+) -> InternVLForConditionalGeneration:
+    """Load a model folder (config.json and model.safetensors) into memory.
+
+    Raises:
+        ValueError: a file is missing, cut short or does not fit the configuration; the message
+            names it.
+    """
+    folder = Path(directory)
+    for required in ("config.json", "model.safetensors"):
+        if not (folder / required).is_file():
+            raise ValueError(f"model folder {folder} has no {required}")
+    weights = folder / "model.safetensors"
+    try:
+        config = InternVLConfig.from_pretrained(folder)
+        config._attn_implementation = "sdpa"
+        with safe_open(weights, framework="pt") as stored:
+            state = {name: stored.get_tensor(name) for name in stored.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"model folder {folder} cannot be read: {error}") from error
+    model = InternVLForConditionalGeneration(config).to(dtype)
+    own = dict(model.named_parameters())
+    if missing := sorted(set(own) - set(state)) or sorted(set(state) - set(own)):
+        raise ValueError(f"{weights} does not fit its config.json: tensor {missing[0]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if parameter.shape != state[name].shape:
+                raise ValueError(
+                    f"{weights}: {name} has shape {tuple(state[name].shape)}, "
+                    f"config.json says {tuple(parameter.shape)}"
+                )
+            parameter.copy_(state[name])
+    return model
+
+
+def named_part_parameters(
+    model: InternVLForConditionalGeneration,
+) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(name, part, parameter) of every parameter."""
+    for name, parameter in model.named_parameters():
+        yield name, part_of(name), parameter
+
+
+def count_parameters(model: InternVLForConditionalGeneration) -> dict[str, int]:
+    """Number of parameters of each part."""
+    counts = dict.fromkeys(PARTS, 0)
+    for _, part, parameter in named_part_parameters(model):
+        counts[part] += parameter.numel()
+    return counts
+
+
+def image_features(model: InternVLForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+    """Connector outputs [tiles, tokens per tile, H] of pixel values [tiles, 3, S, S]."""
+    return model.model.get_image_features(pixel_values=pixel_values).pooler_output
+
+
+def embed_prompts(
+    model: InternVLForConditionalGeneration, prompt_ids: Tensor, features: Tensor | None
+) -> Tensor:
+    """Input embeddings [P, L, H] of prompts, with image features put at the image tokens.
+
+    Image positions come from the prompt alone; responses are embedded as text whatever they hold.
+    """
+    embeddings = model.get_input_embeddings()(prompt_ids)
+    slots = prompt_ids == model.config.image_token_id
+    if features is None:
+        return embeddings
+    return embeddings.masked_scatter(slots.unsqueeze(-1), features.to(embeddings.dtype))

@@ -1,0 +1,276 @@
+"""Local generation from the training weights: batched over prompts x group, with a KV cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import InternVLForConditionalGeneration
+
+from r1v3.engine.hf import prefill
+from r1v3.kernels import ban_tokens_, logprobs_and_entropy
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to decode.
+
+    Attributes:
+        temperature: 0 is greedy.
+        max_tokens: longest completion, forced tokens included.
+        banned: token ids that are never sampled (image tokens; NoWait words).
+        budget: thought tokens after which an open thought is closed; None leaves it alone.
+    """
+
+    temperature: float = 1.0
+    max_tokens: int = 96
+    banned: tuple[int, ...] = ()
+    budget: int | None = None
+
+
+@dataclass(frozen=True)
+class ThoughtClosing:
+    """Token ids around the end of a thought, for a tokenizer where `</think>` is plain text.
+
+    `prefix` are the tokens of `</think`, `ends` the ids of all tokens that begin with `>`,
+    `forced` what is appended to close a thought whose budget is spent.
+    """
+
+    prefix: tuple[int, ...]
+    ends: Tensor
+    forced: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: object) -> "ThoughtClosing":
+        encode = tokenizer.encode  # type: ignore[attr-defined]
+        size = len(tokenizer)  # type: ignore[arg-type]
+        ends = torch.tensor(
+            [tokenizer.decode([i]).startswith(">") for i in range(size)]  # type: ignore[attr-defined]
+        )
+        prefix = encode("</think", add_special_tokens=False)
+        forced = encode("\n</think>\n\n", add_special_tokens=False)
+        return cls(tuple(prefix), ends, tuple(forced))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of P prompts x G samples, padded on the right with the padding token.
+
+    Attributes:
+        response_ids: int64 [P * G, R].
+        mask: bool [P * G, R], True up to and including the end-of-turn token.
+        logprobs: float32 [P * G, R], behaviour log-probs at the sampling temperature, in nats.
+        entropy: float32 [P * G, R], entropy of the distribution each token was drawn from.
+        sampled: bool [P * G, R], False at tokens that were forced by the budget.
+        finished: bool [P * G], the end-of-turn token was emitted in time.
+    """
+
+    response_ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    sampled: Tensor
+    finished: Tensor
+
+
+class DecodeCache:
+    """Preallocated keys and values [rows, heads, capacity, head size] of every layer."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Write the new positions after the cached ones; return everything so far."""
+        if layer == len(self.keys):
+            rows, heads, _, size = keys.shape
+            self.keys.append(keys.new_zeros(rows, heads, self.capacity, size))
+            self.values.append(values.new_zeros(rows, heads, self.capacity, size))
+        end = self.length + keys.shape[2]
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) rows."""
+        self.keys = [k.index_select(0, rows) for k in self.keys]
+        self.values = [v.index_select(0, rows) for v in self.values]
+
+
+def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF sampling: one id per row of log-probs [N, V] from uniforms [N] in [0, 1).
+
+    Every row uses its own random number, so that a completion does not depend on which other rows
+    are in the batch.
+    """
+    cumulative = logprobs.double().exp().cumsum(-1)
+    threshold = uniform.double().unsqueeze(-1) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return index.clamp(max=logprobs.shape[-1] - 1)
+
+
+class _State:
+    """Bookkeeping of one generation call over all rows; decoding works on the active ones."""
+
+    def __init__(self, rows: int, sampling: Sampling, pad: int, uniforms: Tensor) -> None:
+        width = sampling.max_tokens
+        self.ids = torch.full((rows, width), pad)
+        self.logprobs = torch.zeros(rows, width)
+        self.entropy = torch.zeros(rows, width)
+        self.mask = torch.zeros(rows, width, dtype=torch.bool)
+        self.sampled = torch.zeros(rows, width, dtype=torch.bool)
+        self.finished = torch.zeros(rows, dtype=torch.bool)
+        self.uniforms = uniforms
+        self.closed = torch.zeros(rows, dtype=torch.bool)
+        self.forcing = torch.full((rows,), -1)
+        self.active = torch.arange(rows)
+
+
+def _forced_tokens(
+    state: _State, step: int, sampling: Sampling, closing: ThoughtClosing
+) -> tuple[Tensor, Tensor]:
+    """Which active rows are being closed at this step, and the token each is given."""
+    rows = state.active
+    if sampling.budget is not None and step == sampling.budget:
+        state.forcing[rows] = torch.where(state.closed[rows], -1, 0)
+    position = state.forcing[rows]
+    forced = position >= 0
+    table = torch.tensor([*closing.forced, 0])
+    tokens = table[position.clamp(min=0)]
+    done = position + 1 >= len(closing.forced)
+    state.forcing[rows] = torch.where(forced & ~done, position + 1, -1)
+    state.closed[rows] |= forced & done
+    return forced, tokens
+
+
+def _note_closing(state: _State, step: int, closing: ThoughtClosing) -> None:
+    """Mark rows whose thought was closed by the token of this step."""
+    n = len(closing.prefix)
+    if step < n:
+        return
+    rows = state.active
+    recent = state.ids[rows, step - n : step]
+    matches = (recent == torch.tensor(closing.prefix)).all(1)
+    state.closed[rows] |= matches & closing.ends[state.ids[rows, step]]
+
+
+@torch.no_grad()
+def generate(
+    model: InternVLForConditionalGeneration,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    pixel_values: Tensor | None,
+    *,
+    sampling: Sampling,
+    closing: ThoughtClosing,
+    stop_id: int,
+    pad_id: int,
+    group_size: int = 1,
+    generator: torch.Generator,
+) -> Rollout:
+    """Sample `group_size` completions of every prompt.
+
+    Args:
+        prompt_ids: int64 [P, L], padded on the left; prompt_mask: bool [P, L].
+        pixel_values: float32 [tiles, 3, S, S] or None.
+        stop_id: the end-of-turn token, kept as the completion's last token.
+        generator: source of the uniforms, one per row and position, drawn up front.
+    """
+    rows = len(prompt_ids) * group_size
+    cache = DecodeCache(prompt_ids.shape[1] + sampling.max_tokens)
+    hidden = prefill(model, cache, prompt_ids, prompt_mask, pixel_values)[:, -1]
+    cache.length = prompt_ids.shape[1]
+    copies = torch.arange(len(prompt_ids)).repeat_interleave(group_size)
+    cache.select(copies)
+    hidden, key_mask = hidden[copies], prompt_mask[copies]
+    uniforms = torch.rand(rows, sampling.max_tokens, generator=generator)
+    state = _State(rows, sampling, pad_id, uniforms)
+    banned = torch.tensor(sorted(set(sampling.banned)), dtype=torch.int64)
+    for step in range(sampling.max_tokens):
+        tokens = _emit(model, hidden, state, step, sampling, closing, stop_id, banned)
+        live = ~state.finished[state.active]
+        if not live.any() or step + 1 == sampling.max_tokens:
+            break
+        if live.sum() <= 0.8 * len(live):
+            keep = live.nonzero().squeeze(1)
+            cache.select(keep)
+            state.active, key_mask, tokens = state.active[keep], key_mask[keep], tokens[keep]
+        hidden = _decode(model, cache, tokens, key_mask, step)
+    width = max(1, int(state.mask.sum(1).amax()) if rows else 1)
+    return Rollout(
+        state.ids[:, :width],
+        state.mask[:, :width],
+        state.logprobs[:, :width],
+        state.entropy[:, :width],
+        state.sampled[:, :width],
+        state.finished,
+    )
+
+
+def _emit(
+    model: InternVLForConditionalGeneration,
+    hidden: Tensor,
+    state: _State,
+    step: int,
+    sampling: Sampling,
+    closing: ThoughtClosing,
+    stop_id: int,
+    banned: Tensor,
+) -> Tensor:
+    """Choose and record the next token of every active row."""
+    rows = state.active
+    logits = model.lm_head(hidden).float()
+    if len(banned):
+        ban_tokens_(logits, banned)
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        scaled = torch.log_softmax(logits / sampling.temperature, -1)
+        tokens = draw(scaled, state.uniforms[rows, step])
+    forced, closers = _forced_tokens(state, step, sampling, closing)
+    tokens = torch.where(forced, closers, tokens)
+    logprobs, entropy = logprobs_and_entropy(
+        logits, tokens, temperature=sampling.temperature or 1.0
+    )
+    fresh = ~state.finished[rows]
+    state.ids[rows, step] = torch.where(fresh, tokens, state.ids[rows, step])
+    state.mask[rows, step] = fresh
+    state.sampled[rows, step] = fresh & ~forced
+    state.logprobs[rows, step] = torch.where(fresh, logprobs, 0.0)
+    state.entropy[rows, step] = torch.where(fresh, entropy, 0.0)
+    _note_closing(state, step, closing)
+    state.finished[rows] |= tokens == stop_id
+    return tokens
+
+
+def _decode(
+    model: InternVLForConditionalGeneration,
+    cache: DecodeCache,
+    tokens: Tensor,
+    key_mask: Tensor,
+    step: int,
+) -> Tensor:
+    """One more position of every active row: hidden states [rows, H]."""
+    generated = torch.ones(len(tokens), step + 1, dtype=torch.bool)
+    mask = torch.cat([key_mask, generated], 1)[:, None, None, :]
+    hidden = model.model.language_model(
+        inputs_embeds=model.get_input_embeddings()(tokens[:, None]),
+        attention_mask={"full_attention": mask},
+        position_ids=(key_mask.sum(1, keepdim=True) + step),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    cache.length += 1
+    return hidden[:, -1]
+
+
+def decode_texts(tokenizer: object, rollout: Rollout, stop_id: int) -> list[str]:
+    """Completions as text, without the end-of-turn token; special tokens stay visible."""
+    texts: list[str] = []
+    lists: Sequence[list[int]] = rollout.response_ids.tolist()
+    for ids, mask in zip(lists, rollout.mask.tolist(), strict=True):
+        kept = [i for i, m in zip(ids, mask, strict=True) if m and i != stop_id]
+        texts.append(tokenizer.decode(kept, skip_special_tokens=False))  # type: ignore[attr-defined]
+    return texts

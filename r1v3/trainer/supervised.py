@@ -1,0 +1,218 @@
+"""The supervised loop that cold-start SFT, connector-only tuning and pre-training share."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1v3.config import Supervised
+from r1v3.data.encoding import Example, collate, encode_sample
+from r1v3.data.schema import load_samples
+from r1v3.data.tokenizer import train_tokenizer
+from r1v3.data.words import expand_words
+from r1v3.engine.contract import Batch
+from r1v3.engine.hf import HFEngine
+from r1v3.trainer.critical_tokens import CriticalTokenMonitor
+from r1v3.trainer.interrupt import StopRequest
+from r1v3.trainer.metrics import MetricsLogger
+from r1v3.trainer.stage import (
+    StageInterrupted,
+    begin,
+    build_engine,
+    image_shape,
+    learning_rate,
+    order,
+    progress_bar,
+    publish,
+    resume,
+    save,
+    set_threads,
+)
+
+_SHOWN = ("loss", "validation_loss", "grad_norm")
+
+
+@dataclass
+class Best:
+    """The best validation so far; `stale` counts validations since."""
+
+    loss: float | None = None
+    step: int = 0
+    stale: int = 0
+
+    def update(self, loss: float, step: int) -> bool:
+        """Note a validation; True if it is the best."""
+        if self.loss is None or loss < self.loss:
+            self.loss, self.step, self.stale = loss, step, 0
+            return True
+        self.stale += 1
+        return False
+
+
+def load_examples(path: Path, engine: HFEngine, max_tiles: int) -> list[Example]:
+    """Encode the samples of a file, each in the template (thinking or not) it was written for.
+
+    Raises:
+        ValueError: a sample has no response to learn, named by file and row.
+    """
+    shape = image_shape(engine, max_tiles)
+    examples = []
+    for row, sample in enumerate(load_samples(path)):
+        if not sample.response:
+            raise ValueError(f"{path} row {row}: extra_info.response is empty; there is no target")
+        thinking = bool(sample.extra_info.get("thinking", True))
+        examples.append(encode_sample(sample, engine.tokenizer, shape, thinking=thinking))
+    return examples
+
+
+def sum_loss(logprobs: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Cross-entropy: minus the mean log-prob over the `tokens` response tokens of the batch."""
+    return -logprobs.sum() / tokens
+
+
+def micro_batches(examples: list[Example], size: int, pad: int) -> list[Batch]:
+    """Batches of at most `size` examples."""
+    return [collate(examples[i : i + size], pad) for i in range(0, len(examples), size)]
+
+
+@torch.no_grad()
+def validation_loss(engine: HFEngine, examples: list[Example], size: int) -> float:
+    """Mean cross-entropy per response token, in nats."""
+    total, tokens = 0.0, 0
+    for batch in micro_batches(examples, size, engine.tokenizer.pad_token_id):
+        logprobs, _ = engine.forward(batch)
+        total -= float(logprobs.sum())
+        tokens += int(batch.loss_mask.sum())
+    return total / max(1, tokens)
+
+
+class Trainer:
+    """One supervised stage, step by step."""
+
+    def __init__(self, name: str, config: Supervised, *, resuming: bool) -> None:
+        self.name, self.config, self.run = name, config, Path(config.run)
+        begin(name, config, self.run)
+        set_threads(config.threads)
+        tokenizer = None
+        if config.architecture is not None:
+            tokenizer = train_tokenizer(
+                _texts(config.train_data), config.architecture.vocab_size
+            )
+        self.engine = build_engine(
+            config,
+            config.modules.model_dump(),
+            config.optimizer,
+            architecture=config.architecture,
+            tokenizer=tokenizer,
+        )
+        self.train = load_examples(config.train_data, self.engine, config.max_tiles)
+        self.validation = load_examples(config.validation_data, self.engine, config.max_tiles)
+        self.total = max(1, round(len(self.train) * config.epochs / config.batch_size))
+        words = expand_words(self.engine.tokenizer, config.monitor.words)
+        self.monitor = CriticalTokenMonitor(
+            words, high_entropy_nats=config.monitor.high_entropy_nats
+        )
+        self.best = Best()
+        self.step = 0
+        loaded = resume(name, self.run, self.engine, resuming)
+        if loaded is not None:
+            self.step = loaded.step
+            self.best = Best(**loaded.state["best"])
+        self.resume_after = loaded.step if loaded is not None else (0 if resuming else None)
+
+    @property
+    def finished(self) -> bool:
+        """The last step was taken, or validation has stopped improving."""
+        patience = self.config.early_stopping
+        return self.step >= self.total or (patience is not None and self.best.stale >= patience)
+
+    def take_step(self) -> dict[str, Any]:
+        """One optimizer step; its metrics."""
+        config, started = self.config, time.perf_counter()
+        size = config.batch_size
+        chosen = order(
+            len(self.train), self.step * size, size, config.seed, self.name, "order"
+        )
+        batches = micro_batches(
+            [self.train[i] for i in chosen],
+            config.micro_batch_size,
+            self.engine.tokenizer.pad_token_id,
+        )
+        tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
+        self.monitor.reset()
+
+        def loss_fn(logprobs: torch.Tensor, entropy: torch.Tensor, index: int) -> torch.Tensor:
+            batch = batches[index]
+            self.monitor.update(batch.response_ids, entropy.detach(), batch.loss_mask)
+            return sum_loss(logprobs, tokens)
+
+        rate = learning_rate(self.step, self.total, config.optimizer)
+        metrics = self.engine.train_step(batches, loss_fn, learning_rate=rate)
+        self.step += 1
+        return {
+            **metrics,
+            **self.monitor.result(),
+            "tokens": tokens,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def validate(self) -> float:
+        """Validation loss; the weights are kept aside when it is the best so far."""
+        loss = validation_loss(self.engine, self.validation, self.config.micro_batch_size)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"validation loss is {loss} at step {self.step}")
+        if self.best.update(loss, self.step):
+            publish(self.engine, self.run / "checkpoints" / f"{self.name}-best")
+        return loss
+
+    def save(self) -> None:
+        """A checkpoint to resume from."""
+        save(self.name, self.run, self.step, self.engine, {"best": vars(self.best)})
+
+    def loop(self) -> None:
+        """Train until finished; a stop request saves first."""
+        with (
+            StopRequest() as stop,
+            MetricsLogger(self.run, self.name, resume_after=self.resume_after) as log,
+            progress_bar(self.name, self.total, self.step, _SHOWN) as bar,
+        ):
+            while not self.finished:
+                metrics = self.take_step()
+                last = self.step == self.total
+                if last or self.step % self.config.validate_every == 0:
+                    metrics["validation_loss"] = self.validate()
+                log.log(self.step, metrics)
+                bar.update(self.step, metrics)
+                if last or stop.requested or self.step % self.config.checkpoint_every == 0:
+                    self.save()
+                if stop.requested:
+                    raise StageInterrupted(
+                        f"{self.name} stopped at step {self.step} of {self.total} and was saved; "
+                        "go on with --resume"
+                    )
+            if self.best.stale and self.best.loss is not None:
+                bar.note(
+                    f"{self.name}: best validation loss {self.best.loss:.4f} at step "
+                    f"{self.best.step} of {self.step}; those weights are kept"
+                )
+
+
+def _texts(path: Path) -> list[str]:
+    samples = load_samples(path)
+    prompts = [message["content"] for sample in samples for message in sample.prompt]
+    return prompts + [sample.response or "" for sample in samples]
+
+
+def train(name: str, config: Supervised, *, resuming: bool = False) -> Path:
+    """Run a supervised stage; returns the folder of the weights with the best validation loss."""
+    final = Path(config.run) / "models" / name
+    if resuming and final.exists():
+        return final
+    trainer = Trainer(name, config, resuming=resuming)
+    trainer.loop()
+    trainer.engine.load_weights(Path(config.run) / "checkpoints" / f"{name}-best")
+    publish(trainer.engine, final)
+    return final
