@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from r1v3.rewards.choices import find_choice, find_letter, option_key, plain_text
+from r1v3.rewards.choices import find_choice, find_letter, letter_choice, option_key, plain_text
 from r1v3.rewards.extract import MAX_ANSWER_CHARS, extract_answer, unwrap_boxed
 from r1v3.rewards.quantities import RELATIVE_TOLERANCE, numbers_equal, parse_number
 from r1v3.rewards.symbolic import symbolically_equal
@@ -75,7 +75,9 @@ def _option_correct(answer: str, gold: str, options: Sequence[str]) -> bool | No
         if choice.by_text or gold_choice.by_text:  # two options may carry the same text
             return option_key(options[choice.index]) == option_key(gold_option)
         return choice.index == gold_choice.index
-    if find_letter(answer) or not _equivalent(gold_option, answer):
+    if letter_choice(answer) is not None:
+        return False  # a letter of no option, or several letters
+    if not _equivalent(gold_option, answer):
         return False
     others = (option for option in options if option_key(option) != option_key(gold_option))
     return not any(_equivalent(option, answer) for option in others)

@@ -109,7 +109,8 @@ def test_right_option_in_every_spelling(answer: str, gold: str) -> None:
 
 @pytest.mark.parametrize(
     "answer", ["A", "14", "C", "E", "B. 14", "B or C", "B. 12 or C. 14", "B, C", "not B", "",
-               "B and C", "AB", "12, 14", "B is wrong, C", "C. 12"],
+               "B and C", "AB", "12, 14", "B is wrong, C", "C. 12",
+               "(E) 12", "E. 12", "(B), (C)"],
 )  # fmt: skip
 def test_wrong_or_hedged_option_is_rejected(answer: str) -> None:
     """Naming two options must never pay, and a letter must agree with the text beside it."""
@@ -132,7 +133,18 @@ def test_letter_ground_truth_without_options() -> None:
     """math-verify cannot grade these: it reads "B is wrong, C" as B and sees no letter in a box."""
     for good in ["B", "(B)", "B.", "\\text{B}", "B. 12", "$B$", "(B) 12 cm"]:
         assert accuracy_reward(f"\\boxed{{{good}}}", "B") == 1.0
-    for bad in ["C", "b", "not B", "B or C", "B, C", "B is wrong, C", "BC", "E.g. B"]:
+    for bad in [
+        "C",
+        "b",
+        "not B",
+        "B or C",
+        "B, C",
+        "B is wrong, C",
+        "BC",
+        "E.g. B",
+        "B. 12 or C. 13",
+        "(B) or (C)",
+    ]:
         assert accuracy_reward(f"\\boxed{{{bad}}}", "B") == 0.0
 
 
