@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1v3.data.sample import Sample, make_sample, parse_row
+from r1v3.files import fsync_directory, temporary_sibling
 
 __all__ = ["Sample", "load_samples", "make_sample", "write_samples"]
 
@@ -104,6 +105,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
     """Write samples to a `.parquet` or `.jsonl` file, which replaces `path` only when complete.
 
+    Missing parent folders are made.
+
     Images are stored in the file: as bytes in Parquet, as base64 text in JSON lines. Loading the
     file gives equal samples. verl reads the Parquet file; it cannot read base64 images.
 
@@ -135,15 +138,17 @@ def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A new file that takes the place of `path` once it is complete and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(path)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
 
 
 def _json_line(sample: Sample) -> bytes:
