@@ -86,7 +86,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new_content(tmp_path: Path) -> No
         number = 0
         while True:
             number = (number + 1) % 256
-            write_bytes(sys.argv[1], bytes([number]) * 3_000_000)
+            write_bytes(sys.argv[1], bytes([number]) * 1_000_000)
             print(number, flush=True)
         """
     )
@@ -102,7 +102,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new_content(tmp_path: Path) -> No
                 process.stdout.readline()
             process.kill()
         content = target.read_bytes()
-        assert len(content) == 3_000_000 and len(set(content)) == 1
+        assert len(content) == 1_000_000 and len(set(content)) == 1
 
 
 def strict(text: str) -> object:
@@ -201,13 +201,13 @@ def test_a_reader_always_finds_the_directory_while_it_is_replaced(tmp_path: Path
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        for number in range(200):
+        for number in range(60):
             files.replace_directory(make_tree(files.temporary_sibling(final), str(number)), final)
     finally:
         done.set()
         reader.join()
     assert not missing
-    assert (final / "a").read_text() == "199"
+    assert (final / "a").read_text() == "59"
 
 
 def test_free_space_error_names_directory_needed_and_free(tmp_path: Path) -> None:

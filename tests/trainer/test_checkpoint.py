@@ -450,14 +450,17 @@ KILLS = """
             write_model=lambda d: (d / "model.safetensors").write_bytes(content(step)),
         )
 
+    start = time.monotonic()
     save(1)
+    save(1)
+    one_save = (time.monotonic() - start) / 2
     last, in_the_middle = 1, 0
     for _ in range(30):
         child = os.fork()
         if child == 0:
             for step in range(last, last + 10_000):  # the first one replaces an existing checkpoint
                 save(step)
-        time.sleep(generator.uniform(0.001, 0.2))
+        time.sleep(generator.uniform(0, 5 * one_save))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         in_the_middle += any(name.startswith(".") for name in os.listdir(root))
@@ -484,7 +487,7 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path: Path) -> No
     )
     assert finished.returncode == 0, finished.stderr
     in_the_middle, last_step = map(int, finished.stdout.split())
-    assert in_the_middle >= 10 and last_step > 5
+    assert in_the_middle >= 10 and last_step > 3
 
 
 class Model(torch.nn.Module):
