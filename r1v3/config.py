@@ -33,11 +33,16 @@ class Modules(Section):
 
 
 class Architecture(Section):
-    """A randomly initialised InternVL (only pre-training starts from one)."""
+    """A randomly initialised InternVL (only pre-training starts from one).
+
+    tokenizer_data: sample files whose texts the tokenizer's vocabulary is learned from.
+    """
 
     vocab_size: Positive = 512
     image_size: Positive = 64
     patch_size: Positive = 8
+    rope_theta: Annotated[float, Field(gt=0)] = 1e4
+    tokenizer_data: tuple[Path, ...]
     vision: dict[str, int]
     text: dict[str, int]
 
@@ -267,14 +272,12 @@ class Data(Section):
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def load(
-    kind: type[ConfigT], path: Path | str | None, overrides: Sequence[str] = ()
-) -> ConfigT:
+def load(kind: type[ConfigT], path: Path | str | None, overrides: Sequence[str] = ()) -> ConfigT:
     """Read a YAML file, apply `a.b=value` overrides, and validate.
 
     Args:
         kind: the stage's class.
-        path: the file, or None for overrides alone.
+        path: the file, or None for overrides alone. `{run}` in a value stands for `run`.
         overrides: `key=value` strings; values are parsed as YAML.
 
     Raises:
@@ -293,10 +296,23 @@ def load(
             raise ConfigError(f"{path} must hold a mapping of keys, not {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
+    if isinstance(tree.get("run"), str):
+        tree = _substitute(tree, tree["run"])
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(kind, name, error)) from error
+
+
+def _substitute(value: Any, run: str) -> Any:
+    """`{run}` in any string below stands for the run folder."""
+    if isinstance(value, str):
+        return value.replace("{run}", run)
+    if isinstance(value, dict):
+        return {key: _substitute(item, run) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substitute(item, run) for item in value]
+    return value
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

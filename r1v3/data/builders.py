@@ -8,7 +8,7 @@ import numpy as np
 from r1v3.data.chains import TeacherConfig, sample_chain, show_rows, solve
 from r1v3.data.compose import compose, to_png
 from r1v3.data.sample import Sample
-from r1v3.data.tasks import BUILDERS, IN_DOMAIN, LETTERS, OUT_OF_DOMAIN, Problem
+from r1v3.data.tasks import BUILDERS, IN_DOMAIN, LETTERS, OUT_OF_DOMAIN, Problem, show_grid
 from r1v3.data.tokenizer import THINK_CLOSE
 
 
@@ -107,42 +107,66 @@ def _spoken(problem: Problem, rng: np.random.Generator, index: int, split: str) 
     )
 
 
-def base_corpus(split: str, count: int, seed: int) -> list[Sample]:
+def _transcript(
+    problem: Problem, rng: np.random.Generator, index: int, split: str, *, dense: bool
+) -> Sample:
+    """Transcription of a picture: every cell of the grid, or the rows as chains read them."""
+    if dense:
+        text, answer = "Transcribe the grid cell by cell.", show_grid(problem)
+    else:
+        text = "Read the digits row by row."
+        answer = f"{show_rows(problem.true_rows(), problem.target)}."
+    return _sample(problem, text, split, index, rng, answer=answer, response=answer, thinking=False)
+
+
+def _direct(problem: Problem, rng: np.random.Generator, index: int, split: str) -> Sample:
+    """A question about a picture with the bare answer."""
+    response = f"\\boxed{{{problem.answer}}}"
+    text = question_text(problem)
+    return _sample(problem, text, split, index, rng, response=response, thinking=False)
+
+
+# What a row of the base corpus is, by its position in a cycle of eight.
+_BASE_KINDS = ("dense", "rows", "worked", "dense", "direct", "rows", "worked", "dense")
+
+
+def base_corpus(
+    split: str, count: int, seed: int, kinds: Sequence[str] = _BASE_KINDS
+) -> list[Sample]:
     """Pre-training data: what a vision-language model knows before any reasoning is taught.
 
-    Half transcriptions of pictures, a quarter questions with the bare answer, a quarter worked
-    text-only problems, in all domains; never a picture with a chain of thought.
+    Transcriptions of pictures (cell by cell, and row by row), questions with the bare answer, and
+    worked text-only problems, in all domains; never a picture with a chain of thought.
     """
     rng = np.random.default_rng([seed, 2, *map(ord, split)])
     asked = (*IN_DOMAIN, *OUT_OF_DOMAIN)
     samples = []
     for index in range(count):
-        kind = index % 4
-        domain = asked[index // 4 % len(asked)]
-        if kind == 0:
+        kind = kinds[index % len(kinds)]
+        domain = asked[index // len(kinds) % len(asked)]
+        if kind == "dense" or (kind == "rows" and rng.random() < 0.3):
             domain = "reading"
         problem = BUILDERS[domain](split, rng)
-        if kind < 2:
-            transcript = show_rows(problem.true_rows(), problem.target)
-            text = "Read the digits row by row."
-            samples.append(
-                _sample(
-                    problem,
-                    text,
-                    split,
-                    index,
-                    rng,
-                    answer=transcript,
-                    response=f"{transcript}.",
-                    thinking=False,
-                )
-            )
-        elif kind == 2:
-            response = f"\\boxed{{{problem.answer}}}"
-            text = question_text(problem)
-            samples.append(
-                _sample(problem, text, split, index, rng, response=response, thinking=False)
-            )
+        if kind in ("dense", "rows"):
+            sample = _transcript(problem, rng, index, split, dense=kind == "dense")
+        elif kind == "direct":
+            sample = _direct(problem, rng, index, split)
         else:
-            samples.append(_spoken(problem, rng, index, split))
+            sample = _spoken(problem, rng, index, split)
+        samples.append(sample)
     return samples
+
+
+def connector_mix(split: str, count: int, seed: int, teacher: TeacherConfig) -> list[Sample]:
+    """Data for connector-only tuning: wider than the recipe's domains, still without the held-out.
+
+    Half cold-start chains, a quarter transcriptions, a quarter bare answers (report, section 5.6:
+    connector tuning re-balances on many domains).
+    """
+    chains = cold_start(split, count // 2, seed + 3, teacher).samples
+    wider = [
+        sample
+        for sample in base_corpus(split, 2 * count, seed + 4, ("dense", "rows", "direct"))
+        if sample.domain not in OUT_OF_DOMAIN
+    ]
+    return chains + wider[: count - len(chains)]

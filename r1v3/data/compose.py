@@ -51,7 +51,7 @@ def compose(cells: list[Cell], rng: np.random.Generator) -> np.ndarray:
     ink = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
     for cell in cells:
         if not (0 <= cell.row < GRID and 0 <= cell.column < GRID):
-            raise ValueError(f"cell ({cell.row}, {cell.column}) is outside the {GRID} x {GRID} grid")
+            raise ValueError(f"cell ({cell.row}, {cell.column}) is outside {GRID} x {GRID}")
         drawn = (
             _sign_ink(cell.content, rng)
             if isinstance(cell.content, str)

@@ -23,7 +23,7 @@ _SPLIT_SEED = 20250711
 
 @dataclass(frozen=True)
 class Scans:
-    """All scans: `pixels` uint8 [N, 8, 8] (ink 0 to 255), `labels` int64 [N], `split` name -> ids."""
+    """`pixels` uint8 [N, 8, 8] (ink 0 to 255), `labels` int64 [N], `split` name -> scan ids."""
 
     pixels: np.ndarray
     labels: np.ndarray

@@ -37,6 +37,15 @@ class Problem:
         return tuple("".join(str(scans().labels[s]) for s in row) for row in self.rows)
 
 
+def show_grid(problem: Problem) -> str:
+    """Every cell of the picture in reading order, `none` where nothing stands."""
+    grid = [["none"] * GRID for _ in range(GRID)]
+    for cell in problem.cells:
+        mark = cell.content if isinstance(cell.content, str) else scans().labels[cell.content]
+        grid[cell.row][cell.column] = str(mark)
+    return "\n".join(" ".join(row) for row in grid)
+
+
 @dataclass
 class Sheet:
     """Places numbers of one split on the grid."""
@@ -58,7 +67,12 @@ class Sheet:
 
     def problem(self, domain: str, question: str, answer: str, **kwargs: object) -> Problem:
         return Problem(
-            domain, question, answer, tuple(self.rows), tuple(self.cells), **kwargs  # type: ignore[arg-type]
+            domain,
+            question,
+            answer,
+            tuple(self.rows),
+            tuple(self.cells),
+            **kwargs,  # type: ignore[arg-type]
         )
 
 
@@ -73,7 +87,7 @@ def arithmetic(split: str, rng: np.random.Generator) -> Problem:
     if sign == "-" and a < b:
         a, b = b, a
     sheet = Sheet(split, rng)
-    top, right = int(rng.integers(0, GRID - 1)), int(rng.integers(2, GRID))
+    top, right = int(rng.integers(0, GRID - 1)), GRID - 1
     sheet.write(str(a), top, right)
     sheet.write(str(b), top + 1, right)
     sheet.sign(sign, top + 1, right - 2)
@@ -90,7 +104,7 @@ def comparison(split: str, rng: np.random.Generator) -> Problem:
         if value not in values:
             values.append(value)
     sheet = Sheet(split, rng)
-    top, right = int(rng.integers(0, GRID - 2)), int(rng.integers(1, GRID))
+    top, right = int(rng.integers(0, GRID - 2)), GRID - 1
     for row, value in enumerate(values):
         sheet.write(str(value), top + row, right)
     best = max(values) if kind == "largest" else min(values)
@@ -104,8 +118,7 @@ def ordering(split: str, rng: np.random.Generator) -> Problem:
     """Multiple choice: the digits of a row from smallest to largest."""
     digits = [int(d) for d in rng.choice(10, 3, replace=False)]
     sheet = Sheet(split, rng)
-    right = int(rng.integers(2, GRID))
-    sheet.write("".join(map(str, digits)), int(rng.integers(0, GRID)), right)
+    sheet.write("".join(map(str, digits)), int(rng.integers(0, GRID)), GRID - 1)
     correct = sorted(digits)
     lists = [tuple(correct)]
     while len(lists) < 3:
@@ -137,7 +150,7 @@ def counting(split: str, rng: np.random.Generator) -> Problem:
             str(target) if rng.random() < 0.4 else str(rng.integers(0, 10)) for _ in range(length)
         )
         total += number.count(str(target))
-        sheet.write(number, top + row, int(rng.integers(length - 1, GRID)))
+        sheet.write(number, top + row, GRID - 1)
     question = f"How many times does the digit {target} appear?"
     return sheet.problem("counting", question, str(total), target=str(target))
 
@@ -150,7 +163,7 @@ def reading(split: str, rng: np.random.Generator) -> Problem:
     for row in range(n_rows):
         length = int(rng.integers(1, GRID + 1))
         number = "".join(str(d) for d in rng.integers(0, 10, length))
-        sheet.write(number, top + row, int(rng.integers(length - 1, GRID)))
+        sheet.write(number, top + row, GRID - 1)
     problem = sheet.problem("reading", "Read the digits row by row.", "")
     return Problem(**{**problem.__dict__, "answer": " ".join(problem.true_rows())})
 

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer in Qwen2's layout, with InternVL's special tokens and our chat template.
+"""A byte-level BPE tokenizer in Qwen2's layout, with InternVL's special tokens.
 
 As in the 38B, `<think>` and `</think>` are ordinary text, not special tokens (research of the
 model's tokenizer: they take several tokens), and every decimal digit is a token of its own.
@@ -28,9 +28,7 @@ _SPLIT = (
 # Slow thinking opens the assistant turn with <think>; NoThink leaves it out (report, section 6.2).
 CHAT_TEMPLATE = (
     "{%- if messages[0].role != 'system' -%}"
-    "{{ '<|im_start|>system\\n"
-    + SYSTEM_PROMPT
-    + "<|im_end|>\\n' }}"
+    "{{ '<|im_start|>system\\n" + SYSTEM_PROMPT + "<|im_end|>\\n' }}"
     "{%- endif -%}"
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"

@@ -33,13 +33,15 @@ def internvl_config(
     patch_size: int,
     vision: Mapping[str, int],
     text: Mapping[str, int],
+    rope_theta: float = 1e6,
 ) -> InternVLConfig:
     """A configuration with the 38B's architecture in the given size.
 
     InternViT with RMS norm, QK norm over the whole width, layer scale and no final norm; pixel
     shuffle by 2; Qwen2 with QKV bias, grouped-query attention and an untied head. `vision` and
     `text` take transformers' names (hidden_size, num_hidden_layers, num_attention_heads,
-    intermediate_size; and num_key_value_heads, max_position_embeddings for the text).
+    intermediate_size; and num_key_value_heads, max_position_embeddings for the text). The 38B has
+    a `rope_theta` of 1e6; short contexts want less.
     """
     side = image_size // patch_size
     if image_size % patch_size or side % 2:
@@ -60,7 +62,7 @@ def internvl_config(
             "model_type": "qwen2",
             "vocab_size": vocab_size,
             "tie_word_embeddings": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
             "rms_norm_eps": 1e-6,
             **text,
         },

@@ -144,9 +144,7 @@ class Trainer:
             generator=torch_stream(config.seed, "rollout", self.step, key),
         )
         asked: list[Sample] = [self.samples[i] for i in indices for _ in range(config.group_size)]
-        rewards = score(
-            texts, asked, weight=config.rewards.accuracy_weight, verifier=self.verifier
-        )
+        rewards = score(texts, asked, weight=config.rewards.accuracy_weight, verifier=self.verifier)
         return rollout, rewards
 
     def episode(self) -> Episode:

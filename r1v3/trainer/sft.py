@@ -1,4 +1,4 @@
-"""Cold-start supervised fine-tuning on rejection-sampled chains of thought (report, section 3.2)."""
+"""Cold-start SFT on rejection-sampled chains of thought (report, section 3.2)."""
 
 from pathlib import Path
 

@@ -58,11 +58,12 @@ def torch_stream(*key: int | str) -> torch.Generator:
 
 
 def order(count: int, start: int, size: int, *key: int | str) -> list[int]:
-    """Positions `start` to `start + size` of an endless sequence of shuffled passes over `count`."""
+    """Entries `start` to `start + size` of endless shuffled passes over `count` things."""
     if count == 0:
         raise ValueError("the training data is empty")
     passes = {
-        n: stream(*key, n).permutation(count) for n in range(start // count, (start + size) // count + 1)
+        n: stream(*key, n).permutation(count)
+        for n in range(start // count, (start + size) // count + 1)
     }
     return [int(passes[i // count][i % count]) for i in range(start, start + size)]
 
@@ -149,6 +150,7 @@ def build_engine(
                 patch_size=architecture.patch_size,
                 vision=architecture.vision,
                 text=architecture.text,
+                rope_theta=architecture.rope_theta,
             ),
             config.seed,
         )
@@ -225,7 +227,7 @@ def publish(engine: HFEngine, folder: Path) -> None:
 def progress_bar(
     title: str, total: int, done: int, fields: Sequence[str]
 ) -> Iterator["ProgressBar"]:
-    """A progress bar with the numbers that matter; a line now and then where there is no terminal."""
+    """A progress bar with the numbers that matter; a line now and then without a terminal."""
     console = Console()
     with Progress(
         TextColumn("[bold]{task.description:<10}"),

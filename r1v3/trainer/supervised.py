@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from r1v3.config import Supervised
 from r1v3.data.encoding import Example, collate, encode_sample
 from r1v3.data.schema import load_samples
-from r1v3.data.tokenizer import train_tokenizer
+from r1v3.data.tokenizer import SYSTEM_PROMPT, THINK_OPEN, train_tokenizer
 from r1v3.data.words import expand_words
 from r1v3.engine.contract import Batch
 from r1v3.engine.hf import HFEngine
@@ -99,7 +100,7 @@ class Trainer:
         tokenizer = None
         if config.architecture is not None:
             tokenizer = train_tokenizer(
-                _texts(config.train_data), config.architecture.vocab_size
+                corpus(config.architecture.tokenizer_data), config.architecture.vocab_size
             )
         self.engine = build_engine(
             config,
@@ -133,9 +134,7 @@ class Trainer:
         """One optimizer step; its metrics."""
         config, started = self.config, time.perf_counter()
         size = config.batch_size
-        chosen = order(
-            len(self.train), self.step * size, size, config.seed, self.name, "order"
-        )
+        chosen = order(len(self.train), self.step * size, size, config.seed, self.name, "order")
         batches = micro_batches(
             [self.train[i] for i in chosen],
             config.micro_batch_size,
@@ -200,10 +199,12 @@ class Trainer:
                 )
 
 
-def _texts(path: Path) -> list[str]:
-    samples = load_samples(path)
+def corpus(files: Sequence[Path]) -> list[str]:
+    """The texts that a vocabulary is learned from: prompts, responses and the chat's own words."""
+    samples = [sample for file in files for sample in load_samples(file)]
     prompts = [message["content"] for sample in samples for message in sample.prompt]
-    return prompts + [sample.response or "" for sample in samples]
+    chat = [f"system\n{SYSTEM_PROMPT}", "user\n", f"assistant\n{THINK_OPEN}\n"]
+    return prompts + [sample.response or "" for sample in samples] + chat * len(samples)
 
 
 def train(name: str, config: Supervised, *, resuming: bool = False) -> Path:

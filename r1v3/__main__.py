@@ -1,0 +1,3 @@
+from r1v3.cli import main
+
+main()

@@ -1,0 +1,188 @@
+"""The command line: one verb per stage. Heavy modules are imported inside the verbs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from r1v3.config import ConfigError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="The Skywork-R1V3 recipe: SFT, GRPO, connector tuning, selection, evaluation.",
+)
+INTERRUPTED = 130
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the stage.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value or section.key=value overrides.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
+
+
+@contextmanager
+def _friendly() -> Iterator[None]:
+    """User errors become one line on stderr and exit code 1; an interruption exits with 130."""
+    from r1v3.trainer.stage import StageInterrupted
+
+    try:
+        yield
+    except StageInterrupted as stopped:
+        typer.secho(str(stopped), fg="yellow", err=True)
+        raise typer.Exit(INTERRUPTED) from stopped
+    except KeyboardInterrupt as stopped:
+        typer.secho("interrupted; what was saved is kept: go on with --resume", err=True)
+        raise typer.Exit(INTERRUPTED) from stopped
+    except (ConfigError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command(
+    epilog="Example: r1v3 demo --seed 1    Interrupted? r1v3 demo --resume",
+)
+def demo(
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder; by default the next free runs/demo-N.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of data, training and evaluation.")] = 0,
+    configs: Annotated[Path, typer.Option(help="Folder of the stages' files.")] = Path(
+        "configs/demo"
+    ),
+    resume: Resume = False,
+) -> None:
+    """The whole recipe on handwritten digits, in minutes on a laptop, with a report at the end."""
+    with _friendly():
+        from r1v3.demo import run_demo
+
+        run_demo(run, seed, configs, resuming=resume)
+
+
+@app.command(epilog="Example: r1v3 data configs/demo/data.yaml run=runs/mine sft=2000")
+def data(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Build the datasets of the handwriting recipe."""
+    with _friendly():
+        from r1v3.config import Data, load
+        from r1v3.data.recipe import build
+
+        build(load(Data, config, overrides or []), typer.echo)
+
+
+@app.command(
+    epilog="Example: r1v3 sft configs/demo/sft.yaml run=runs/mine optimizer.learning_rate=1e-3"
+)
+def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Cold-start supervised fine-tuning (and, from an architecture, pre-training)."""
+    with _friendly():
+        from r1v3.config import SFT, load
+        from r1v3.trainer import sft as stage
+
+        typer.echo(stage.train(load(SFT, config, overrides or []), resuming=resume))
+
+
+@app.command(epilog="Example: r1v3 grpo configs/demo/grpo.yaml run=runs/mine loss.clip_high=0.28")
+def grpo(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Group relative policy optimisation."""
+    with _friendly():
+        from r1v3.config import GRPO, load
+        from r1v3.trainer import grpo as stage
+
+        typer.echo(stage.train(load(GRPO, config, overrides or []), resuming=resume))
+
+
+@app.command(epilog="Example: r1v3 connector configs/demo/connector.yaml run=runs/mine")
+def connector(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Connector-only tuning."""
+    with _friendly():
+        from r1v3.config import Connector, load
+        from r1v3.trainer import connector as stage
+
+        typer.echo(stage.train(load(Connector, config, overrides or []), resuming=resume))
+
+
+@app.command(epilog="Example: r1v3 select configs/demo/select.yaml run=runs/mine")
+def select(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Choose a checkpoint by critical-token entropy, the validation score beside it."""
+    with _friendly():
+        from r1v3.config import Select, load
+        from r1v3.demo import select_from_run
+
+        typer.echo(select_from_run(load(Select, config, overrides or [])))
+
+
+@app.command("eval", epilog="Example: r1v3 eval configs/demo/eval.yaml run=runs/mine name=grpo")
+def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Score one checkpoint in all decoding modes."""
+    with _friendly():
+        from r1v3.config import Evaluate, load
+        from r1v3.evaluation.benchmark import evaluate as run_evaluation
+
+        def show(mode: str, result: dict[str, Any]) -> None:
+            for where in ("in_domain", "out_of_domain"):
+                if score := result[where]:
+                    typer.echo(
+                        f"{mode:<12} {where:<14} {score['accuracy']:.3f} "
+                        f"[{score['low']:.3f}, {score['high']:.3f}]  {score['tokens']:.1f} tokens"
+                    )
+
+        run_evaluation(load(Evaluate, config, overrides or []), show)
+
+
+@app.command(
+    epilog="Example: r1v3 generate --checkpoint runs/demo-1 --image digits.png "
+    '--question "Compute the result." --mode slow --budget 40'
+)
+def generate(
+    checkpoint: Annotated[Path, typer.Option(help="Run folder or model folder.")],
+    image: Annotated[Path, typer.Option(help="Picture to look at.")],
+    question: Annotated[str, typer.Option(help="What to ask.")],
+    mode: Annotated[str, typer.Option(help="slow, nothink or nowait.")] = "slow",
+    budget: Annotated[
+        int | None, typer.Option(min=0, help="Close the thought after this many tokens.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Answer a question about a picture of your own."""
+    with _friendly():
+        from r1v3.evaluation.generate import answer_about_image
+
+        answer_about_image(
+            checkpoint,
+            image,
+            question,
+            mode=mode,
+            budget=budget,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+
+
+@app.command(epilog="Example: r1v3 report runs/demo-1")
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Draw the figures and write report.html of a run again."""
+    with _friendly():
+        from r1v3.evaluation.report import write_report
+
+        typer.echo(write_report(run))
+
+
+@app.command(epilog="Example: r1v3 doctor")
+def doctor() -> None:
+    """Say what is installed, what runs on what, and what is missing."""
+    with _friendly():
+        from r1v3.doctor import print_report
+
+        print_report()
+
+
+def main() -> None:
+    """Entry point of the `r1v3` command."""
+    app()
