@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
@@ -211,6 +211,7 @@ def test_correlation_needs_pairs() -> None:
         correlation([1], [1, 2])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=3, max_size=7))
 def test_spearman_sees_only_the_order(pairs: list[tuple[int, int]]) -> None:
     bend: Callable[[float], float] = math.exp
@@ -220,6 +221,7 @@ def test_spearman_sees_only_the_order(pairs: list[tuple[int, int]]) -> None:
     assert plain.spearman_p == (None if bent.spearman_p is None else pytest.approx(bent.spearman_p))
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 12),
     st.integers(1, 5),
