@@ -1,6 +1,7 @@
 """Which part of r1v3 may import which, and the sizes that keep a file readable, from the syntax."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,9 +38,14 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def syntax(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path, top_only: bool = False) -> Iterator[str]:
     """Absolute dotted names imported by a file: `from r1v3 import _C` gives r1v3._C."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = syntax(path)
     package = path.relative_to(ROOT).parts[:-1]
     for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -155,7 +161,7 @@ def test_functions_stay_short() -> None:
     for path in CODE:
         if path.suffix != ".py":
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(syntax(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = lines_without_docstring(node)
                 if lines > (120 if is_jit(node) else 60):
@@ -169,7 +175,7 @@ def test_nothing_is_unpickled() -> None:
     for path in SOURCES:
         if any(name.split(".")[0] in ("pickle", "dill", "shelve") for name in imports(path)):
             found.append(f"{path.relative_to(ROOT)} imports pickle")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(syntax(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 arguments = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 if arguments.get("weights_only") != "True":
