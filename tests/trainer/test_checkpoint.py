@@ -455,14 +455,20 @@ KILLS = """
     save(1)
     one_save = (time.monotonic() - start) / 2
     last, in_the_middle = 1, 0
-    for _ in range(30):
+    for _ in range(16):
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             for step in range(last, last + 10_000):  # the first one replaces an existing checkpoint
                 save(step)
-        time.sleep(generator.uniform(0, 5 * one_save))
+                os.write(writer, b"s")
+        os.close(writer)
+        for _ in range(generator.randrange(3)):
+            assert os.read(reader, 1) == b"s"
+        time.sleep(generator.uniform(0, 1.2 * one_save))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        os.close(reader)
         in_the_middle += any(name.startswith(".") for name in os.listdir(root))
         loaded = load_checkpoint(latest_checkpoint(root))
         assert loaded.step >= last, (loaded.step, last)
@@ -478,7 +484,7 @@ KILLS = """
 
 
 def test_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
-    """Thirty processes that save in a loop die by SIGKILL; no save may take a finished one back."""
+    """Sixteen processes that save die by SIGKILL; no save may take a finished one back."""
     finished = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLS), str(tmp_path)],
         cwd=REPOSITORY,
@@ -487,7 +493,7 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path: Path) -> No
     )
     assert finished.returncode == 0, finished.stderr
     in_the_middle, last_step = map(int, finished.stdout.split())
-    assert in_the_middle >= 10 and last_step > 3
+    assert in_the_middle >= 3 and last_step > 3
 
 
 class Model(torch.nn.Module):
