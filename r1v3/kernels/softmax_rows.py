@@ -62,8 +62,9 @@ def backward(
     Rows outside `rows` and columns outside the vocabulary get 0.
     """
     width = logits.shape[-1]
+    if token_ids is None:
+        grad_logprobs = None  # without labels the log-probabilities are the constant 0
     if grad_logprobs is not None:
-        assert token_ids is not None
         grad_logprobs = grad_logprobs.to(saved.dtype).contiguous()
     if grad_entropy is not None:
         grad_entropy = grad_entropy.to(saved.dtype).contiguous()

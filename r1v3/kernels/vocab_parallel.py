@@ -26,7 +26,7 @@ def shard_bounds(width: int, vocab_size: int | None, name: str, device: torch.de
     group = _group(name)
     mine = torch.full((1,), width, dtype=torch.int64, device=device)
     widths = mine.new_empty(dist.get_world_size(group))
-    dist.all_gather_into_tensor(widths, mine, group=group)
+    dist.all_gather(list(widths.split(1)), mine, group=group)
     total = widths.sum()
     true_size = total if vocab_size is None else torch.full_like(total, vocab_size)
     bounds = torch.stack([widths[: dist.get_rank(group)].sum(), true_size])
@@ -41,7 +41,7 @@ def gather_statistics(stats: Tensor, name: str) -> Tensor:
     """[n, 4] of each rank -> [ranks, n, 4] in rank order."""
     group = _group(name)
     gathered = stats.new_empty(dist.get_world_size(group), *stats.shape)
-    dist.all_gather_into_tensor(gathered, stats.contiguous(), group=group)
+    dist.all_gather(list(gathered.unbind()), stats.contiguous(), group=group)
     return gathered
 
 

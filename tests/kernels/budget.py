@@ -1,4 +1,4 @@
-"""The error budget: at most twice the error of the same computation in PyTorch, plus a tolerance."""
+"""The error budget: at most twice the error of the same thing in PyTorch, plus a tolerance."""
 
 import torch
 from torch import Tensor

@@ -36,21 +36,24 @@ def test_leave_one_out_and_unscaled_by_hand() -> None:
     torch.testing.assert_close(got, torch.tensor([0.5, -0.5, -2.0, 2.0]))
 
 
-def definition(  # the formulas again, written sample by sample in float64
+def definition(
     rewards: torch.Tensor, groups: torch.Tensor, baseline: str, scale: str, ddof: int, eps: float
 ) -> torch.Tensor:
-    out = []
-    for i, r in enumerate(rewards):
-        mates = rewards[groups == groups[i]]
-        others = torch.cat(
-            [rewards[:i][groups[:i] == groups[i]], rewards[i + 1 :][groups[i + 1 :] == groups[i]]]
-        )
-        centre = {"mean": mates.mean(), "none": 0.0}.get(baseline)
-        value = r - (others.mean() if centre is None else centre)
+    """The formulas again, group by group, the mean of the others from all pairs."""
+    out = torch.empty_like(rewards)
+    for group in groups.unique():
+        mates = rewards[groups == group]
+        others = mates.expand(len(mates), -1)[~torch.eye(len(mates), dtype=torch.bool)]
+        centre = {
+            "mean": mates.mean(),
+            "leave_one_out": others.view(len(mates), -1).mean(-1),
+            "none": torch.zeros_like(mates),
+        }[baseline]
+        value = mates - centre
         if scale != "none":
             value = value / ((mates if scale == "group" else rewards).std(correction=ddof) + eps)
-        out.append(value)
-    return torch.stack(out)
+        out[groups == group] = value
+    return out
 
 
 @pytest.mark.parametrize("ddof", [0, 1])

@@ -1,0 +1,122 @@
+"""The ops as torch.library registers them, and under torch.compile(fullgraph=True)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from r1v3.kernels import (
+    ban_tokens_,
+    entropy_from_logits,
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_logprobs_and_entropy,
+    logprobs_and_entropy,
+    selective_log_softmax,
+)
+from tests.kernels.conftest import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="compilation does not see the kernels")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def op_cases() -> dict[str, tuple[Any, ...]]:
+    x = torch.randn(6, 11, requires_grad=True)
+    ids, rows = torch.randint(0, 9, (6,)), torch.tensor([4, 0])
+    tokens = torch.randn(6, requires_grad=True)
+    flat = tokens.detach() + 0.1
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    return {
+        "logprobs_and_entropy": (x, ids, None, scalar(0.7), 9, "", False),
+        "logprobs_and_entropy of rows": (x, ids[rows], rows, scalar(1.0), None, "", False),
+        "logprobs_and_entropy without ids": (x, None, None, scalar(1.0), None, "", False),
+        "group_advantages": (
+            torch.randn(4), torch.arange(4), torch.tensor([0, 2, 4]), 0, 0, 0, 1, 1e-6,
+        ),
+        "grpo_loss": (
+            tokens, flat, flat, torch.ones(6, dtype=torch.bool), flat, None,
+            torch.tensor([0, 2, 6]), scalar(3.0), 0.2, 0.2, 0.0, 0.1, 2, 0,
+        ),
+        "ban_tokens_": (x.detach(), ids, None, 0),
+        "linear_logprobs_and_entropy": (
+            hidden, weight, None, ids, torch.ones(6, dtype=torch.bool), scalar(0.7), None, "",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", op_cases())
+def test_opcheck(name: str) -> None:
+    """Fails if schema, fake tensors, autograd or AOT dispatch of an op are registered wrongly."""
+    op = getattr(torch.ops.r1v3, name.split()[0])
+    torch.library.opcheck(op, op_cases()[name])
+
+
+def logits_step(x: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    logprobs, entropy = logprobs_and_entropy(x, ids, temperature=temperature, vocab_size=30)
+    more = selective_log_softmax(x, ids) + entropy_from_logits(x, rows=ids[:1]).sum()
+    return (logprobs + 0.1 * entropy + more).sum()
+
+
+def training_step(x: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    b = ids.shape[0] // 2
+    logprobs, entropy = logprobs_and_entropy(x, ids, temperature=temperature, inplace_backward=True)
+    advantages = group_advantages(x.detach()[:, 0], torch.zeros_like(ids))
+    loss, metrics = grpo_loss(
+        logprobs.view(2, b), logprobs.detach().view(2, b) - 0.1, advantages.view(2, b),
+        torch.ones_like(ids).view(2, b), normalizer=temperature * 4,
+    )  # fmt: skip
+    return loss + entropy.sum() + metrics["ratio_mean"]
+
+
+def linear_step(x: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    weight = x[:8]
+    logprobs, entropy = linear_logprobs_and_entropy(x, weight, ids % 8, temperature=temperature)
+    loss, metrics = linear_grpo_loss(
+        x[None], weight, ids[None] % 8, logprobs.detach()[None], torch.ones(1),
+        (ids > 3)[None], temperature=temperature,
+    )  # fmt: skip
+    return loss + logprobs.sum() + entropy.sum() + metrics["entropy"]
+
+
+@pytest.mark.parametrize("step", [logits_step, training_step, linear_step])
+def test_full_graph_equals_eager_and_compiles_few_times(step: Any) -> None:
+    """Fails on a graph break, a wrong gradient, or a compile per length or temperature."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for n in (10, 12, 20, 26):
+        for temperature in (1.0, 0.7, 0.35):
+            x, ids = torch.randn(n, 32), torch.randint(0, 9, (n,))
+            results = []
+            for function in (step, compiled):
+                leaf = x.clone().requires_grad_()
+                loss = function(leaf * 1, ids, temperature)
+                loss.backward()
+                results.append((loss.detach(), leaf.grad))
+            for eager, graph in zip(*results, strict=True):
+                torch.testing.assert_close(graph, eager)
+    # Static, then a dynamic length, then a dynamic temperature.
+    assert counter.frame_count <= 3
+
+
+def test_in_place_ban_in_a_graph() -> None:
+    """Fails if functionalisation drops the write, or the caller's tensor keeps its old value."""
+    step = torch.compile(
+        lambda x, ids: ban_tokens_(x, ids).exp().sum(-1), fullgraph=True, backend="aot_eager"
+    )
+    x = torch.zeros(2, 6)
+    assert torch.equal(step(x, torch.tensor([1, 4])), torch.tensor([4.0, 4.0]))
+    assert (x[:, [1, 4]] == -torch.inf).all()

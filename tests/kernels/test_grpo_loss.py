@@ -1,0 +1,369 @@
+"""The clipped policy loss, on every implementation this process can run."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1v3.kernels import grpo_loss, reference
+from tests.kernels.budget import assert_within_budget
+
+pytestmark = pytest.mark.usefixtures("backend")
+AGGREGATIONS = ["sequence-mean", "token-mean", "sequence-sum", "constant"]
+
+
+def by_hand() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two sequences; the ratios of the valid tokens are 1.5, 1.1, 0.5 | 0.5, 3.0."""
+    old = torch.tensor([[-1.0, -2.0, -0.5], [-0.7, -3.0, 0.0]])
+    ratio = torch.tensor([[1.5, 1.1, 0.5], [0.5, 3.0, 1.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    return old + ratio.log(), old, torch.tensor([2.0, -1.0]), mask
+
+
+def test_report_equations_4_5_and_7_by_hand() -> None:
+    """Fails if ratio, clipping or the two means differ from the report's.
+
+    A = 2: min(1.5 * 2, 1.2 * 2) = 2.4, min(2.2, 2.2) = 2.2, min(1.0, 1.6) = 1.0: mean 5.6 / 3.
+    A = -1: min(-0.5, -0.8) = -0.8, min(-3.0, -1.2) = -3.0: mean -1.9.
+    Loss = -(5.6 / 3 - 1.9) / 2; the gradient is -A r / length / 2 where unclipped, else 0.
+    """
+    logprobs, old, advantages, mask = by_hand()
+    logprobs.requires_grad_()
+    loss, metrics = grpo_loss(logprobs, old, advantages, mask)
+    torch.testing.assert_close(loss, torch.tensor(-(5.6 / 3 - 1.9) / 2))
+    loss.backward()
+    expected = torch.tensor([[0.0, -2.2 / 6, -1.0 / 6], [0.0, 3.0 / 4, 0.0]])
+    torch.testing.assert_close(logprobs.grad, expected)
+    values = {
+        "clip_low_fraction": 1 / 5,
+        "clip_high_fraction": 1 / 5,
+        "dual_clip_fraction": 0.0,
+        "approx_kl": -(math.log(1.5) + math.log(1.1) + 2 * math.log(0.5) + math.log(3)) / 5,
+        "ref_kl": 0.0,
+        "ratio_mean": 6.6 / 5,
+        "ratio_max": 3.0,
+        "tokens": 5.0,
+        "nonfinite": 0.0,
+    }
+    assert list(metrics) == list(values)
+    for name, value in values.items():
+        torch.testing.assert_close(metrics[name], torch.tensor(value), msg=name)
+        assert metrics[name].dim() == 0 and not metrics[name].requires_grad
+
+
+def test_aggregations_by_hand() -> None:
+    """Fails if a normaliser is another one. Token losses: -2.4, -2.2, -1.0 and 0.8, 3.0."""
+    inputs = by_hand()
+    expected = {
+        "token-mean": -1.8 / 5,
+        "sequence-sum": -1.8 / 2,
+        "constant": -1.8 / 7,
+    }
+    for aggregation, value in expected.items():
+        normalizer = 7.0 if aggregation == "constant" else None
+        loss, _ = grpo_loss(*inputs, aggregation=aggregation, normalizer=normalizer)
+        torch.testing.assert_close(loss, torch.tensor(value))
+
+
+def test_clip_higher_dual_clip_and_weights_by_hand() -> None:
+    """Fails if the bounds are swapped, or the weight multiplies something else.
+
+    clip_high 0.6: min(3.0, 3.2) = 3.0; dual clip 2: max(-3.0, -2.0) = -2.0 for A = -1.
+    """
+    inputs = by_hand()
+    loss, metrics = grpo_loss(*inputs, clip_high=0.6, dual_clip=2.0, aggregation="token-mean")
+    torch.testing.assert_close(loss, torch.tensor(-(3.0 + 2.2 + 1.0 - 0.8 - 2.0) / 5))
+    assert metrics["clip_high_fraction"] == 0
+    torch.testing.assert_close(metrics["dual_clip_fraction"], torch.tensor(0.2))
+    weights = torch.tensor([0.5, 2.0])
+    loss, _ = grpo_loss(*inputs, weights=weights, aggregation="token-mean")
+    torch.testing.assert_close(loss, torch.tensor((-5.6 * 0.5 + 3.8 * 2) / 5))
+    per_token, _ = grpo_loss(
+        *inputs, weights=weights[:, None].expand(2, 3), aggregation="token-mean"
+    )
+    assert torch.equal(per_token, loss)
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_kl_by_hand(kl: str) -> None:
+    """Fails if an estimator or its gradient is another one: logprob - ref = log 2 and -log 2."""
+    logprobs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    ref = torch.tensor([[-1.0 - math.log(2), -1.0 + math.log(2)]])
+    loss, metrics = grpo_loss(
+        logprobs, None, torch.zeros(1), torch.ones(1, 2), ref_logprobs=ref, kl_coef=0.5, kl=kl
+    )
+    log2 = math.log(2)
+    value = {"k1": 0.0, "k2": log2**2 / 2, "k3": (0.5 + log2 - 1 + 2 - log2 - 1) / 2}[kl]
+    slopes = {"k1": [1.0, 1.0], "k2": [log2, -log2], "k3": [0.5, -1.0]}[kl]
+    torch.testing.assert_close(metrics["ref_kl"], torch.tensor(value))
+    torch.testing.assert_close(loss, torch.tensor(0.5 * value))
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([slopes]) * 0.25)
+
+
+def random_batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logprobs = -3 * torch.rand(6, 1500, dtype=dtype)
+    mask = torch.rand(6, 1500) < torch.tensor([0.9, 0.5, 0.0, 0.01, 1.0, 0.7])[:, None]
+    old = logprobs + 0.3 * torch.randn(6, 1500, dtype=dtype)
+    return logprobs, old, torch.randn(6, dtype=dtype), mask
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"clip_high": 0.28, "dual_clip": 1.5, "aggregation": "token-mean"},
+    {"kl_coef": 0.1, "kl": "k3", "aggregation": "sequence-sum"},
+    {"kl_coef": 0.1, "kl": "k1", "aggregation": "constant", "normalizer": 1000.0},
+    {"kl_coef": 0.3, "kl": "k2", "normalizer": 4},
+]
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_matches_float64(options: dict[str, Any], per_token: bool) -> None:
+    """Fails if loss, gradient or a metric is less accurate than float32 PyTorch allows."""
+    inputs = random_batch()
+    ref = inputs[0] + 0.2 * torch.randn(6, 1500)
+    weights = torch.rand(6)
+    if per_token:
+        inputs = (*inputs[:2], torch.randn(6, 1500), inputs[3])
+        weights = torch.rand(6, 1500)
+    got = evaluate(grpo_loss, inputs, ref, weights, options, torch.float32)
+    truth = evaluate(specification, inputs, ref, weights, options, torch.float64)
+    plain = evaluate(specification, inputs, ref, weights, options, torch.float32)
+    for name, g, t, p in zip(("loss", "gradient", "metrics"), got, truth, plain, strict=True):
+        assert_within_budget(name, g, t, p, 1e-6)
+
+
+def evaluate(
+    function: Any,
+    inputs: tuple[Tensor, ...],
+    ref: Tensor,
+    weights: Tensor,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs, old, advantages = (x.to(dtype) for x in inputs[:3])
+    logprobs = logprobs.clone().requires_grad_()
+    loss, metrics = function(
+        logprobs, old, advantages, inputs[3], ref_logprobs=ref.to(dtype),
+        weights=weights.to(dtype), **options,
+    )  # fmt: skip
+    loss.backward()
+    values = torch.stack(list(metrics.values())) if isinstance(metrics, dict) else metrics
+    assert logprobs.grad is not None
+    return loss.detach(), logprobs.grad, values
+
+
+def specification(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The reference through autograd, not through its own closed-form gradient."""
+    offsets = torch.arange(logprobs.shape[0] + 1) * logprobs.shape[1]
+    flat = {k: v.reshape(-1) if isinstance(v, Tensor) else v for k, v in options.items()}
+    loss, _, metrics = reference.grpo_loss(
+        logprobs.reshape(-1), old.reshape(-1), advantages.reshape(-1), mask.reshape(-1), offsets,
+        **flat,
+    )  # fmt: skip
+    return loss, metrics
+
+
+def test_gradcheck() -> None:
+    """Fails if the closed-form gradient is not the derivative of the loss."""
+    logprobs, old, advantages, _ = random_batch(torch.float64)
+    few = (slice(0, 3), slice(0, 7))
+    mask = torch.rand(3, 7) < 0.8
+    ref = logprobs[few] + 0.1
+    for options in OPTIONS:
+        x = logprobs[few].clone().requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x, options=options: grpo_loss(
+                x, old[few], advantages[:3], mask, ref_logprobs=ref, **options
+            )[0],
+            (x,),
+        )
+
+
+def test_packed_equals_padded() -> None:
+    """Fails if packed sequences, an empty one among them, are aggregated differently."""
+    logprobs, old, advantages, mask = random_batch()
+    lengths = torch.tensor([1500, 3, 700, 0, 1499, 1100])
+    inside = torch.arange(1500) < lengths[:, None]
+    mask = mask & inside
+    padded = logprobs.clone().requires_grad_()
+    loss, metrics = grpo_loss(padded, old, advantages, mask)
+    loss.backward()
+    packed = logprobs[inside].clone().requires_grad_()
+    ends = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).to(torch.int32)])
+    loss2, metrics2 = grpo_loss(packed, old[inside], advantages, mask[inside], cu_seqlens=ends)
+    loss2.backward()
+    torch.testing.assert_close(loss2, loss)
+    torch.testing.assert_close(packed.grad, padded.grad[inside])
+    for name in metrics:
+        torch.testing.assert_close(metrics2[name], metrics[name])
+
+
+def test_tokens_after_the_last_sequence_do_not_count() -> None:
+    """Fails if padding behind packed sequences enters the loss."""
+    logprobs = torch.randn(10, requires_grad=True)
+    ends = torch.tensor([0, 4, 7])
+    loss, metrics = grpo_loss(
+        logprobs, torch.randn(10), torch.randn(2), torch.ones(10), cu_seqlens=ends
+    )
+    loss.backward()
+    assert metrics["tokens"] == 7 and (logprobs.grad[7:] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_masked_tokens_cannot_leak(bad: float) -> None:
+    """Fails if whatever stands at a masked token changes a bit of the result."""
+    logprobs, old, _, mask = random_batch()
+    advantages, ref, weights = torch.randn(6, 1500), logprobs + 0.1, torch.rand(6, 1500)
+    results = []
+    for value in (0.0, bad):
+        filled = [torch.where(mask, x, value) for x in (logprobs, old, advantages, ref, weights)]
+        x = filled[0].requires_grad_()
+        loss, metrics = grpo_loss(
+            x, filled[1], filled[2], mask, ref_logprobs=filled[3], weights=filled[4], kl_coef=0.1
+        )
+        loss.backward()
+        results.append((loss.detach(), x.grad, torch.stack(list(metrics.values()))))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_all_masked(aggregation: str) -> None:
+    """Fails if a batch without a valid token divides 0 by 0."""
+    logprobs = torch.randn(3, 5, requires_grad=True)
+    normalizer = 3.0 if aggregation == "constant" else None
+    loss, metrics = grpo_loss(
+        logprobs, None, torch.ones(3), torch.zeros(3, 5), aggregation=aggregation,
+        normalizer=normalizer,
+    )  # fmt: skip
+    loss.backward()
+    assert loss == 0 and (logprobs.grad == 0).all()
+    assert all(value == 0 for value in metrics.values())
+
+
+@pytest.mark.parametrize("gap", [200.0, -200.0, 1e30])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+def test_extreme_ratios_stay_finite(gap: float, advantage: float) -> None:
+    """Fails if exp(logprob - old) overflows in the loss, the gradient or a metric."""
+    logprobs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    old = torch.tensor([[-1.0 - gap, -1.0]])
+    loss, metrics = grpo_loss(
+        logprobs, old, torch.tensor([advantage]), torch.ones(1, 2), ref_logprobs=old, kl_coef=0.1
+    )
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad.isfinite().all() and logprobs.grad[0, 0] == 0
+    assert all(value.isfinite() for value in metrics.values())
+    assert metrics["ratio_max"] <= math.exp(20) * 1.0001
+
+
+@pytest.mark.parametrize("where", ["logprobs", "old", "advantages", "weights", "ref"])
+def test_broken_valid_tokens_are_counted(where: str) -> None:
+    """Fails if NaN at a valid token disappears: it must be counted and reach the loss."""
+    tensors = {
+        name: torch.randn(2, 4) for name in ("logprobs", "old", "advantages", "weights", "ref")
+    }
+    tensors[where][1, 2] = math.nan
+    loss, metrics = grpo_loss(
+        tensors["logprobs"], tensors["old"], tensors["advantages"], torch.ones(2, 4),
+        weights=tensors["weights"], ref_logprobs=tensors["ref"], kl_coef=0.1,
+    )  # fmt: skip
+    assert metrics["nonfinite"] == 1 and loss.isnan()
+    if where in ("logprobs", "old"):
+        assert metrics["ratio_max"].isnan() and metrics["ratio_mean"].isnan()
+
+
+def test_without_coefficient_the_reference_only_shows_in_the_metrics() -> None:
+    """Fails if kl_coef 0 times a NaN of the reference model destroys the loss."""
+    logprobs = torch.randn(1, 3, requires_grad=True)
+    ref = torch.tensor([[math.nan, -1.0, -1.0]])
+    loss, metrics = grpo_loss(logprobs, None, torch.ones(1), torch.ones(1, 3), ref_logprobs=ref)
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad.isfinite().all()
+    assert metrics["nonfinite"] == 1
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_micro_batches_add_up(aggregation: str, as_tensor: bool) -> None:
+    """Fails if splitting a batch with a global normaliser changes loss or gradient."""
+    logprobs, old, advantages, mask = random_batch()
+    total = {
+        "sequence-mean": float(mask.any(-1).sum()),
+        "sequence-sum": float(mask.any(-1).sum()),
+        "token-mean": float(mask.sum()),
+        "constant": 6 * 1500.0,
+    }[aggregation]
+    own = total if aggregation == "constant" else None
+    whole = logprobs.clone().requires_grad_()
+    loss, _ = grpo_loss(whole, old, advantages, mask, aggregation=aggregation, normalizer=own)
+    loss.backward()
+    split = logprobs.clone().requires_grad_()
+    summed = torch.zeros(())
+    for part in (slice(0, 1), slice(1, 3), slice(3, 6)):
+        piece, _ = grpo_loss(
+            split[part], old[part], advantages[part], mask[part], aggregation=aggregation,
+            normalizer=torch.tensor(total) if as_tensor else total,
+        )  # fmt: skip
+        piece.backward()
+        summed += piece.detach()
+    torch.testing.assert_close(summed, loss.detach())
+    torch.testing.assert_close(split.grad, whole.grad)
+
+
+def test_on_policy() -> None:
+    """Fails if old_logprobs None is not ratio 1 with the policy gradient -A / length / B."""
+    logprobs = torch.randn(2, 4, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    loss, metrics = grpo_loss(logprobs, None, torch.tensor([1.0, -3.0]), mask)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor(1.0))
+    expected = torch.tensor([[-0.125] * 4, [0.75, 0.75, 0.0, 0.0]])
+    torch.testing.assert_close(logprobs.grad, expected)
+    assert metrics["ratio_mean"] == metrics["ratio_max"] == 1
+
+
+def test_bits_are_the_same_on_every_run() -> None:
+    """Fails if a reduction depends on timing."""
+    inputs = random_batch()
+    results = []
+    for _ in range(3):
+        x = inputs[0].clone().requires_grad_()
+        loss, metrics = grpo_loss(x, *inputs[1:])
+        (3 * loss).backward()
+        results.append(
+            torch.cat(
+                [loss.detach()[None], x.grad.view(-1), *map(torch.atleast_1d, metrics.values())]
+            )
+        )
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_wrong_arguments_raise(backend: str) -> None:
+    """Fails if a mistake goes through, or the message does not name it."""
+    x, a, m = torch.randn(2, 3), torch.randn(2), torch.ones(2, 3)
+    cases: list[tuple[Any, str]] = [
+        (lambda: grpo_loss(x, x, torch.randn(3), m), r"advantages must have shape \[2\]"),
+        (lambda: grpo_loss(x, x[:1], a, m), r"old_logprobs must have shape \[2, 3\]"),
+        (lambda: grpo_loss(x, x, a, m[:, :2]), r"loss_mask must have shape \[2, 3\]"),
+        (lambda: grpo_loss(x[0], x[0], a, m[0]), "together with cu_seqlens"),
+        (lambda: grpo_loss(x, x, a, m, kl="k4"), "kl must be one of k1, k2, k3, got 'k4'"),
+        (lambda: grpo_loss(x, x, a, m, aggregation="mean"), "aggregation must be one of"),
+        (lambda: grpo_loss(x, x, a, m, aggregation="constant"), "needs a normalizer"),
+        (lambda: grpo_loss(x, x, a, m, normalizer=0.0), "normalizer must be > 0, got 0.0"),
+        (lambda: grpo_loss(x, x, a, m, clip_low=-0.1), "clip_low=-0.1"),
+        (lambda: grpo_loss(x, x, a, m, dual_clip=0.9), "dual_clip must be > 1"),
+    ]
+    if backend != "triton":
+        ends = torch.tensor([0, 5, 4])
+        cases.append(
+            (lambda: grpo_loss(x.view(-1), None, a, m.view(-1), cu_seqlens=ends), "cu_seqlens")
+        )
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,32 @@
+"""The Triton kernels, run by Triton's interpreter through the whole suite of this folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.conftest import INTERPRETED
+
+pytest.importorskip("triton")
+HERE = Path(__file__).resolve().parent
+SUITE = ("logprobs_and_entropy", "group_advantages", "grpo_loss", "linear", "ban_tokens")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter")
+def test_triton_kernels_pass_the_suite() -> None:
+    """Fails if a Triton kernel breaks any property that the host kernels are tested for.
+
+    A process of its own, because Triton reads TRITON_INTERPRET when it is imported.
+    """
+    files = [str(HERE / f"test_{name}.py") for name in SUITE]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        cwd=HERE.parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-6000:]
+    assert "[triton" not in result.stdout and " passed" in result.stdout, result.stdout[-2000:]

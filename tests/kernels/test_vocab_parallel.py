@@ -1,0 +1,37 @@
+"""A vocabulary sharded over gloo ranks gives what the whole vocabulary gives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.conftest import INTERPRETED
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("world", [3] if INTERPRETED else [2, 3, 4])
+def test_sharded_equals_whole(world: int, tmp_path: Path) -> None:
+    """Fails if a shard, even, uneven or all padding, changes an output or a gradient.
+
+    The ranks' outputs must have the same bits, or tensor-parallel ranks drift apart.
+    """
+    command = [sys.executable, "-m", "tests.kernels.vocab_parallel_worker"]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(tmp_path)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    reports = [rank.communicate(timeout=300)[0] for rank in ranks]
+    failed = [report for rank, report in zip(ranks, reports, strict=True) if rank.returncode]
+    assert not failed, "\n".join(failed)
+    outputs = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    for others in outputs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs[0], others, strict=True))

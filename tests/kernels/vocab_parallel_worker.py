@@ -1,0 +1,138 @@
+"""One rank of a vocabulary-parallel group, started by `test_vocab_parallel.py`.
+
+python -m tests.kernels.vocab_parallel_worker RANK WORLD FOLDER: every rank compares its shard with
+the whole vocabulary and writes its outputs for the bitwise comparison between ranks.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from r1v3.kernels import (
+    entropy_from_logits,
+    linear_grpo_loss,
+    linear_logprobs_and_entropy,
+    logprobs_and_entropy,
+    selective_log_softmax,
+)
+
+VOCAB, PADDED = 1001, 1024
+WIDTHS = {2: [512, 512], 3: [700, 24, 300], 4: [256, 256, 256, 256]}
+
+
+def whole(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    logits = (4 * torch.randn(12, PADDED)).to(dtype)
+    logits[1, :600] = -torch.inf
+    logits[2] = -torch.inf
+    logits[3, 5] = torch.nan
+    logits[4, 999] = torch.inf
+    logits[5] += 1000
+    ids = torch.randint(0, VOCAB, (12,))
+    ids[6], ids[7], ids[8] = -100, VOCAB - 1, 0
+    return logits, ids
+
+
+def check_logits(mine: slice, dtype: torch.dtype, temperature: float) -> list[Tensor]:
+    logits, ids = whole(dtype)
+    upstream = torch.randn(2, 12)
+    upstream[:, 2] = 0
+    results = []
+    for x, options in (
+        (logits, {}),
+        (logits[:, mine], {"group": dist.group.WORLD}),
+        (logits[:, mine].clone(), {"group": dist.group.WORLD, "inplace_backward": True}),
+    ):
+        leaf = x.detach().clone().requires_grad_()
+        outputs = logprobs_and_entropy(
+            leaf * 1, ids, temperature=temperature, vocab_size=VOCAB, **options
+        )
+        torch.autograd.backward(outputs, list(upstream))
+        results.append([*(value.detach() for value in outputs), leaf.grad])
+    (logprobs, entropy, gradient), *sharded = results
+    for got in sharded:
+        torch.testing.assert_close(got[0], logprobs, equal_nan=True, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(got[1], entropy, equal_nan=True, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(got[2], gradient[:, mine], equal_nan=True)
+        padded = got[2][:, max(VOCAB - mine.start, 0) :]
+        assert (padded == 0).all(), "padded columns got a gradient"
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*sharded, strict=True))
+    return sharded[0][:2]
+
+
+def check_rest(mine: slice) -> None:
+    logits, ids = whole(torch.float32)
+    group = dist.group.WORLD
+    shard = logits[:, mine]
+    rows = torch.tensor([9, 0])
+    got = selective_log_softmax(shard, ids, rows=rows, vocab_size=VOCAB, group=group)
+    want = selective_log_softmax(logits, ids, rows=rows, vocab_size=VOCAB)
+    torch.testing.assert_close(got, want)
+    got = entropy_from_logits(shard, group=group, temperature=0.0)
+    torch.testing.assert_close(got, entropy_from_logits(logits, temperature=0.0), equal_nan=True)
+    exact = logits[[0, 1, 5]].double().requires_grad_()
+    label = torch.tensor([1, 700, 3])
+    part = exact[:, mine].detach().requires_grad_()
+    for value, whole_value in zip(
+        logprobs_and_entropy(part, label, group=group),
+        logprobs_and_entropy(exact, label),
+        strict=True,
+    ):
+        torch.testing.assert_close(value, whole_value)
+    for call in (
+        lambda: logprobs_and_entropy(shard, ids + VOCAB, vocab_size=VOCAB, group=group),
+        lambda: logprobs_and_entropy(shard, ids, vocab_size=PADDED + 1, group=group),
+    ):
+        try:
+            call()
+        except ValueError:
+            continue
+        raise AssertionError("a label or vocabulary outside all shards must raise")
+
+
+def check_linear(mine: slice) -> None:
+    hidden, weight = torch.randn(2, 7, 16), torch.randn(PADDED, 16)
+    ids, mask = torch.randint(0, VOCAB, (2, 7)), torch.rand(2, 7) < 0.7
+    results = []
+    for w, group in ((weight, None), (weight[mine], dist.group.WORLD)):
+        h = hidden.clone().requires_grad_()
+        w = w.clone().requires_grad_()
+        logprobs, entropy = linear_logprobs_and_entropy(
+            h, w, ids, loss_mask=mask, vocab_size=VOCAB, temperature=0.7, group=group
+        )
+        loss, _ = linear_grpo_loss(
+            h, w, ids, logprobs.detach() - 0.05, torch.tensor([1.0, -2.0]), mask,
+            vocab_size=VOCAB, group=group,
+        )  # fmt: skip
+        (loss + logprobs.sum() + entropy.sum()).backward()
+        results.append((logprobs, entropy, loss, h.grad, w.grad))
+    full, shard = results
+    for a, b in zip(full[:4], shard[:4], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shard[4], full[4][mine], rtol=1e-4, atol=1e-5)
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    torch.manual_seed(0)
+    start = sum(WIDTHS[world][:rank])
+    mine = slice(start, start + WIDTHS[world][rank])
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for temperature in (1.0, 0.6):
+            outputs += check_logits(mine, dtype, temperature)
+    check_rest(mine)
+    check_linear(mine)
+    unsharded = entropy_from_logits(torch.zeros(1, 8))
+    assert abs(unsharded.item() - 2.0794415) < 1e-6, "group=None must not mean the world group"
+    torch.save([value.nan_to_num() for value in outputs], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
