@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,29 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     path = save(tmp_path, 5, state={"second": True})
     assert load_checkpoint(path).state == {"second": True}
     assert names(tmp_path) == ["step-000005"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="swapping directories is a Linux system call")
+def test_a_step_saved_again_is_there_at_every_moment(tmp_path: Path) -> None:
+    """Deleting the old one first would lose the only checkpoint to a kill in between."""
+    path = save(tmp_path, 5)
+    missing: list[int] = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            if not os.path.exists(path / "manifest.json"):
+                missing.append(1)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for _ in range(8):
+            save(tmp_path, 5)
+    finally:
+        done.set()
+        reader.join()
+    assert not missing
 
 
 def test_leftovers_of_killed_saves_are_removed_by_the_next(tmp_path: Path) -> None:
