@@ -1,0 +1,162 @@
+"""Every Triton kernel, compiled ahead of time for A100, H100 and B200. No GPU is needed."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.conftest import INTERPRETED
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+TARGETS = [80, 90, 100]
+ROW_INTEGERS = "n_rows base out_base inner vocab width vocab_start".split()
+
+
+def compile_kernel(kernel: Any, target: int, arguments: dict[str, Any], warps: int) -> Any:
+    """Compiles for given argument types ("*bf16:16" is a 16-byte aligned pointer) and constants.
+
+    64-bit integers are not assumed divisible by anything: V = 151,674 must be served.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = arguments.get(name)
+        if value is None and (name in ROW_INTEGERS or "stride" in name):
+            value = "i64"
+        if isinstance(value, str):
+            signature[name], _, aligned = value.partition(":")
+            if aligned:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constants[(position,)] = value
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(
+        source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps}
+    )
+
+
+def statistics_arguments(dtype: str, align: int, sharded: bool = False) -> dict[str, Any]:
+    from r1v3.kernels import logits_triton
+
+    return {
+        "x_ptr": f"*{dtype}:16", "rows_ptr": "*i64:16" if sharded else None,
+        "ids_ptr": "*i64:16", "shard_ptr": "*i64:16" if sharded else None,
+        "stats_ptr": "*fp32:16", "temperature": "fp32", "parts": "i32", "HAS_ROWS": sharded,
+        "HAS_IDS": True, "HAS_SHARD": sharded, "ALIGN": align, "BLOCK": logits_triton.BLOCK,
+        "PART_BLOCKS": logits_triton.PART_BLOCKS,
+    }  # fmt: skip
+
+
+def gradient_arguments(dtype: str, align: int, sharded: bool = False) -> dict[str, Any]:
+    from r1v3.kernels import logits_gradient_triton
+
+    return {
+        "x_ptr": f"*{dtype}:16", "out_ptr": f"*{dtype}:16", "ids_ptr": "*i64:16",
+        "slots_ptr": "*i64:16" if sharded else None, "shard_ptr": "*i64:16" if sharded else None,
+        "saved_ptr": "*fp32:16", "grad_logprobs_ptr": "*fp32:16", "grad_entropy_ptr": "*fp32:16",
+        "temperature": "fp32", "parts": "i32", "HAS_SLOTS": sharded, "HAS_IDS": True,
+        "HAS_SHARD": sharded, "HAS_LOGPROBS": True, "HAS_ENTROPY": True, "ALIGN": align,
+        "OUT_ALIGN": align, "BLOCK": logits_gradient_triton.BLOCK,
+        "PART_BLOCKS": logits_gradient_triton.PART_BLOCKS,
+    }  # fmt: skip
+
+
+def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
+    """Name to (kernel, arguments, warps as launched)."""
+    from r1v3.kernels import ban_tokens_triton, group_advantages_triton, grpo_loss_triton
+    from r1v3.kernels.logits_gradient_triton import _row_gradient_kernel
+    from r1v3.kernels.logits_triton import MERGE_ROWS, _merge_kernel, _row_statistics_kernel
+
+    f, i, u = "*fp32:16", "*i64:16", "*u8:16"
+    merge = {
+        "stats_ptr": f, "ids_ptr": i, "shard_ptr": i, "merged_ptr": None, "logprobs_ptr": f,
+        "entropy_ptr": f, "saved_ptr": f, "temperature": "fp32", "parts": "i32", "FINAL": True,
+        "HAS_IDS": True, "HAS_SHARD": True, "ROWS": MERGE_ROWS,
+    }  # fmt: skip
+    advantages = {
+        "rewards_ptr": f, "order_ptr": i, "offsets_ptr": i, "batch_std_ptr": None, "out_ptr": f,
+        "eps": "fp32", "BASELINE": 1, "SCALE": 0, "RAW_SINGLETON": False, "DDOF": 1,
+        "BLOCK": group_advantages_triton.BLOCK,
+    }  # fmt: skip
+    loss = {
+        "logprobs_ptr": f, "old_ptr": f, "advantages_ptr": f, "mask_ptr": u, "ref_ptr": f,
+        "weights_ptr": f, "offsets_ptr": i, "gradient_ptr": f, "sums_ptr": f, "clip_low": "fp32",
+        "clip_high": "fp32", "dual_clip": "fp32", "kl_coef": "fp32", "HAS_OLD": True,
+        "HAS_REF": True, "HAS_WEIGHTS": True, "TOKEN_ADVANTAGES": True, "TOKEN_WEIGHTS": True,
+        "DUAL": True, "PENALTY": True, "KL": 2, "SEQUENCE_MEAN": True,
+        "SUMS": grpo_loss_triton.SUMS, "BLOCK": grpo_loss_triton.BLOCK,
+    }  # fmt: skip
+    total = {
+        "sums_ptr": f, "normalizer_ptr": f, "loss_ptr": f, "metrics_ptr": f, "inverse_ptr": f,
+        "sequences": "i32", "HAS_NORMALIZER": True, "TOKEN_MEAN": False,
+        "SUMS": grpo_loss_triton.SUMS, "BLOCK": grpo_loss_triton.BLOCK,
+    }  # fmt: skip
+    ban = {
+        "logits_ptr": "*bf16:16", "ids_ptr": i, "enabled_ptr": u, "n_ids": "i32",
+        "blocks": "i32", "HAS_ENABLED": True, "BLOCK": ban_tokens_triton.BLOCK,
+    }  # fmt: skip
+    return {
+        "statistics bf16": (_row_statistics_kernel, statistics_arguments("bf16", 8), 8),
+        "statistics fp32": (_row_statistics_kernel, statistics_arguments("fp32", 4), 8),
+        "statistics shard": (_row_statistics_kernel, statistics_arguments("fp16", 8, True), 8),
+        "gradient bf16": (_row_gradient_kernel, gradient_arguments("bf16", 8), 8),
+        "gradient fp32": (_row_gradient_kernel, gradient_arguments("fp32", 4), 8),
+        "gradient shard": (_row_gradient_kernel, gradient_arguments("fp16", 8, True), 8),
+        "merge": (_merge_kernel, merge, 4),
+        "advantages": (group_advantages_triton._group_advantages_kernel, advantages, 4),
+        "loss": (grpo_loss_triton._sequence_kernel, loss, 4),
+        "loss total": (grpo_loss_triton._total_kernel, total, 4),
+        "ban": (ban_tokens_triton._ban_tokens_kernel, ban, 1),
+    }
+
+
+def resource_usage(cubin: bytes, folder: Path) -> dict[str, int]:
+    """REG, STACK, LOCAL, ... as the cuobjdump that comes with Triton reports them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    report = subprocess.run(
+        [str(tool), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
+    )
+    return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", report.stdout)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", kernels() if not INTERPRETED else [])
+def test_compiles_without_spills(name: str, target: int, tmp_path: Path) -> None:
+    """Fails if a kernel does not compile for an architecture, or keeps registers in memory."""
+    kernel, arguments, warps = kernels()[name]
+    compiled = compile_kernel(kernel, target, arguments, warps)
+    usage = resource_usage(compiled.asm["cubin"], tmp_path)
+    assert usage["LOCAL"] == 0 and usage["STACK"] == 0, usage
+    # Two blocks of 256 threads must fit a multiprocessor, or loads cannot hide each other.
+    assert usage["REG"] * warps * 32 * 2 <= 65536, usage
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype,align", [("bf16", 8), ("fp16", 8), ("fp32", 4)])
+def test_main_loops_move_16_bytes_at_any_vocabulary(dtype: str, align: int, target: int) -> None:
+    """Fails if rows of 151,674 logits, most of them off 16-byte boundaries, load narrowly."""
+    from r1v3.kernels.logits_gradient_triton import _row_gradient_kernel
+    from r1v3.kernels.logits_triton import _row_statistics_kernel
+
+    for kernel, arguments, stores in (
+        (_row_statistics_kernel, statistics_arguments(dtype, align), False),
+        (_row_gradient_kernel, gradient_arguments(dtype, align), True),
+    ):
+        ptx = compile_kernel(kernel, target, arguments, warps=8).asm["ptx"]
+        streaming = [
+            line for line in ptx.splitlines() if "ld.global" in line and "evict_first" in line
+        ]
+        assert streaming and all(".v4.b32" in line for line in streaming), streaming
+        if stores:
+            assert "st.global.v4.b32" in ptx
+            if dtype == "bf16":
+                assert "cvt.rn.bf16x2.f32" in ptx or "cvt.rn.bf16.f32" in ptx
