@@ -1,3 +1,4 @@
+#include <cmath>
 #include <cstdint>
 
 #include "ops.h"
@@ -25,6 +26,7 @@ void logprobs_and_entropy_forward(const RowKernels& kernels, const void* logits,
 void logprobs_and_entropy_backward(const RowKernels& kernels, const void* logits,
                                    const LogitsView& view, const BackwardInputs& inputs,
                                    void* grad_logits, int64_t grad_row_stride) {
+  if (view.vocab == 0) return;
   const int64_t row_bytes = view.row_stride * element_size(view.dtype);
   const int64_t grad_row_bytes = grad_row_stride * element_size(view.dtype);
   const auto* base = static_cast<const char*>(logits);
@@ -51,7 +53,7 @@ void ban_tokens(void* logits, int dtype, int64_t n_rows, int64_t row_stride, int
       if (column < 0 || column >= vocab) continue;
       const int64_t place = row * row_stride + column;
       if (dtype == kFloat32) {
-        static_cast<float*>(logits)[place] = -__builtin_inff();
+        static_cast<float*>(logits)[place] = -INFINITY;
       } else {
         static_cast<uint16_t*>(logits)[place] = half_infinity;
       }
