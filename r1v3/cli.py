@@ -178,9 +178,13 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 def doctor() -> None:
     """Say what is installed, what runs on what, and what is missing."""
     with _friendly():
-        from r1v3.doctor import print_report
+        from r1v3.doctor import healthy, print_report
+        from r1v3.doctor import report as examine
 
-        print_report()
+        checks = examine()
+        print_report(checks)
+        if not healthy(checks):
+            raise typer.Exit(1)
 
 
 def main() -> None:

@@ -188,9 +188,7 @@ def run_demo(run: Path | None, seed: int, configs: Path, *, resuming: bool) -> d
     console = Console()
     folder = run or choose_run(Path("runs"), resuming)
     if not configs.is_dir():
-        raise ValueError(
-            f"no folder {configs}: run from the repository, or give --configs"
-        )
+        raise ValueError(f"no folder {configs}: run from the repository, or give --configs")
     seed = _remember_seed(folder, seed, resuming)
     common = [f"run={folder}", f"seed={seed}"]
     clock = Clock(folder)

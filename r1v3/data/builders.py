@@ -127,7 +127,7 @@ def _direct(problem: Problem, rng: np.random.Generator, index: int, split: str) 
 
 
 # What a row of the base corpus is, by its position in a cycle of eight.
-_BASE_KINDS = ("dense", "rows", "worked", "dense", "direct", "rows", "worked", "dense")
+_BASE_KINDS = ("dense", "rows", "worked", "dense", "worked", "rows", "worked", "direct")
 
 
 def base_corpus(
@@ -144,7 +144,9 @@ def base_corpus(
     for index in range(count):
         kind = kinds[index % len(kinds)]
         domain = asked[index // len(kinds) % len(asked)]
-        if kind == "dense" or (kind == "rows" and rng.random() < 0.3):
+        if kind == "dense":
+            domain = "grid"
+        elif kind == "rows" and rng.random() < 0.3:
             domain = "reading"
         problem = BUILDERS[domain](split, rng)
         if kind in ("dense", "rows"):

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from r1v3.data.images import load_image, tile_image
 from r1v3.data.sample import Sample
-from r1v3.data.tokenizer import TURN_END, render_prompt
+from r1v3.data.tokenizer import TURN_END, render_prompt, token_id
 from r1v3.engine.contract import Batch
 
 # ImageNet statistics, as InternVL normalises.
@@ -25,6 +26,12 @@ class ImageShape:
     tile_size: int
     max_tiles: int
     tokens_per_tile: int
+
+
+def model_image_shape(model: InternVLForConditionalGeneration, max_tiles: int) -> ImageShape:
+    """How a model wants its pictures."""
+    vision: Any = model.config.vision_config
+    return ImageShape(vision.image_size[0], max_tiles, model.config.image_seq_length)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def encode_sample(
         if thinking:
             text = text.removeprefix("<think>").removeprefix("\n")
         ids = tokenizer.encode(text, add_special_tokens=False)
-        response = (*ids, tokenizer.convert_tokens_to_ids(TURN_END))
+        response = (*ids, token_id(tokenizer, TURN_END))
     size = shape.tile_size
     stacked = np.stack(tiles) if tiles else np.zeros((0, size, size, 3), dtype=np.uint8)
     return Example(tuple(prompt), stacked, response)

@@ -4,7 +4,7 @@ A `Problem` knows what stands in the picture (rows of scan ids), how it is asked
 follows from any reading of the digits; the chains of thought are built on that in `chains`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from r1v3.data.digits import scans
 IN_DOMAIN = ("arithmetic", "comparison", "ordering")
 OUT_OF_DOMAIN = ("counting",)
 LETTERS = "ABCD"
+# A numeral, as digits are: the tokenizer keeps it apart from its neighbours, so that every cell of
+# a transcribed grid is one token and stands at a fixed distance from its visual token.
+EMPTY_CELL = "\u24ea"
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class Problem:
 
 
 def show_grid(problem: Problem) -> str:
-    """Every cell of the picture in reading order, `none` where nothing stands."""
-    grid = [["none"] * GRID for _ in range(GRID)]
-    for cell in problem.cells:
-        mark = cell.content if isinstance(cell.content, str) else scans().labels[cell.content]
-        grid[cell.row][cell.column] = str(mark)
-    return "\n".join(" ".join(row) for row in grid)
+    """The cells of the picture in reading order, one token each: a digit, or EMPTY_CELL."""
+    marks = {
+        (cell.row, cell.column): str(scans().labels[cell.content])
+        for cell in problem.cells
+        if not isinstance(cell.content, str)
+    }
+    places = [(row, column) for row in range(GRID) for column in range(GRID)]
+    return "".join(marks.get(place, EMPTY_CELL) for place in places)
 
 
 @dataclass
@@ -165,7 +170,18 @@ def reading(split: str, rng: np.random.Generator) -> Problem:
         number = "".join(str(d) for d in rng.integers(0, 10, length))
         sheet.write(number, top + row, GRID - 1)
     problem = sheet.problem("reading", "Read the digits row by row.", "")
-    return Problem(**{**problem.__dict__, "answer": " ".join(problem.true_rows())})
+    return replace(problem, answer=" ".join(problem.true_rows()))
+
+
+def grid(split: str, rng: np.random.Generator) -> Problem:
+    """Digits strewn over the grid, every cell on its own: alignment data."""
+    sheet = Sheet(split, rng)
+    for row in range(GRID):
+        for column in range(GRID):
+            if rng.random() < 0.7:
+                sheet.write(str(rng.integers(0, 10)), row, column)
+    problem = sheet.problem("grid", "Transcribe the grid cell by cell.", "")
+    return replace(problem, answer=show_grid(problem))
 
 
 BUILDERS = {
@@ -174,4 +190,5 @@ BUILDERS = {
     "ordering": ordering,
     "counting": counting,
     "reading": reading,
+    "grid": grid,
 }

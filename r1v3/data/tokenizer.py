@@ -74,6 +74,14 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(str(directory))
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of one special token."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    if not isinstance(found, int) or found == tokenizer.unk_token_id:
+        raise ValueError(f"the tokenizer has no token {token!r}")
+    return found
+
+
 def render_prompt(
     tokenizer: PreTrainedTokenizerFast,
     messages: list[dict[str, str]],

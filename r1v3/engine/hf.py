@@ -206,7 +206,6 @@ class HFEngine:
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.tokenizer.save_pretrained(str(directory))
 
-
     def load_weights(self, directory: Path) -> None:
         """Copy the weights of a model folder of the same configuration into the live model."""
         stored = load_model(directory)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from r1v3.config import Evaluate
-from r1v3.data.encoding import ImageShape
+from r1v3.data.encoding import model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import load_tokenizer
@@ -24,10 +24,8 @@ from r1v3.rollout.local import Sampling
 
 def load_policy(folder: Path, *, device: str = "cpu", max_tiles: int = 1) -> Policy:
     """The policy of a model folder."""
-    model = load_model(folder).to(device)
-    vision = model.config.vision_config
-    shape = ImageShape(vision.image_size[0], max_tiles, model.config.image_seq_length)
-    return Policy(model, load_tokenizer(folder), shape)
+    model = load_model(folder, device=device)
+    return Policy(model, load_tokenizer(folder), model_image_shape(model, max_tiles))
 
 
 def mode_sampling(config: Evaluate, policy: Policy, mode: str) -> tuple[Sampling, bool]:

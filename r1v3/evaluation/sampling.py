@@ -9,7 +9,7 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFa
 
 from r1v3.data.encoding import Example, ImageShape, collate, encode_sample
 from r1v3.data.sample import Sample
-from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END
+from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END, token_id
 from r1v3.rewards import accuracy_reward
 from r1v3.rollout.local import Rollout, Sampling, ThoughtClosing, decode_texts, generate
 
@@ -40,11 +40,11 @@ class Policy:
     ) -> None:
         self.model, self.tokenizer, self.shape = model, tokenizer, shape
         self.closing = ThoughtClosing.of(tokenizer)
-        self.stop_id = tokenizer.convert_tokens_to_ids(TURN_END)
+        self.stop_id = token_id(tokenizer, TURN_END)
         # Only the end of the turn may be sampled among the special tokens: a sampled image token
         # would stand for a picture that is not there.
         self.never = tuple(
-            tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS if token != TURN_END
+            token_id(tokenizer, token) for token in SPECIAL_TOKENS if token != TURN_END
         )
 
     def complete(
@@ -113,7 +113,9 @@ class Policy:
                 )
         correct = np.array(
             [
-                accuracy_reward(text, samples[n // repeats].ground_truth, options=samples[n // repeats].options)
+                accuracy_reward(
+                    text, samples[n // repeats].ground_truth, options=samples[n // repeats].options
+                )
                 for n, text in enumerate(texts)
             ]
         ).reshape(len(samples), repeats)

@@ -89,7 +89,7 @@ def build_model(config: InternVLConfig, seed: int) -> InternVLForConditionalGene
 
 
 def load_model(
-    directory: Path | str, *, dtype: torch.dtype = torch.float32
+    directory: Path | str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> InternVLForConditionalGeneration:
     """Load a model folder (config.json and model.safetensors) into memory.
 
@@ -109,7 +109,8 @@ def load_model(
             state = {name: stored.get_tensor(name) for name in stored.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"model folder {folder} cannot be read: {error}") from error
-    model = InternVLForConditionalGeneration(config).to(dtype)
+    model = InternVLForConditionalGeneration(config)
+    nn.Module.to(model, device=torch.device(device), dtype=dtype)
     own = dict(model.named_parameters())
     if missing := sorted(set(own) - set(state)) or sorted(set(state) - set(own)):
         raise ValueError(f"{weights} does not fit its config.json: tensor {missing[0]}")

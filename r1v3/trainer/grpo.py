@@ -120,7 +120,7 @@ class Trainer:
     def _reference(self) -> HFEngine:
         assert self.config.model is not None
         return HFEngine(
-            load_model(self.config.model).to(self.config.device),
+            load_model(self.config.model, device=self.config.device),
             self.engine.tokenizer,
             modules={},
             temperature=self.engine.temperature,

@@ -24,7 +24,7 @@ from rich.progress import (
 from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import Architecture, Optimizer, Section, Stage, to_yaml
-from r1v3.data.encoding import ImageShape
+from r1v3.data.encoding import ImageShape, model_image_shape
 from r1v3.engine.hf import HFEngine
 from r1v3.files import replace_directory, temporary_sibling, write_json, write_text
 from r1v3.model.internvl import build_model, internvl_config, load_model
@@ -138,14 +138,14 @@ def build_engine(
     temperature: float = 1.0,
 ) -> HFEngine:
     """The engine of a stage, from a model folder or a fresh architecture with its tokenizer."""
-    from r1v3.data.tokenizer import IMAGE_CONTEXT, load_tokenizer
+    from r1v3.data.tokenizer import IMAGE_CONTEXT, load_tokenizer, token_id
 
     if architecture is not None:
         assert tokenizer is not None
         model = build_model(
             internvl_config(
                 vocab_size=len(tokenizer),
-                image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
+                image_token_id=token_id(tokenizer, IMAGE_CONTEXT),
                 image_size=architecture.image_size,
                 patch_size=architecture.patch_size,
                 vision=architecture.vision,
@@ -157,9 +157,9 @@ def build_engine(
     else:
         assert config.model is not None
         tokenizer = load_tokenizer(config.model)
-        model = load_model(config.model)
+        model = load_model(config.model, device=config.device)
     return HFEngine(
-        model.to(config.device),
+        model,
         tokenizer,
         modules=modules,
         weight_decay=optimizer.weight_decay,
@@ -171,9 +171,7 @@ def build_engine(
 
 def image_shape(engine: HFEngine, max_tiles: int) -> ImageShape:
     """How the engine's model wants pictures."""
-    config = engine.model.config
-    size = config.vision_config.image_size[0]
-    return ImageShape(size, max_tiles, config.image_seq_length)
+    return model_image_shape(engine.model, max_tiles)
 
 
 def resume(name: str, run: Path, engine: HFEngine, wanted: bool) -> Loaded | None:

@@ -175,7 +175,12 @@ class Trainer:
         """Train until finished; a stop request saves first."""
         with (
             StopRequest() as stop,
-            MetricsLogger(self.run, self.name, resume_after=self.resume_after) as log,
+            MetricsLogger(
+                self.run,
+                self.name,
+                resume_after=self.resume_after,
+                histogram_edges={"entropy_histogram": self.monitor.bin_edges},
+            ) as log,
             progress_bar(self.name, self.total, self.step, _SHOWN) as bar,
         ):
             while not self.finished:
