@@ -190,10 +190,10 @@ void backward_row(const void* logits, int64_t vocab, int64_t target, double temp
   for (; i + kWidth <= vocab; i += kWidth) store<D>(dx + i, gradient(load<D>(x + i), terms));
   if (i < vocab) store_tail<D>(dx + i, gradient(load_tail<D>(x + i, vocab - i), terms), vocab - i);
   if (has_target) {
-    // 1 - p from expm1: a subtraction would lose every digit of a confident token's gradient.
+    // In double: 1 - p must keep its digits where p is nearly 1.
     const double z = static_cast<double>(target_logit / t) - up.lse - up.log_s, p = exp(z);
     const double entropy_term = p == 0.0 ? 0.0 : up.grad_entropy * p * (z + up.entropy);
-    const double value = (up.grad_logprob * -expm1(z) - entropy_term) / temperature;
+    const double value = (up.grad_logprob * (1.0 - p) - entropy_term) / temperature;
     store_tail<D>(dx + target, set1(static_cast<float>(value)), 1);
   }
 }
