@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Modules(Section):
@@ -330,12 +330,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {section!r} is not a section")
         node = child
-    # YAML 1.1 reads 1e-5 as text; a number was meant.
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
+    # YAML 1.1 reads 1e-5 as text; where a number is wanted, validation makes it one.
     node[last] = value
 
 

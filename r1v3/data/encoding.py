@@ -11,7 +11,7 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFa
 
 from r1v3.data.images import load_image, tile_image
 from r1v3.data.sample import Sample
-from r1v3.data.tokenizer import TURN_END, render_prompt, token_id
+from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END, render_prompt, token_id
 from r1v3.engine.contract import Batch
 
 # ImageNet statistics, as InternVL normalises.
@@ -53,6 +53,9 @@ def encode_sample(
     """Encode prompt, pictures and, where there is one, the response with its end-of-turn token.
 
     The thinking template already opens `<think>`, so an opening tag in the response is dropped.
+
+    Raises:
+        ValueError: as `render_prompt`, or the response contains a special token.
     """
     tiles: list[np.ndarray] = []
     counts: list[int] = []
@@ -65,6 +68,8 @@ def encode_sample(
     response: tuple[int, ...] = ()
     if sample.response is not None:
         text = sample.response
+        if smuggled := [token for token in SPECIAL_TOKENS if token in text]:
+            raise ValueError(f"the response contains the special token {smuggled[0]}")
         if thinking:
             text = text.removeprefix("<think>").removeprefix("\n")
         ids = tokenizer.encode(text, add_special_tokens=False)

@@ -1,5 +1,6 @@
 """Writes the datasets of the handwriting recipe into a run folder."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,10 @@ def build(config: Data, notify: Callable[[str], None] = lambda line: None) -> di
     teacher = TeacherConfig(**config.teacher.model_dump())
     folder = Path(config.run) / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    statistics: dict[str, object] = {}
+    account = folder / "statistics.json"
+    statistics: dict[str, object] = (
+        json.loads(account.read_text(encoding="utf-8")) if account.is_file() else {}
+    )
 
     def chains(split: str, count: int) -> list[Sample]:
         result = cold_start(split, count, config.seed, teacher, tries=config.tries)
@@ -49,15 +53,15 @@ def build(config: Data, notify: Callable[[str], None] = lambda line: None) -> di
         if not count:
             continue
         paths[name] = folder / f"{name}.parquet"
-        if paths[name].exists():
+        # A file without its statistics is what a build leaves that was stopped in between.
+        if paths[name].exists() and name in statistics:
             continue
         samples = make(count)
         write_samples(paths[name], samples)
         domains = Counter(str(sample.domain) for sample in samples)
         statistics[name] = {"samples": len(samples), "domains": dict(sorted(domains.items()))}
+        write_json(account, statistics)
         notify(f"{name}: {len(samples)} samples")
-    if statistics:
-        write_json(folder / "statistics.json", statistics)
     return paths
 
 
