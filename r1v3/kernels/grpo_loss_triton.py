@@ -32,6 +32,23 @@ def _max_or_nan(a, b):
 
 
 @triton.jit
+def _kl(gap, KL: tl.constexpr):
+    """Value and derivative by the log-probability of the estimators k1, k2, k3."""
+    if KL == 0:
+        divergence = -gap
+        slope = tl.full(gap.shape, 1.0, tl.float32)
+    elif KL == 1:
+        divergence = 0.5 * gap * gap
+        slope = -gap
+    else:
+        # exp(g) - 1 - g by its series near 0, where the difference would cancel.
+        series = gap * gap * (0.5 + gap * (1.0 / 6 + gap * (1.0 / 24 + gap / 120)))
+        divergence = tl.where(tl.abs(gap) < 0.1, series, tl.exp(gap) - 1.0 - gap)
+        slope = -(divergence + gap)
+    return divergence, slope
+
+
+@triton.jit
 def _sequence_kernel(
     logprobs_ptr,
     old_ptr,
@@ -118,18 +135,7 @@ def _sequence_kernel(
             raw_gap = tl.load(ref_ptr + t, mask=valid, other=0.0) - new
             bad = bad | _nonfinite(raw_gap)
             gap = _clamp(raw_gap)
-            if KL == 0:
-                divergence = -gap
-                steepness = tl.full([BLOCK], 1.0, tl.float32)
-            elif KL == 1:
-                divergence = 0.5 * gap * gap
-                steepness = -gap
-            else:
-                # exp(g) - 1 - g by its series near 0, where the difference would cancel.
-                series = gap * gap * (0.5 + gap * (1.0 / 6 + gap * (1.0 / 24 + gap / 120)))
-                near = tl.abs(gap) < 0.1
-                divergence = tl.where(near, series, tl.exp(gap) - 1.0 - gap)
-                steepness = -(divergence + gap)
+            divergence, steepness = _kl(gap, KL)
             ref_kl += tl.where(valid, divergence, 0.0)
             if PENALTY:
                 token += kl_coef * divergence

@@ -119,14 +119,8 @@ def grpo_loss(
     raw = new - new.detach() if old_logprobs is None else new - per_token(old_logprobs)
     log_ratio = raw.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
-    clipped = ratio.detach().clamp(1 - clip_low, 1 + clip_high)
-    constant = ratio * a > clipped * a
-    policy = -torch.where(constant, clipped * a, ratio * a)
-    dual = torch.zeros_like(constant)
-    if dual_clip is not None:
-        dual = (a < 0) & (policy > -dual_clip * a)
-        policy = torch.where(dual, -dual_clip * a, policy)
-    slope = torch.where(constant | dual | _clamped(raw), 0.0, -ratio * a)
+    policy, flat, dual = _surrogate(ratio, a, clip_low, clip_high, dual_clip)
+    slope = torch.where(flat | _clamped(raw), 0.0, -ratio * a)
     finite = raw.isfinite() & a.isfinite()
     if weights is not None:
         w = per_token(weights)
@@ -150,6 +144,19 @@ def grpo_loss(
         high = (a > 0) & (ratio > 1 + clip_high)
         metrics = _metrics(low, high, dual, log_ratio, divergence, ratio, finite)
     return loss, gradient, metrics
+
+
+def _surrogate(
+    ratio: Tensor, a: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token loss, where it is constant in the ratio, and where by the dual clip."""
+    clipped = ratio.detach().clamp(1 - clip_low, 1 + clip_high)
+    constant = ratio * a > clipped * a
+    policy = -torch.where(constant, clipped * a, ratio * a)
+    if dual_clip is None:
+        return policy, constant, torch.zeros_like(constant)
+    dual = (a < 0) & (policy > -dual_clip * a)
+    return torch.where(dual, -dual_clip * a, policy), constant | dual, dual
 
 
 def _clamped(log_ratio: Tensor) -> Tensor:

@@ -104,9 +104,9 @@ def test_kl_by_hand(kl: str) -> None:
 
 
 def random_batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logprobs = -3 * torch.rand(6, 1500, dtype=dtype)
-    mask = torch.rand(6, 1500) < torch.tensor([0.9, 0.5, 0.0, 0.01, 1.0, 0.7])[:, None]
-    old = logprobs + 0.3 * torch.randn(6, 1500, dtype=dtype)
+    logprobs = -3 * torch.rand(6, 1100, dtype=dtype)
+    mask = torch.rand(6, 1100) < torch.tensor([0.9, 0.5, 0.0, 0.01, 1.0, 0.7])[:, None]
+    old = logprobs + 0.3 * torch.randn(6, 1100, dtype=dtype)
     return logprobs, old, torch.randn(6, dtype=dtype), mask
 
 
@@ -124,11 +124,11 @@ OPTIONS: list[dict[str, Any]] = [
 def test_matches_float64(options: dict[str, Any], per_token: bool) -> None:
     """Fails if loss, gradient or a metric is less accurate than float32 PyTorch allows."""
     inputs = random_batch()
-    ref = inputs[0] + 0.2 * torch.randn(6, 1500)
+    ref = inputs[0] + 0.2 * torch.randn(6, 1100)
     weights = torch.rand(6)
     if per_token:
-        inputs = (*inputs[:2], torch.randn(6, 1500), inputs[3])
-        weights = torch.rand(6, 1500)
+        inputs = (*inputs[:2], torch.randn(6, 1100), inputs[3])
+        weights = torch.rand(6, 1100)
     got = evaluate(grpo_loss, inputs, ref, weights, options, torch.float32)
     truth = evaluate(specification, inputs, ref, weights, options, torch.float64)
     plain = evaluate(specification, inputs, ref, weights, options, torch.float32)
@@ -188,8 +188,8 @@ def test_gradcheck() -> None:
 def test_packed_equals_padded() -> None:
     """Fails if packed sequences, an empty one among them, are aggregated differently."""
     logprobs, old, advantages, mask = random_batch()
-    lengths = torch.tensor([1500, 3, 700, 0, 1499, 1100])
-    inside = torch.arange(1500) < lengths[:, None]
+    lengths = torch.tensor([1100, 3, 700, 0, 1099, 1050])
+    inside = torch.arange(1100) < lengths[:, None]
     mask = mask & inside
     padded = logprobs.clone().requires_grad_()
     loss, metrics = grpo_loss(padded, old, advantages, mask)
@@ -219,7 +219,7 @@ def test_tokens_after_the_last_sequence_do_not_count() -> None:
 def test_masked_tokens_cannot_leak(bad: float) -> None:
     """Fails if whatever stands at a masked token changes a bit of the result."""
     logprobs, old, _, mask = random_batch()
-    advantages, ref, weights = torch.randn(6, 1500), logprobs + 0.1, torch.rand(6, 1500)
+    advantages, ref, weights = torch.randn(6, 1100), logprobs + 0.1, torch.rand(6, 1100)
     results = []
     for value in (0.0, bad):
         filled = [torch.where(mask, x, value) for x in (logprobs, old, advantages, ref, weights)]
@@ -297,7 +297,7 @@ def test_micro_batches_add_up(aggregation: str, as_tensor: bool) -> None:
         "sequence-mean": float(mask.any(-1).sum()),
         "sequence-sum": float(mask.any(-1).sum()),
         "token-mean": float(mask.sum()),
-        "constant": 6 * 1500.0,
+        "constant": 6 * 1100.0,
     }[aggregation]
     own = total if aggregation == "constant" else None
     whole = logprobs.clone().requires_grad_()

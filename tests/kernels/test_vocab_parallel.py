@@ -1,5 +1,6 @@
 """A vocabulary sharded over gloo ranks gives what the whole vocabulary gives."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,22 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.conftest import INTERPRETED
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("world", [3] if INTERPRETED else [2, 3, 4])
-def test_sharded_equals_whole(world: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "world,implementation", [(2, "host"), (3, "host"), (4, "host"), (3, "triton")]
+)
+def test_sharded_equals_whole(world: int, implementation: str, tmp_path: Path) -> None:
     """Fails if a shard, even, uneven or all padding, changes an output or a gradient.
 
     The ranks' outputs must have the same bits, or tensor-parallel ranks drift apart.
     """
     command = [sys.executable, "-m", "tests.kernels.vocab_parallel_worker"]
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(implementation == "triton"))}
     ranks = [
         subprocess.Popen(
             [*command, str(rank), str(world), str(tmp_path)],
             cwd=ROOT,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
