@@ -1,0 +1,52 @@
+"""Group-relative advantages of groups of one size."""
+
+import torch
+from torch import Tensor
+
+from benchmarks.problem import Mode, Problem, Size, random_normal
+from r1v3 import kernels
+from r1v3.kernels import reference
+
+MODES: tuple[Mode, ...] = ("forward",)
+GROUP_SIZE = 16
+
+
+def eager(rewards: Tensor) -> tuple[Tensor]:
+    groups = rewards.view(-1, GROUP_SIZE)
+    centred = groups - groups.mean(-1, keepdim=True)
+    return ((centred / (groups.std(-1, keepdim=True) + 1e-6)).view(-1),)
+
+
+def ours(rewards: Tensor) -> tuple[Tensor]:
+    lengths = [GROUP_SIZE] * (rewards.shape[0] // GROUP_SIZE)
+    return (kernels.group_advantages(rewards, lengths),)
+
+
+def exact(rewards: Tensor) -> tuple[Tensor]:
+    n = rewards.shape[0]
+    order = torch.arange(n, device=rewards.device)
+    offsets = torch.arange(0, n + 1, GROUP_SIZE, device=rewards.device)
+    return (reference.group_advantages(rewards, order, offsets),)
+
+
+def shapes(device: str, size: Size) -> list[dict[str, int]]:
+    """N rewards: a batch of 512 prompts, and a large one."""
+    batches = [512 * GROUP_SIZE]
+    return [{"N": n} for n in (batches if size == "small" else [*batches, 65_536 * GROUP_SIZE])]
+
+
+def problem(shape: dict[str, int], mode: Mode, device: str) -> Problem:
+    """float32 rewards, read once, and as many advantages."""
+    rewards = random_normal(shape["N"], device=device)
+    return Problem(
+        op="group_advantages",
+        mode=mode,
+        shape=shape,
+        dtype=rewards.dtype,
+        inputs={"rewards": rewards},
+        ours=ours,
+        eager=eager,
+        reference=exact,
+        bytes_read=4 * rewards.numel(),
+        bytes_written=4 * rewards.numel(),
+    )

@@ -1,0 +1,203 @@
+"""The correctness gate: an implementation is timed only when its results are right.
+
+r1v3 must stay within the error budget of its tests: at most twice the error of the reference
+run on the same inputs, plus a tolerance for the dtype of the result. A rival needs to compute the
+same quantity (`RIVAL_TOLERANCE`); its error is printed next to its time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.problem import Function, Problem
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Eager bfloat16 arithmetic on 150,000 logits is off by almost 0.1 nats.
+RIVAL_TOLERANCE = 0.25
+CHUNK_ELEMENTS = 2**24
+GRADIENT_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Outputs, and gradients by input name where the mode has a backward."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The float64 answer, and the error the reference makes on the inputs as they are.
+
+    `rows` are the rows that are compared, None for all of them.
+    """
+
+    answer: Answer
+    rows: Tensor | None
+    reference_errors: dict[str, float]
+
+
+def run_forward(problem: Problem, function: Function) -> tuple[Tensor, ...]:
+    """The outputs, recorded for no backward."""
+    with torch.no_grad():
+        return function(**problem.inputs)
+
+
+def record(
+    problem: Problem, function: Function
+) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor]]:
+    """Outputs with their graph, the leaves they depend on, and the upstream gradients."""
+    leaves = {
+        name: problem.inputs[name].detach().requires_grad_() for name in problem.differentiated
+    }
+    outputs = function(**{**problem.inputs, **leaves})
+    upstream = [u.to(o.dtype) for o, u in zip(outputs, problem.upstream, strict=True)]
+    return outputs, list(leaves.values()), upstream
+
+
+def run_backward(
+    recorded: tuple[tuple[Tensor, ...], list[Tensor], list[Tensor]],
+) -> tuple[Tensor, ...]:
+    """Gradients of the leaves."""
+    outputs, leaves, upstream = recorded
+    return torch.autograd.grad(outputs, leaves, upstream)
+
+
+def answer(problem: Problem, function: Function) -> Answer:
+    """What the function gives for the problem; inputs that it overwrites are copies."""
+    fresh = {name: problem.inputs[name].clone() for name in problem.mutated}
+    problem = replace(problem, inputs={**problem.inputs, **fresh})
+    if problem.mode == "forward":
+        return Answer(run_forward(problem, function), {})
+    recorded = record(problem, function)
+    gradients = run_backward(recorded)
+    names = problem.differentiated
+    outputs = tuple(output.detach() for output in recorded[0])
+    return Answer(outputs, dict(zip(names, gradients, strict=True)))
+
+
+def solve(problem: Problem) -> Truth:
+    """The truth, computed a few rows at a time in float64.
+
+    Gradients of rows are compared on `GRADIENT_ROWS` evenly spaced rows, first and last included;
+    everything else is compared in full.
+    """
+    rows = _compared_rows(problem)
+    exact: list[Answer] = []
+    plain: list[Answer] = []
+    for part in _parts(problem, rows):
+        plain.append(answer(part, problem.reference))
+        exact.append(answer(_in_float64(part), problem.reference))
+    truth = _joined(problem, exact)
+    errors = _errors(truth, _joined(problem, plain))
+    return Truth(truth, rows, errors)
+
+
+def errors(problem: Problem, truth: Truth, given: Answer) -> dict[str, float]:
+    """Largest error of each output (absolute) and gradient (relative to its largest entry).
+
+    NaN where the truth is a number counts as infinitely wrong. An answer with fewer outputs is
+    compared on those it has.
+
+    Raises:
+        ValueError: for an output or gradient of another shape than the truth.
+    """
+    if truth.rows is not None:
+        outputs = tuple(output[truth.rows] for output in given.outputs)
+        gradients = {
+            name: gradient[truth.rows] if name in problem.row_inputs else gradient
+            for name, gradient in given.gradients.items()
+        }
+        given = Answer(outputs, gradients)
+    return _errors(truth.answer, given)
+
+
+def objection(found: dict[str, float], truth: Truth, given: Answer, *, is_ours: bool) -> str | None:
+    """Why the implementation must not be timed, None if it may."""
+    for name, error in found.items():
+        if is_ours:
+            limit = 2 * truth.reference_errors[name] + TOLERANCE[_quantity(given, name).dtype]
+        else:
+            limit = RIVAL_TOLERANCE
+        if not error <= limit:
+            return f"wrong: error of {name} is {error:.2g}, at most {limit:.2g} is allowed"
+    return None
+
+
+def _quantity(given: Answer, name: str) -> Tensor:
+    if name in given.gradients:
+        return given.gradients[name]
+    return given.outputs[int(name.removeprefix("output "))]
+
+
+def _errors(truth: Answer, given: Answer) -> dict[str, float]:
+    if not given.outputs or len(given.outputs) > len(truth.outputs):
+        raise ValueError(f"expected up to {len(truth.outputs)} outputs, got {len(given.outputs)}")
+    found = {
+        f"output {i}": _distance(f"output {i}", output, exact)
+        for i, (output, exact) in enumerate(zip(given.outputs, truth.outputs, strict=False))
+    }
+    for name, exact in truth.gradients.items():
+        largest = float(exact.abs().max()) or 1.0
+        found[name] = _distance(name, given.gradients[name], exact) / largest
+    return found
+
+
+def _distance(name: str, value: Tensor, exact: Tensor) -> float:
+    if value.shape != exact.shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(exact.shape)}")
+    if exact.numel() == 0:
+        return 0.0
+    value = value.to(torch.float64)
+    # Equal infinities, which ban_tokens_ makes, have no distance.
+    distance = torch.where(value == exact, 0.0, (value - exact).abs())
+    return float(distance.nan_to_num(nan=torch.inf).max())
+
+
+def _compared_rows(problem: Problem) -> Tensor | None:
+    if not set(problem.differentiated) <= set(problem.row_inputs) or problem.mode == "forward":
+        return None
+    total = problem.inputs[problem.row_inputs[0]].shape[0]
+    device = problem.inputs[problem.row_inputs[0]].device
+    steps = min(total, GRADIENT_ROWS)
+    return torch.linspace(0, total - 1, steps, dtype=torch.float64, device=device).round().long()
+
+
+def _parts(problem: Problem, rows: Tensor | None) -> Iterator[Problem]:
+    """The problem on a few rows at a time, or as it is where rows depend on each other."""
+    if not problem.row_inputs:
+        yield problem
+        return
+    first = problem.inputs[problem.row_inputs[0]]
+    if rows is None:
+        rows = torch.arange(first.shape[0], device=first.device)
+    width = problem.shape["V"]
+    for chunk in rows.split(max(1, CHUNK_ELEMENTS // width)):
+        sliced = {name: problem.inputs[name][chunk] for name in problem.row_inputs}
+        upstream = tuple(gradient[chunk] for gradient in problem.upstream)
+        yield replace(problem, inputs={**problem.inputs, **sliced}, upstream=upstream)
+
+
+def _in_float64(problem: Problem) -> Problem:
+    inputs = {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in problem.inputs.items()
+    }
+    return replace(problem, inputs=inputs, upstream=tuple(u.double() for u in problem.upstream))
+
+
+def _joined(problem: Problem, parts: list[Answer]) -> Answer:
+    """Rows are concatenated; gradients of inputs that all rows share are added up."""
+    if len(parts) == 1:
+        return parts[0]
+    outputs = tuple(torch.cat(pieces) for pieces in zip(*(p.outputs for p in parts), strict=True))
+    gradients = {}
+    for name in problem.differentiated if parts[0].gradients else ():
+        pieces = [part.gradients[name] for part in parts]
+        gradients[name] = (
+            torch.cat(pieces) if name in problem.row_inputs else sum(pieces[1:], pieces[0])
+        )
+    return Answer(outputs, gradients)

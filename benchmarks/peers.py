@@ -1,0 +1,226 @@
+"""Rivals, called where they are installed and named as absent where they are not.
+
+Nothing of them is copied here; an adapter only brings the arguments into their order.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import bench_group_advantages, bench_grpo_loss
+from benchmarks.problem import Function, Mode
+
+BOTH_MODES: tuple[Mode, ...] = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One function of another project that computes what one of our ops computes."""
+
+    project: str
+    op: str
+    module: str
+    adapt: Callable[[ModuleType], Function]
+    part: str = ""
+    modes: tuple[Mode, ...] = ("forward",)
+    cuda_only: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.project} ({self.part})" if self.part else self.project
+
+
+def find(
+    op: str, mode: Mode, device: str, projects: Collection[str]
+) -> tuple[dict[str, Function], dict[str, str]]:
+    """Functions by label, and for the rivals that cannot be run the reason by label."""
+    found: dict[str, Function] = {}
+    absent: dict[str, str] = {}
+    for peer in PEERS:
+        if peer.op != op or mode not in peer.modes or peer.project not in projects:
+            continue
+        if importlib.util.find_spec(peer.module.partition(".")[0]) is None:
+            absent[peer.label] = "not installed"
+        elif peer.cuda_only and device == "cpu":
+            absent[peer.label] = "needs a GPU"
+        else:
+            try:
+                found[peer.label] = peer.adapt(importlib.import_module(peer.module))
+            except Exception as error:  # noqa: BLE001 - an import may fail in any way
+                absent[peer.label] = f"cannot be imported: {type(error).__name__}: {error}"
+    return found, absent
+
+
+def project_names() -> list[str]:
+    """All rivals that an adapter exists for."""
+    return sorted({peer.project for peer in PEERS})
+
+
+def _trl_logprobs_and_entropy(trl: ModuleType) -> Function:
+    return lambda logits, token_ids: trl.selective_log_softmax_and_entropy(logits, token_ids)
+
+
+def _trl_entropy(trl: ModuleType) -> Function:
+    return lambda logits: (trl.entropy_from_logits(logits),)
+
+
+def _trl_selective(trl: ModuleType) -> Function:
+    return lambda logits, token_ids: (trl.selective_log_softmax(logits, token_ids),)
+
+
+def _verl_logprobs_and_entropy(verl: ModuleType) -> Function:
+    def both(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        entropy = verl.entropy_from_logits(logits)
+        return verl.logprobs_from_logits(logits, token_ids, inplace_backward=False), entropy
+
+    return both
+
+
+def _verl_entropy(verl: ModuleType) -> Function:
+    return lambda logits: (verl.entropy_from_logits(logits),)
+
+
+def _verl_selective(verl: ModuleType) -> Function:
+    return lambda logits, token_ids: (
+        verl.logprobs_from_logits(logits, token_ids, inplace_backward=False),
+    )
+
+
+def _verl_group_advantages(algorithms: ModuleType) -> Function:
+    def advantages(rewards: Tensor) -> tuple[Tensor]:
+        n = rewards.shape[0]
+        groups = torch.arange(n, device=rewards.device) // bench_group_advantages.GROUP_SIZE
+        given = algorithms.compute_grpo_vectorized_outcome_advantage(
+            rewards[:, None], torch.ones(n, 1, device=rewards.device), groups
+        )
+        return (given[0].squeeze(-1),)
+
+    return advantages
+
+
+def _verl_grpo_loss(algorithms: ModuleType) -> Function:
+    config = algorithms.ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio_low=bench_grpo_loss.CLIP_LOW,
+        clip_ratio_high=bench_grpo_loss.CLIP_HIGH,
+        clip_ratio_c=bench_grpo_loss.DUAL_CLIP,
+    )
+
+    def loss(
+        logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor
+    ) -> tuple[Tensor]:
+        per_token = advantages[:, None].expand_as(logprobs)
+        value, _ = algorithms.compute_policy_loss_vanilla(
+            old_logprobs, logprobs, per_token, loss_mask.float(), "token-mean", config
+        )
+        return (value,)
+
+    return loss
+
+
+def _verl_linear_torch(verl: ModuleType) -> Function:
+    head = verl.FusedLinearForPPO(chunk_size=512)
+    return lambda hidden, weight, token_ids: head(hidden, weight, token_ids)
+
+
+def _verl_linear_triton(verl: ModuleType) -> Function:
+    return lambda hidden, weight, token_ids: verl.linear_cross_entropy(
+        hidden, weight, token_ids, 1.0, "none", None
+    )
+
+
+def _liger_selective(liger: ModuleType) -> Function:
+    def selective(logits: Tensor, token_ids: Tensor) -> tuple[Tensor]:
+        rows, vocab = logits.shape
+        # It wants one row more than it reads; `random_logits` allocates that row.
+        padded = logits.as_strided((1, rows + 1, vocab), ((rows + 1) * vocab, vocab, 1))
+        chosen = liger.fused_selective_log_softmax(padded, token_ids[None], temperature=1.0)
+        return (chosen[0],)
+
+    return selective
+
+
+def _cut_cross_entropy(module: ModuleType) -> Function:
+    return lambda hidden, weight, token_ids: (
+        -module.linear_cross_entropy(hidden, weight, token_ids, reduction="none"),
+    )
+
+
+def _triton_cross_entropy(module: ModuleType) -> Function:
+    return lambda logits, token_ids: (-module.cross_entropy_loss(logits, token_ids)[0],)
+
+
+def _transformers_ban(transformers: ModuleType) -> Function:
+    built: list[Any] = []
+
+    def ban(logits: Tensor, token_ids: Tensor) -> tuple[Tensor]:
+        if not built:
+            built.append(
+                transformers.SuppressTokensLogitsProcessor(token_ids.tolist(), logits.device)
+            )
+        return (built[0](None, logits),)
+
+    return ban
+
+
+def _xgrammar_ban(xgrammar: ModuleType) -> Function:
+    masks: list[Tensor] = []
+
+    def ban(logits: Tensor, token_ids: Tensor) -> tuple[Tensor]:
+        if not masks:
+            masks.append(_bitmask(token_ids, logits.shape[1]).expand(logits.shape[0], -1))
+            masks[0] = masks[0].contiguous()
+        xgrammar.apply_token_bitmask_inplace(logits, masks[0], vocab_size=logits.shape[1])
+        return (logits,)
+
+    return ban
+
+
+def _bitmask(banned: Tensor, vocab: int) -> Tensor:
+    """int32 [1, ceil(vocab / 32)], a bit per token from the lowest on, 0 for banned."""
+    allowed = torch.ones((vocab + 31) // 32 * 32, dtype=torch.int64, device=banned.device)
+    allowed[banned] = 0
+    weights = 2 ** torch.arange(32, device=banned.device)
+    words = (allowed.view(-1, 32) * weights).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)[None]
+
+
+_TRL = "trl.trainer.utils"
+_VERL = "verl.utils.torch_functional"
+_VERL_ALGORITHMS = "verl.trainer.ppo.core_algos"
+_VERL_LINEAR = "verl.utils.experimental.torch_functional"
+_VERL_TRITON = "verl.utils.kernel.linear_cross_entropy"
+_FLA = "fla.modules.fused_cross_entropy"
+_FLASH = "flash_attn.ops.triton.cross_entropy"
+_BOTH, _ONE, _LINEAR = (
+    "logprobs_and_entropy",
+    "selective_log_softmax",
+    "linear_logprobs_and_entropy",
+)
+
+PEERS = (
+    Peer("trl", _BOTH, _TRL, _trl_logprobs_and_entropy, modes=BOTH_MODES),
+    Peer("trl", "entropy", _TRL, _trl_entropy),
+    Peer("trl", _ONE, _TRL, _trl_selective),
+    Peer("verl", _BOTH, _VERL, _verl_logprobs_and_entropy, modes=BOTH_MODES),
+    Peer("verl", "entropy", _VERL, _verl_entropy),
+    Peer("verl", _ONE, _VERL, _verl_selective),
+    Peer("verl", "group_advantages", _VERL_ALGORITHMS, _verl_group_advantages),
+    Peer("verl", "grpo_loss", _VERL_ALGORITHMS, _verl_grpo_loss, modes=("forward+backward",)),
+    Peer("verl", _LINEAR, _VERL_LINEAR, _verl_linear_torch, "torch", BOTH_MODES),
+    Peer("verl", _LINEAR, _VERL_TRITON, _verl_linear_triton, "triton", BOTH_MODES, True),
+    Peer("liger", _ONE, "liger_kernel.ops.grpo_loss", _liger_selective, cuda_only=True),
+    Peer("cut-cross-entropy", _LINEAR, "cut_cross_entropy", _cut_cross_entropy, cuda_only=True),
+    Peer("fla", _ONE, _FLA, _triton_cross_entropy, cuda_only=True),
+    Peer("flash-attn", _ONE, _FLASH, _triton_cross_entropy, cuda_only=True),
+    Peer("transformers", "ban_tokens", "transformers", _transformers_ban),
+    Peer("xgrammar", "ban_tokens", "xgrammar", _xgrammar_ban),
+)
