@@ -1,4 +1,5 @@
 """The ops as torch.library registers them, and under torch.compile(fullgraph=True)."""
+# mypy: disable-error-code="arg-type,union-attr,index"
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,5 @@
 """The clipped policy loss, on every implementation this process can run."""
+# mypy: disable-error-code="arg-type,union-attr,index"
 
 import math
 from typing import Any
