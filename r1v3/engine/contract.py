@@ -46,7 +46,9 @@ class Batch:
         """Prompts start to stop with their responses, trimmed to the longest of each."""
         g = self.group_size
         rows = slice(start * g, stop * g)
-        longest = int(self.loss_mask[rows].sum(1).amax())
+        # Up to the last token that counts; tokens before it are context, whether they count or not.
+        counting = self.loss_mask[rows].any(0).nonzero()
+        longest = int(counting.amax()) + 1 if len(counting) else 0
         first = int(self.prompt_mask[start:stop].long().argmax(1).amin())
         before = int(self.tiles[:start].sum())
         here = int(self.tiles[start:stop].sum())
@@ -55,7 +57,7 @@ class Batch:
             prompt_ids=self.prompt_ids[start:stop, first:],
             prompt_mask=self.prompt_mask[start:stop, first:],
             pixel_values=None
-            if self.pixel_values is None
+            if self.pixel_values is None or not here
             else self.pixel_values[before : before + here],
             tiles=self.tiles[start:stop],
             response_ids=self.response_ids[rows, :longest],

@@ -15,6 +15,20 @@ _PREFIXES = {
     "model.language_model.": "llm",
     "lm_head.": "llm",
 }
+# How published checkpoints, and transformers' own save_pretrained, still name the same tensors.
+_STORED_PREFIXES = {
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+}
+
+
+def _native_name(stored: str) -> str:
+    for prefix, native in _STORED_PREFIXES.items():
+        if stored.startswith(prefix):
+            return native + stored.removeprefix(prefix)
+    return stored
 
 
 def part_of(name: str) -> str:
@@ -93,6 +107,9 @@ def load_model(
 ) -> InternVLForConditionalGeneration:
     """Load a model folder (config.json and model.safetensors) into memory.
 
+    The tensors have the names of `InternVLForConditionalGeneration`'s parameters, or those that
+    its `save_pretrained` writes.
+
     Raises:
         ValueError: a file is missing, cut short or does not fit the configuration; the message
             names it.
@@ -105,11 +122,14 @@ def load_model(
     try:
         config = InternVLConfig.from_pretrained(folder)
         config._attn_implementation = "sdpa"
+        model = InternVLForConditionalGeneration(config)
+    except Exception as error:  # transformers raises many types on values it cannot use
+        raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from error
+    try:
         with safe_open(weights, framework="pt") as stored:
-            state = {name: stored.get_tensor(name) for name in stored.keys()}
+            state = {_native_name(name): stored.get_tensor(name) for name in stored.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"model folder {folder} cannot be read: {error}") from error
-    model = InternVLForConditionalGeneration(config)
+        raise ValueError(f"{weights} cannot be read: {error}") from error
     nn.Module.to(model, device=torch.device(device), dtype=dtype)
     own = dict(model.named_parameters())
     if missing := sorted(set(own) - set(state)) or sorted(set(state) - set(own)):
@@ -152,9 +172,17 @@ def embed_prompts(
     """Input embeddings [P, L, H] of prompts, with image features put at the image tokens.
 
     Image positions come from the prompt alone; responses are embedded as text whatever they hold.
+
+    Raises:
+        ValueError: the prompts have more or fewer image tokens than there are features.
     """
     embeddings = model.get_input_embeddings()(prompt_ids)
     slots = prompt_ids == model.config.image_token_id
+    available = 0 if features is None else features.shape[:-1].numel()
+    if int(slots.sum()) != available:
+        raise ValueError(
+            f"prompts have {int(slots.sum())} image tokens for {available} image features"
+        )
     if features is None:
         return embeddings
     return embeddings.masked_scatter(slots.unsqueeze(-1), features.to(embeddings.dtype))
