@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from r1v3.config import ConfigError
-
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -28,19 +26,29 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 @contextmanager
 def _friendly() -> Iterator[None]:
     """User errors become one line on stderr and exit code 1; an interruption exits with 130."""
-    from r1v3.trainer.stage import StageInterrupted
+    from r1v3.trainer.interrupt import StageInterrupted
 
     try:
         yield
+    except typer.Exit:
+        raise
     except StageInterrupted as stopped:
         typer.secho(str(stopped), fg="yellow", err=True)
         raise typer.Exit(INTERRUPTED) from stopped
     except KeyboardInterrupt as stopped:
         typer.secho("interrupted; what was saved is kept: go on with --resume", err=True)
         raise typer.Exit(INTERRUPTED) from stopped
-    except (ConfigError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
+
+
+def _require_begun(name: str, run: Path, resuming: bool) -> None:
+    """`--resume` is for a stage that was started; anything else is most likely a misspelt run."""
+    if resuming and not (run / "config" / f"{name}.yaml").is_file():
+        raise ValueError(
+            f"{run} holds no stage {name} to resume; start without --resume, or check run=..."
+        )
 
 
 @app.command(
@@ -80,9 +88,12 @@ def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False)
     """Cold-start supervised fine-tuning (and, from an architecture, pre-training)."""
     with _friendly():
         from r1v3.config import SFT, load
+
+        loaded = load(SFT, config, overrides or [])
+        _require_begun("sft", loaded.run, resume)
         from r1v3.trainer import sft as stage
 
-        typer.echo(stage.train(load(SFT, config, overrides or []), resuming=resume))
+        typer.echo(stage.train(loaded, resuming=resume))
 
 
 @app.command(epilog="Example: r1v3 grpo configs/demo/grpo.yaml run=runs/mine loss.clip_high=0.28")
@@ -90,9 +101,12 @@ def grpo(config: ConfigFile, overrides: Overrides = None, resume: Resume = False
     """Group relative policy optimisation."""
     with _friendly():
         from r1v3.config import GRPO, load
+
+        loaded = load(GRPO, config, overrides or [])
+        _require_begun("grpo", loaded.run, resume)
         from r1v3.trainer import grpo as stage
 
-        typer.echo(stage.train(load(GRPO, config, overrides or []), resuming=resume))
+        typer.echo(stage.train(loaded, resuming=resume))
 
 
 @app.command(epilog="Example: r1v3 connector configs/demo/connector.yaml run=runs/mine")
@@ -100,9 +114,12 @@ def connector(config: ConfigFile, overrides: Overrides = None, resume: Resume = 
     """Connector-only tuning."""
     with _friendly():
         from r1v3.config import Connector, load
+
+        loaded = load(Connector, config, overrides or [])
+        _require_begun("connector", loaded.run, resume)
         from r1v3.trainer import connector as stage
 
-        typer.echo(stage.train(load(Connector, config, overrides or []), resuming=resume))
+        typer.echo(stage.train(loaded, resuming=resume))
 
 
 @app.command(epilog="Example: r1v3 select configs/demo/select.yaml run=runs/mine")

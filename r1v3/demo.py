@@ -239,7 +239,9 @@ def run_demo(run: Path | None, seed: int, configs: Path, *, resuming: bool) -> d
 def _remember_seed(folder: Path, seed: int, resuming: bool) -> int:
     """A resumed run keeps the seed it was started with."""
     path = folder / "seed.json"
-    if resuming and path.exists():
+    if resuming:
+        if not path.exists():
+            raise ValueError(f"{folder} holds no demo to resume; start without --resume")
         return int(json.loads(path.read_text(encoding="utf-8")))
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from r1v3.config import GRPO
-from r1v3.data.encoding import Example, collate, encode_sample
+from r1v3.data.encoding import Example, collate
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.words import expand_words
@@ -26,17 +26,18 @@ from r1v3.model.internvl import load_model
 from r1v3.rewards import LLMVerifier, Reward, score
 from r1v3.rollout.local import Rollout, Sampling
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
-from r1v3.trainer.interrupt import StopRequest
+from r1v3.trainer.interrupt import StageInterrupted, StopRequest
 from r1v3.trainer.metrics import MetricsLogger
 from r1v3.trainer.stage import (
-    StageInterrupted,
     begin,
     build_engine,
+    encode_all,
     image_shape,
     learning_rate,
     order,
     progress_bar,
     publish,
+    require_fresh,
     resume,
     save,
     set_threads,
@@ -67,12 +68,6 @@ class Episode:
         return collate(self.examples, pad, responses=given, group_size=group_size)
 
 
-def reference_model_logprobs(reference: HFEngine, batches: list[Batch]) -> list[Tensor]:
-    """Log-probs of the responses under a frozen model, per micro-batch."""
-    with torch.no_grad():
-        return [reference.forward(batch)[0] for batch in batches]
-
-
 def make_verifier(config: GRPO) -> LLMVerifier | None:
     """The LLM verifier of the configuration, or None when it has no endpoint."""
     rewards = config.rewards
@@ -91,6 +86,7 @@ class Trainer:
 
     def __init__(self, config: GRPO, *, resuming: bool) -> None:
         self.config, self.run = config, Path(config.run)
+        require_fresh("grpo", self.run, resuming)
         begin("grpo", config, self.run)
         set_threads(config.threads)
         self.engine = build_engine(
@@ -102,8 +98,10 @@ class Trainer:
         shape = image_shape(self.engine, config.max_tiles)
         tokenizer = self.engine.tokenizer
         self.samples = load_samples(config.train_data)
-        self.examples = [encode_sample(s, tokenizer, shape) for s in self.samples]
+        self.examples = encode_all(config.train_data, self.samples, tokenizer, shape)
         self.validation = load_samples(config.validation_data)
+        # A picture that cannot be decoded is to be found now, not when steps would be lost.
+        encode_all(config.validation_data, self.validation, tokenizer, shape)
         self.policy = Policy(self.engine.model, tokenizer, shape)
         self.verifier = make_verifier(config)
         self.reference = self._reference() if config.loss.kl_coef > 0 else None
@@ -235,7 +233,8 @@ class Trainer:
             normalizer = float(sequences * self.config.decoding.max_tokens)
         references = None
         if self.reference is not None:
-            references = reference_model_logprobs(self.reference, batches)
+            with torch.no_grad():
+                references = [self.reference.forward(batch)[0] for batch in batches]
         self.monitor.reset()
 
         def loss_fn(logprobs: Tensor, entropy: Tensor, index: int) -> Tensor:
@@ -261,7 +260,8 @@ class Trainer:
             collected.append({**metrics, "rollout_gap": gap})
             return loss
 
-        if float(episode.advantages[starts[0] * g :].abs().sum()) == 0 and references is None:
+        own = episode.advantages[starts[0] * g : starts[0] * g + sequences]
+        if float(own.abs().sum()) == 0 and references is None:
             with torch.no_grad():
                 for index, batch in enumerate(batches):
                     loss_fn(*self.engine.forward(batch), index)
@@ -290,6 +290,7 @@ class Trainer:
     def take_step(self) -> dict[str, Any]:
         """Sample, reward and update once; the step's metrics."""
         started = time.perf_counter()
+        failures = self._verifier_failures()
         episode = self.episode()
         sampled = time.perf_counter()
         metrics = self.update(episode)
@@ -303,11 +304,15 @@ class Trainer:
             "response_length": float(lengths.mean()),
             "truncated": float((~episode.rollout.finished).float().mean()),
             "groups_kept": episode.groups_kept,
-            "verifier_failures": 0 if self.verifier is None else self.verifier.failures,
+            "verifier_failures": self._verifier_failures() - failures,
             **metrics,
             "seconds_rollout": sampled - started,
             "seconds": time.perf_counter() - started,
         }
+
+    def _verifier_failures(self) -> int:
+        """Answers left without a verdict so far in this process."""
+        return 0 if self.verifier is None else self.verifier.failures.total()
 
     def save(self) -> None:
         """A checkpoint to resume from and to select from: all are kept."""
@@ -371,9 +376,8 @@ def _combine(collected: list[dict[str, Tensor]]) -> dict[str, float]:
     tokens = torch.stack([m["tokens"].double() for m in collected])
     weights = tokens / tokens.sum().clamp(min=1)
     result = {}
-    for key in ("clip_low_fraction", "clip_high_fraction", "dual_clip_fraction", "approx_kl"):
-        result[key] = float((torch.stack([m[key].double() for m in collected]) * weights).sum())
-    for key in ("ref_kl", "ratio_mean"):
+    fractions = ("clip_low_fraction", "clip_high_fraction", "dual_clip_fraction")
+    for key in (*fractions, "approx_kl", "ref_kl", "ratio_mean"):
         result[key] = float((torch.stack([m[key].double() for m in collected]) * weights).sum())
     result["ratio_max"] = max(float(m["ratio_max"]) for m in collected)
     result["tokens"] = int(tokens.sum())

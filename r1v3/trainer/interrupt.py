@@ -10,6 +10,10 @@ from typing import Any, Self
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class StageInterrupted(Exception):
+    """A stage stopped on request after saving; the message says how to go on."""
+
+
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a flag, and the second into KeyboardInterrupt.
 

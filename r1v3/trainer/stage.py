@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import Architecture, Optimizer, Section, Stage, to_yaml
-from r1v3.data.encoding import ImageShape, model_image_shape
+from r1v3.data.encoding import Example, ImageShape, encode_sample, model_image_shape
+from r1v3.data.sample import Sample
 from r1v3.engine.hf import HFEngine
 from r1v3.files import replace_directory, temporary_sibling, write_json, write_text
 from r1v3.model.internvl import build_model, internvl_config, load_model
@@ -36,10 +39,6 @@ from r1v3.trainer.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-
-
-class StageInterrupted(Exception):
-    """A stage stopped on request after saving; the message says how to go on."""
 
 
 def stream(*key: int | str) -> np.random.Generator:
@@ -77,6 +76,19 @@ def learning_rate(step: int, total: int, config: Optimizer) -> float:
         return config.learning_rate
     progress = (step - warmup) / max(1, total - warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def require_fresh(name: str, run: Path, resuming: bool) -> None:
+    """Refuse to start a stage over what an earlier run of it left, before anything is written.
+
+    Raises:
+        ValueError: there are checkpoints or a model of the stage and `resuming` is False.
+    """
+    left = [run / "models" / name, run / "checkpoints" / name]
+    if not resuming and any(path.exists() for path in left):
+        raise ValueError(
+            f"{run} already holds stage {name}; pass --resume to go on, or another run folder"
+        )
 
 
 def begin(name: str, config: Section, run: Path) -> None:
@@ -169,23 +181,48 @@ def build_engine(
     )
 
 
+@contextmanager
+def in_row(path: Path, row: int) -> Iterator[None]:
+    """Put file and row in front of what is wrong with a sample."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} row {row}: {error}") from error
+
+
+def encode_all(
+    path: Path, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerFast, shape: ImageShape
+) -> list[Example]:
+    """The prompts of a file's samples; what is wrong with one is named by file and row."""
+    examples = []
+    for row, sample in enumerate(samples):
+        with in_row(path, row):
+            examples.append(encode_sample(sample, tokenizer, shape))
+    return examples
+
+
 def image_shape(engine: HFEngine, max_tiles: int) -> ImageShape:
     """How the engine's model wants pictures."""
     return model_image_shape(engine.model, max_tiles)
 
 
 def resume(name: str, run: Path, engine: HFEngine, wanted: bool) -> Loaded | None:
-    """Load the newest intact checkpoint of a stage into the engine, if resuming was asked for."""
+    """Load the newest intact checkpoint of a stage into the engine, if resuming was asked for.
+
+    None: there is none yet, and the stage starts from its beginning.
+
+    Raises:
+        CheckpointError: there are checkpoints and all are broken; names a file of the newest.
+    """
     root = run / "checkpoints" / name
-    if not wanted:
-        if (run / "models" / name).exists() or root.exists():
-            raise ValueError(
-                f"{run} already holds stage {name}; pass --resume to go on, or another run folder"
-            )
+    if not wanted or not root.exists():
         return None
-    path = latest_checkpoint(root) if root.exists() else None
+    path = latest_checkpoint(root)
     if path is None:
-        return None
+        broken = sorted(root.glob("step-*"))
+        if not broken:
+            return None
+        path = broken[-1]
     loaded = load_checkpoint(path)
     engine.load_weights(path)
     load_optimizer_tensors(engine.optimizer, engine.trainable, loaded.tensors)
@@ -213,12 +250,27 @@ def save(
 
 
 def publish(engine: HFEngine, folder: Path) -> None:
-    """Write the engine's model folder in one move, replacing what was there."""
+    """Write the engine's model folder in one move, replacing what was there.
+
+    Raises:
+        OSError: it cannot be written; what was there before is as it was.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(leftover)
     temporary = temporary_sibling(folder)
     temporary.mkdir()
-    engine.save(temporary)
-    replace_directory(temporary, folder)
+    try:
+        engine.save(temporary)
+        replace_directory(temporary, folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError | OSError):
+            raise OSError(
+                f"cannot write the model folder {folder}: {error}; free some space and go on "
+                "with --resume"
+            ) from error
+        raise
 
 
 @contextmanager

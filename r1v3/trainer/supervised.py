@@ -17,17 +17,18 @@ from r1v3.data.words import expand_words
 from r1v3.engine.contract import Batch
 from r1v3.engine.hf import HFEngine
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
-from r1v3.trainer.interrupt import StopRequest
+from r1v3.trainer.interrupt import StageInterrupted, StopRequest
 from r1v3.trainer.metrics import MetricsLogger
 from r1v3.trainer.stage import (
-    StageInterrupted,
     begin,
     build_engine,
     image_shape,
+    in_row,
     learning_rate,
     order,
     progress_bar,
     publish,
+    require_fresh,
     resume,
     save,
     set_threads,
@@ -62,10 +63,11 @@ def load_examples(path: Path, engine: HFEngine, max_tiles: int) -> list[Example]
     shape = image_shape(engine, max_tiles)
     examples = []
     for row, sample in enumerate(load_samples(path)):
-        if not sample.response:
-            raise ValueError(f"{path} row {row}: extra_info.response is empty; there is no target")
         thinking = bool(sample.extra_info.get("thinking", True))
-        examples.append(encode_sample(sample, engine.tokenizer, shape, thinking=thinking))
+        with in_row(path, row):
+            if not sample.response:
+                raise ValueError("extra_info.response is empty; there is no target")
+            examples.append(encode_sample(sample, engine.tokenizer, shape, thinking=thinking))
     return examples
 
 
@@ -95,6 +97,7 @@ class Trainer:
 
     def __init__(self, name: str, config: Supervised, *, resuming: bool) -> None:
         self.name, self.config, self.run = name, config, Path(config.run)
+        require_fresh(name, self.run, resuming)
         begin(name, config, self.run)
         set_threads(config.threads)
         tokenizer = None
