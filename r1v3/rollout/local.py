@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
+from r1v3.data.tokenizer import THINK_CLOSE
 from r1v3.engine.hf import prefill
 from r1v3.kernels import ban_tokens_, logprobs_and_entropy
 
@@ -30,26 +31,23 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ThoughtClosing:
-    """Token ids around the end of a thought, for a tokenizer where `</think>` is plain text.
+    """How a thought ends, for a tokenizer where `</think>` is plain text of several tokens.
 
-    `prefix` are the tokens of `</think`, `ends` the ids of all tokens that begin with `>`,
-    `forced` what is appended to close a thought whose budget is spent.
+    `texts` is what every token writes (the tag is found in text, because its first and last marks
+    merge with their neighbours: ` </`, `.</`, `>\n\n`), `forced` the token ids that are appended to
+    close a thought whose budget is spent.
     """
 
-    prefix: tuple[int, ...]
-    ends: Tensor
+    texts: tuple[str, ...]
     forced: tuple[int, ...]
 
     @classmethod
     def of(cls, tokenizer: object) -> "ThoughtClosing":
         encode = tokenizer.encode  # type: ignore[attr-defined]
         size = len(tokenizer)  # type: ignore[arg-type]
-        ends = torch.tensor(
-            [tokenizer.decode([i]).startswith(">") for i in range(size)]  # type: ignore[attr-defined]
-        )
-        prefix = encode("</think", add_special_tokens=False)
-        forced = encode("\n</think>\n\n", add_special_tokens=False)
-        return cls(tuple(prefix), ends, tuple(forced))
+        texts = tokenizer.batch_decode([[i] for i in range(size)])  # type: ignore[attr-defined]
+        forced = encode(f"\n{THINK_CLOSE}\n\n", add_special_tokens=False)
+        return cls(tuple(texts), tuple(forced))
 
 
 @dataclass(frozen=True)
@@ -124,6 +122,7 @@ class _State:
         self.finished = torch.zeros(rows, dtype=torch.bool)
         self.uniforms = uniforms
         self.closed = torch.zeros(rows, dtype=torch.bool)
+        self.tails = [""] * rows
         self.forcing = torch.full((rows,), -1)
         self.active = torch.arange(rows)
 
@@ -147,13 +146,12 @@ def _forced_tokens(
 
 def _note_closing(state: _State, step: int, closing: ThoughtClosing) -> None:
     """Mark rows whose thought was closed by the token of this step."""
-    n = len(closing.prefix)
-    if step < n:
-        return
-    rows = state.active
-    recent = state.ids[rows, step - n : step]
-    matches = (recent == torch.tensor(closing.prefix)).all(1)
-    state.closed[rows] |= matches & closing.ends[state.ids[rows, step]]
+    rows = state.active.tolist()
+    for row, token in zip(rows, state.ids[state.active, step].tolist(), strict=True):
+        written = state.tails[row] + (closing.texts[token] if token < len(closing.texts) else "")
+        if THINK_CLOSE in written:
+            state.closed[row] = True
+        state.tails[row] = written[-len(THINK_CLOSE) :]
 
 
 @torch.no_grad()
@@ -240,7 +238,8 @@ def _emit(
     state.sampled[rows, step] = fresh & ~forced
     state.logprobs[rows, step] = torch.where(fresh, logprobs, 0.0)
     state.entropy[rows, step] = torch.where(fresh, entropy, 0.0)
-    _note_closing(state, step, closing)
+    if sampling.budget is not None and step < sampling.budget:
+        _note_closing(state, step, closing)
     state.finished[rows] |= tokens == stop_id
     return tokens
 
