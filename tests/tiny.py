@@ -4,6 +4,7 @@ Importable by every test folder; the tokenizer is learned once per process.
 """
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from r1v3.data.builders import questions
 from r1v3.data.encoding import Example, ImageShape
 from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import IMAGE_CONTEXT, THINK_CLOSE, render_prompt, train_tokenizer
+from r1v3.engine.hf import HFEngine
 from r1v3.model.internvl import build_model, internvl_config
 
 IMAGE_SIZE, PATCH_SIZE = 32, 8
@@ -84,3 +86,12 @@ def an_example(seed: int, *, tiles: int = 1, words: int = 3, response: int = 0) 
 def some_questions(count: int) -> list[Sample]:
     """Questions with real pictures, of three domains in turn."""
     return questions("test", ("arithmetic", "comparison", "counting"), count, 3)
+
+
+def save(folder: Path, seed: int = 0) -> Path:
+    """A model folder of `model(seed)` with its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    net = model(seed)
+    sharpen(net, 5.0)
+    HFEngine(net, tokenizer(), modules={}).save(folder)
+    return folder

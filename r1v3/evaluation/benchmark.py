@@ -1,5 +1,6 @@
 """Scores a checkpoint in every decoding mode, on questions that no tuning looked at."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -39,7 +40,7 @@ def mode_sampling(config: Evaluate, policy: Policy, mode: str) -> tuple[Sampling
     budget = None
     if mode == "nowait":
         banned = tuple(expand_words(policy.tokenizer, config.monitor.words))
-    elif mode.startswith("budget-"):
+    elif mode.startswith("budget-") and mode.removeprefix("budget-").isdecimal():
         budget = int(mode.removeprefix("budget-"))
     elif mode not in ("slow", "nothink"):
         raise ValueError(f"mode {mode!r} is not slow, nothink, nowait or budget-N")
@@ -94,9 +95,9 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     run = Path(config.run)
     path = run / "evaluation" / f"{config.name}.json"
-    record = _read(path, config)
     samples = [sample for file in config.data for sample in load_samples(file)]
     policy = load_policy(config.model, device=config.device, max_tiles=config.max_tiles)
+    record = _read(path, config)
     modes = [*config.modes, *(f"budget-{n}" for n in config.budgets)]
     for mode in modes:
         if mode in record["modes"]:
@@ -114,11 +115,40 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
 
 
 def _read(path: Path, config: Evaluate) -> dict[str, Any]:
-    if path.exists():
+    """The record to go on with: the one that is there if it is of the same scoring, else none."""
+    fresh = {"checkpoint": str(config.model), "scoring": _scoring(config), "modes": {}}
+    try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and record.get("checkpoint") == str(config.model):
-            return record
-    return {"checkpoint": str(config.model), "modes": {}}
+    except (OSError, ValueError):
+        return fresh
+    if isinstance(record, dict) and all(
+        record.get(k) == fresh[k] for k in ("checkpoint", "scoring")
+    ):
+        return record
+    return fresh
+
+
+def _scoring(config: Evaluate) -> dict[str, Any]:
+    """What a score depends on: weights and questions by content, and the settings."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    fields = {
+        "seed",
+        "max_tiles",
+        "out_of_domain",
+        "samples",
+        "mode_samples",
+        "decoding",
+        "monitor",
+    }
+    return {
+        "weights": digest(Path(str(config.model)) / "model.safetensors"),
+        "data": [digest(Path(file)) for file in config.data],
+        **config.model_dump(mode="json", include=fields),
+    }
 
 
 def _write_transcripts(
@@ -134,8 +164,9 @@ def _write_transcripts(
     for i in np.linspace(0, len(samples) - 1, count).astype(int) if count else []:
         sample, rollout = samples[i], answers.rollouts[i]
         images = []
-        for n, data in enumerate(sample.images):
-            name = f"images/{sample.split}-{sample.domain}-{sample.index}-{n}.png"
+        for data in sample.images:
+            # Named by content: fields of a data file do not name files, and stages share pictures.
+            name = f"images/{hashlib.sha256(data).hexdigest()[:20]}.png"
             (folder / "images").mkdir(exist_ok=True)
             write_bytes(folder / name, data)
             images.append(f"transcripts/{name}")

@@ -6,6 +6,7 @@ import torch
 import typer
 
 from r1v3.config import Decoding, Evaluate
+from r1v3.data.images import load_image
 from r1v3.data.schema import make_sample
 from r1v3.evaluation.benchmark import load_policy, mode_sampling
 from r1v3.rollout.local import Sampling
@@ -45,10 +46,13 @@ def answer_about_image(
         raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
     if budget is not None and mode == "nothink":
         raise ValueError("--budget limits a thought; mode nothink has none")
+    if budget is not None and budget < 0:
+        raise ValueError(f"--budget {budget} must not be negative")
     if not question.strip():
         raise ValueError("--question is empty")
     if not image.is_file():
         raise ValueError(f"--image {image}: no such file")
+    load_image(image)  # names the file where it is no picture
     folder = model_folder(checkpoint)
     sample = make_sample(
         question=question,

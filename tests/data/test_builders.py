@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from r1v3.data import builders
-from r1v3.data.builders import base_corpus, cold_start, connector_mix, questions
+from r1v3.data.builders import (
+    SKILL_KINDS,
+    base_corpus,
+    cold_start,
+    connector_mix,
+    questions,
+)
 from r1v3.data.chains import TeacherConfig
 from r1v3.data.compose import GRID, Cell
 from r1v3.data.digits import scans
@@ -44,6 +50,7 @@ def test_composed_pictures_never_cross_splits(split: str, drawn: list[list[Cell]
     questions(split, (*IN_DOMAIN, *OUT_OF_DOMAIN), 24, 0)
     cold_start(split, 12, 0, TEACHER)
     base_corpus(split, 32, 0)
+    base_corpus(split, 16, 0, SKILL_KINDS)
     connector_mix(split, 16, 0, TEACHER)
     used = scan_ids(drawn)
     assert len(used) > 50
@@ -134,6 +141,19 @@ def test_text_only_problems_state_the_digits_they_ask_about() -> None:
         if sample.domain == "counting":
             target = sample.question.split("digit ")[1][0]
             assert sample.ground_truth == str(stated.count(target))
+
+
+def test_matching_asks_for_the_letter_of_an_option() -> None:
+    letters = set()
+    for sample in base_corpus("train", 30, 4, ("matching",)):
+        asked = sample.question.split("\n")[0].removeprefix("Which option says ").rstrip("?")
+        assert sample.options is not None and not sample.images
+        assert sample.options["ABC".index(sample.ground_truth)] == asked
+        assert f"{sample.ground_truth}. {asked}" in sample.question.split("\n")
+        response = str(sample.response)
+        assert accuracy_reward(response, sample.ground_truth, options=sample.options) == 1
+        letters.add(sample.ground_truth)
+    assert letters == set("ABC")
 
 
 def test_the_connector_mix_is_wider_than_the_recipe_but_never_the_held_out_domain() -> None:

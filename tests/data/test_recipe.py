@@ -11,6 +11,8 @@ from r1v3.data.tasks import IN_DOMAIN, OUT_OF_DOMAIN
 COUNTS = {
     "base": 8,
     "base_validation": 8,
+    "skills": 8,
+    "skills_validation": 8,
     "sft": 9,
     "sft_validation": 3,
     "grpo": 6,
@@ -22,6 +24,8 @@ COUNTS = {
 }
 SPLIT = {
     "base": "train",
+    "skills": "train",
+    "skills_validation": "validation",
     "sft": "train",
     "connector": "train",
     "grpo": "rl",
@@ -46,7 +50,7 @@ def test_every_dataset_is_written_with_its_count_from_its_split(tmp_path: Path) 
         domains = {s.domain for s in samples}
         if name == "test_out_of_domain":
             assert domains == set(OUT_OF_DOMAIN)
-        elif not name.startswith("base"):
+        elif not name.startswith(("base", "skills")):
             assert not domains & set(OUT_OF_DOMAIN)
         if name in ("sft", "grpo", "test_in_domain"):
             assert domains == set(IN_DOMAIN)
