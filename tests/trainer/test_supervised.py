@@ -1,0 +1,169 @@
+"""The supervised loop, run for real on a tiny model: killed, interrupted, split and resumed."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from r1v3.config import SFT, load
+from r1v3.trainer.metrics import read_metrics
+from r1v3.trainer.supervised import Best, Trainer
+from tests.tiny_run import (
+    check_kills,
+    digest,
+    finished,
+    go_on,
+    home,
+    leftovers,
+    result,
+    seeded_moments,
+    stage_arguments,
+    write_configs,
+)
+
+
+def test_a_killed_process_of_python_m_r1v3_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """Otherwise the module's entry point would not be what the other kill tests run."""
+    whole, _ = finished("sft")
+    write_configs(tmp_path)
+    metrics = tmp_path / "run/metrics/sft.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "r1v3", *stage_arguments("sft")],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not (metrics.exists() and b'"step": 3' in read(metrics)):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert metrics.exists()
+    assert go_on(tmp_path, "sft").code == 0
+    assert result(tmp_path / "run", "sft") == result(whole / "run", "sft")
+
+
+def read(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("chain", [0, 1])
+def test_kill_and_resume_change_no_bit(tmp_path: Path, chain: int) -> None:
+    """Otherwise a run that was preempted would not be the run that was reported."""
+    moments = seeded_moments("sft", 2)
+    check_kills(tmp_path, "sft", moments if chain else moments[::-1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_polite_stop_saves_names_resume_and_exits_130(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Otherwise Ctrl-C would lose the steps since the last checkpoint, or leave no way on."""
+    whole, changes = finished("sft")
+    write_configs(tmp_path)
+    first_metrics = next(n for n, path in enumerate(changes, 1) if path.endswith("sft.jsonl"))
+    stopped = go_on(tmp_path, "sft", at=first_metrics, number=number)
+    assert stopped.code == 130
+    assert "--resume" in stopped.output and "Traceback" not in stopped.output
+    steps = [line["step"] for line in read_metrics(tmp_path / "run/metrics/sft.jsonl")]
+    assert (tmp_path / f"run/checkpoints/sft/step-{steps[-1]:06d}").is_dir()
+    assert go_on(tmp_path, "sft").code == 0
+    assert result(tmp_path / "run", "sft")["weights"] == result(whole / "run", "sft")["weights"]
+    assert result(tmp_path / "run", "sft")["metrics"] == result(whole / "run", "sft")["metrics"]
+
+
+def test_resuming_a_finished_stage_changes_nothing() -> None:
+    """Otherwise `demo --resume` would train finished stages again."""
+    folder, _ = finished("sft")
+    before = result(folder / "run", "sft")
+    again = go_on(folder, "sft")
+    assert again.code == 0 and "models/sft" in again.output
+    assert result(folder / "run", "sft") == before
+    assert leftovers(folder / "run") == []
+
+
+def test_the_resolved_configuration_is_the_first_thing_written() -> None:
+    """Otherwise a run that fails early would not say what it was."""
+    folder, changes = finished("sft")
+    files = [path for path in changes if not path.endswith(("run", "run/config"))]
+    assert "run/config/.sft.yaml" in files[0]
+    resolved = load(SFT, folder / "run/config/sft.yaml")
+    assert resolved == load(SFT, folder / "configs/sft.yaml", stage_arguments("sft")[2:])
+
+
+def config(run: Path, *overrides: str) -> SFT:
+    write_configs(run)
+    arguments = [f"run={run / 'run'}", f"model={home() / 'base'}", *overrides]
+    return load(SFT, run / "configs/sft.yaml", arguments)
+
+
+def test_micro_batches_do_not_change_a_step(tmp_path: Path) -> None:
+    """Otherwise the loss would weigh tokens by the micro-batch they happened to be in."""
+    metrics, weights = [], []
+    for size in (16, 4):
+        trainer = Trainer(
+            "sft", config(tmp_path / str(size), f"micro_batch_size={size}"), resuming=False
+        )
+        metrics.append(trainer.take_step())
+        weights.append({n: p.detach().clone() for n, p in trainer.engine.trainable.items()})
+    assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-5)
+    assert metrics[0]["grad_norm"] == pytest.approx(metrics[1]["grad_norm"], rel=1e-4)
+    assert metrics[0]["tokens"] == metrics[1]["tokens"]
+    moved = [(weights[0][n] - weights[1][n]).abs().median() for n in weights[0]]
+    assert max(moved) < 1e-6
+
+
+def test_the_step_loss_is_the_mean_cross_entropy_of_response_tokens(tmp_path: Path) -> None:
+    """Otherwise prompts or padding would be trained on."""
+    from r1v3.trainer.stage import order
+    from r1v3.trainer.supervised import micro_batches, validation_loss
+
+    trainer = Trainer("sft", config(tmp_path), resuming=False)
+    chosen = order(len(trainer.train), 0, 16, 0, "sft", "order")
+    examples = [trainer.train[i] for i in chosen]
+    batch = micro_batches(examples, 16, trainer.engine.tokenizer.pad_token_id)[0]
+    with torch.no_grad():
+        logprobs, _ = trainer.engine.forward(batch)
+    expected = -float(logprobs[batch.loss_mask].double().mean())
+    assert validation_loss(trainer.engine, examples, 16) == pytest.approx(expected, rel=1e-5)
+    assert trainer.take_step()["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_part_is_trained() -> None:
+    """Otherwise cold-start SFT would leave the vision tower or the connector as it was."""
+    folder, _ = finished("sft")
+    before = load_file(home() / "base/model.safetensors")
+    after = load_file(folder / "run/models/sft/model.safetensors")
+    same = [name for name in before if before[name].equal(after[name])]
+    assert same == []
+
+
+def test_best_counts_validations_without_a_better_loss() -> None:
+    """Otherwise early stopping would stop too early, or on a tie never."""
+    best = Best()
+    seen = [(loss, best.update(loss, step), best.stale) for step, loss in enumerate([2, 1, 1, 3])]
+    assert seen == [(2, True, 0), (1, True, 0), (1, False, 1), (3, False, 2)]
+    assert (best.loss, best.step) == (1, 1)
+
+
+def test_early_stopping_ends_the_stage_and_keeps_the_best(tmp_path: Path) -> None:
+    """Otherwise a stage that only gets worse would run to its end and hand on its end."""
+    write_configs(tmp_path)
+    worse = ["optimizer.learning_rate=0.5", "epochs=4", "early_stopping=2", "validate_every=1"]
+    trainer = Trainer("sft", config(tmp_path, *worse), resuming=False)
+    trainer.loop()
+    assert trainer.best.stale == 2 and trainer.step == trainer.best.step + 2 < trainer.total
+    kept = load_file(tmp_path / "run/checkpoints/sft-best/model.safetensors")
+    live = dict(trainer.engine.export_hf())
+    assert any(not kept[name].equal(live[name]) for name in kept)
+
+
+def test_the_tiny_base_is_the_same_every_time() -> None:
+    """Otherwise the bits compared in this folder would prove nothing about seeds."""
+    assert digest(home() / "base/model.safetensors") == digest(
+        home() / "run/checkpoints/sft-best/model.safetensors"
+    )
