@@ -126,8 +126,29 @@ def _direct(problem: Problem, rng: np.random.Generator, index: int, split: str) 
     return _sample(problem, text, split, index, rng, response=response, thinking=False)
 
 
-# What a row of the base corpus is, by its position in a cycle of eight.
+def _matching(problem: Problem, rng: np.random.Generator, index: int, split: str) -> Sample:
+    """Find the letter of an option, no picture."""
+    options = problem.options or ()
+    place = int(rng.integers(0, len(options)))
+    text = f"Which option says {options[place]}?\n{question_text(problem)}"
+    response = f"That is {LETTERS[place]}.\n\n\\boxed{{{LETTERS[place]}}}"
+    return _sample(
+        problem,
+        text,
+        split,
+        index,
+        rng,
+        picture=False,
+        answer=LETTERS[place],
+        response=response,
+        thinking=False,
+    )
+
+
+# What a row of the base corpus is, by its position in a cycle: first to see, then to work.
 _BASE_KINDS = ("dense", "rows", "worked", "dense", "worked", "rows", "worked", "direct")
+
+SKILL_KINDS = ("worked", "matching", "rows", "worked", "direct", "worked", "dense", "worked")
 
 
 def base_corpus(
@@ -146,6 +167,8 @@ def base_corpus(
         domain = asked[index // len(kinds) % len(asked)]
         if kind == "dense":
             domain = "grid"
+        elif kind == "matching":
+            domain = str(rng.choice(["comparison", "ordering"]))
         elif kind == "rows" and rng.random() < 0.3:
             domain = "reading"
         problem = BUILDERS[domain](split, rng)
@@ -153,6 +176,8 @@ def base_corpus(
             sample = _transcript(problem, rng, index, split, dense=kind == "dense")
         elif kind == "direct":
             sample = _direct(problem, rng, index, split)
+        elif kind == "matching":
+            sample = _matching(problem, rng, index, split)
         else:
             sample = _spoken(problem, rng, index, split)
         samples.append(sample)

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from r1v3.config import Data
-from r1v3.data.builders import ColdStart, base_corpus, cold_start, connector_mix, questions
+from r1v3.data.builders import (
+    SKILL_KINDS,
+    ColdStart,
+    base_corpus,
+    cold_start,
+    connector_mix,
+    questions,
+)
 from r1v3.data.chains import TeacherConfig
 from r1v3.data.sample import Sample
 from r1v3.data.schema import write_samples
@@ -38,6 +45,8 @@ def build(config: Data, notify: Callable[[str], None] = lambda line: None) -> di
     makers: dict[str, Callable[[int], list[Sample]]] = {
         "base": lambda n: base_corpus("train", n, seed),
         "base_validation": lambda n: base_corpus("validation", n, seed),
+        "skills": lambda n: base_corpus("train", n, seed + 5, SKILL_KINDS),
+        "skills_validation": lambda n: base_corpus("validation", n, seed + 5, SKILL_KINDS),
         "sft": lambda n: chains("train", n),
         "sft_validation": lambda n: chains("validation", n),
         "grpo": lambda n: questions("rl", IN_DOMAIN, n, seed),
