@@ -165,6 +165,8 @@ def _child(
     sys.stdout = open(1, "w", closefd=False, buffering=1)
     sys.stderr = open(2, "w", closefd=False, buffering=1)
     torch.set_num_threads(1)
+    # A test run in the background of a shell has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     from r1v3.cli import app

@@ -217,6 +217,9 @@ def resume(name: str, run: Path, engine: HFEngine, wanted: bool) -> Loaded | Non
     root = run / "checkpoints" / name
     if not wanted or not root.exists():
         return None
+    # What a kill left half written or half deleted; nothing else would remove it after the end.
+    for leftover in root.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
     path = latest_checkpoint(root)
     if path is None:
         broken = sorted(root.glob("step-*"))
