@@ -1,0 +1,145 @@
+"""The command line as a person meets it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from r1v3.cli import app
+from r1v3.doctor import Check
+from tests.tiny_run import finished, home, succeed, verb
+
+VERBS = ("demo", "data", "sft", "grpo", "connector", "select", "eval", "generate", "report")
+RUNNER = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+def test_the_command_line_loads_nothing_heavy() -> None:
+    """Otherwise `r1v3 --help` and every misspelt key would take seconds to answer."""
+    program = (
+        "import sys, r1v3.cli, r1v3.config, r1v3.trainer.interrupt\n"
+        "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_python_m_r1v3_refuses_a_bad_configuration_without_loading_torch(tmp_path: Path) -> None:
+    """Otherwise the entry point would differ from the app that the other tests call."""
+    (tmp_path / "bad.yaml").write_text("run: run\nlearning_rate: 1\n")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "r1v3", "sft", "bad.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "error: bad.yaml: " in done.stderr and "unknown key `learning_rate`" in done.stderr
+    assert "| torch\n" not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", (*VERBS, "doctor"))
+def test_every_verb_explains_itself(name: str) -> None:
+    """Otherwise a person would have to read the source; every verb shows an example."""
+    result = RUNNER.invoke(app, [name, "--help"])
+    assert result.exit_code == 0
+    assert f"r1v3 {name}" in result.output.split("Example: ")[1]
+
+
+def test_the_help_lists_every_verb() -> None:
+    """Otherwise a verb could not be found."""
+    listed = RUNNER.invoke(app, ["--help"]).output
+    assert all(f" {name} " in listed for name in (*VERBS, "doctor"))
+    assert RUNNER.invoke(app, ["fly"]).exit_code == 2
+
+
+def test_doctor_reports_and_its_exit_code_says_whether_all_is_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise a script could not tell a broken installation from a working one."""
+    import r1v3.doctor
+
+    result = RUNNER.invoke(app, ["doctor"])
+    checks = r1v3.doctor.report()
+    assert result.exit_code == (0 if r1v3.doctor.healthy(checks) else 1)
+    assert all(check.name in result.output for check in checks)
+    monkeypatch.setattr(r1v3.doctor, "report", lambda: [Check("torch", "problem", "not there")])
+    broken = RUNNER.invoke(app, ["doctor"])
+    assert broken.exit_code == 1 and "[problem] not there" in broken.output
+    assert "error:" not in broken.output
+
+
+def a_picture(folder: Path) -> Path:
+    from r1v3.data.schema import load_samples
+
+    picture = folder / "digits.png"
+    picture.write_bytes(load_samples(home() / "run/data/grpo.parquet")[0].images[0])
+    return picture
+
+
+def test_generate_answers_about_a_picture_of_ones_own(tmp_path: Path) -> None:
+    """Otherwise a trained model could not be tried out; the same seed gives the same answer."""
+    run = finished("sft")[0] / "run"
+    question = ["generate", "--checkpoint", str(run), "--image", str(a_picture(tmp_path))]
+    question += ["--question", "Compute the result.", "--max-tokens", "12"]
+    first = succeed(tmp_path, *question)
+    assert first.output.startswith("<think>\n")
+    assert "models/sft: 12 tokens" in first.output or " tokens" in first.output
+    warm = [*question, "--temperature", "1", "--seed", "4"]
+    assert succeed(tmp_path, *warm).output == succeed(tmp_path, *warm).output
+    plain = succeed(tmp_path, *question, "--mode", "nothink")
+    assert not plain.output.startswith("<think>")
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (["--mode", "fast"], "mode 'fast' is not one of slow, nothink, nowait"),
+        (["--mode", "nothink", "--budget", "3"], "mode nothink has none"),
+        (["--question", " "], "--question is empty"),
+        (["--image", "nowhere.png"], "nowhere.png: no such file"),
+        (["--checkpoint", "nowhere"], "neither a model folder nor a run folder"),
+    ],
+)
+def test_generate_names_what_is_wrong(tmp_path: Path, change: list[str], wanted: str) -> None:
+    """Otherwise a typing error would be a traceback."""
+    arguments = ["generate", "--checkpoint", str(home() / "base")]
+    arguments += ["--image", str(a_picture(tmp_path)), "--question", "What?", *change]
+    assert wanted in verb(tmp_path, *arguments).error()
+
+
+def test_eval_prints_scores_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Otherwise an interrupted evaluation would score every mode again."""
+    from tests.tiny_run import write_configs
+
+    write_configs(tmp_path)
+    arguments = ["eval", "configs/eval.yaml", f"model={home() / 'base'}", "name=base"]
+    arguments += [f"data=[{home() / 'run/data/test_out_of_domain.parquet'}]", "budgets=[]"]
+    arguments += ["transcripts=0"]
+    first = succeed(tmp_path, *arguments, "modes=[slow]")
+    assert first.output.split()[:2] == ["slow", "out_of_domain"]
+    record = json.loads((tmp_path / "run/evaluation/base.json").read_text())
+    again = succeed(tmp_path, *arguments, "modes=[slow, nothink]")
+    assert again.output.split()[:2] == ["nothink", "out_of_domain"] and "slow" not in again.output
+    extended = json.loads((tmp_path / "run/evaluation/base.json").read_text())
+    assert extended["modes"]["slow"] == record["modes"]["slow"]
+    assert extended["correct"] == record["correct"]
+
+
+def test_report_of_an_unfinished_run_is_written() -> None:
+    """Otherwise a run that stopped could not be looked at."""
+    folder, _ = finished("sft")
+    outcome = succeed(folder, "report", "run")
+    assert outcome.output.strip().splitlines()[-1].endswith("report.html")
+    assert "<html" in (folder / "run/report.html").read_text(encoding="utf-8")
+
+
+def test_report_of_nothing_is_an_error(tmp_path: Path) -> None:
+    """Otherwise a mistyped run folder would get an empty report."""
+    assert "nowhere" in verb(tmp_path, "report", "nowhere").error()
+    assert os.listdir(tmp_path) == []

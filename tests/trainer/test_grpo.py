@@ -1,0 +1,315 @@
+"""GRPO, run for real on a tiny model: kills, the arithmetic of a step, and its options."""
+
+import copy
+import itertools
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1v3.config import GRPO, load
+from r1v3.engine.hf import response_hidden
+from r1v3.kernels import reference_grpo
+from r1v3.rewards import score
+from r1v3.rollout.local import Rollout
+from r1v3.trainer.grpo import Episode, Trainer
+from r1v3.trainer.metrics import read_metrics
+from tests.rewards.judge_server import Answer, says, send, serving
+from tests.tiny_run import (
+    check_kills,
+    finished,
+    go_on,
+    home,
+    result,
+    seeded_moments,
+    write_configs,
+)
+
+NUMBERS = itertools.count()
+
+
+def trainer(folder: Path, *overrides: str) -> Trainer:
+    """A trainer in a run folder of its own."""
+    write_configs(folder)
+    own = [f"run={folder / f'run-{next(NUMBERS)}'}", f"model={home() / 'base'}"]
+    return Trainer(load(GRPO, folder / "configs/grpo.yaml", [*own, *overrides]), resuming=False)
+
+
+def weights(made: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in made.engine.model.named_parameters()}
+
+
+def same(before: dict[str, Tensor], made: Trainer) -> bool:
+    return all(before[name].equal(p) for name, p in made.engine.model.named_parameters())
+
+
+@pytest.mark.parametrize("chain", [0, 1])
+def test_kill_and_resume_change_no_bit(tmp_path: Path, chain: int) -> None:
+    """Otherwise a preempted run would sample, reward or learn something else than one that ran
+    through."""
+    moments = seeded_moments("grpo", 2)
+    check_kills(tmp_path, "grpo", moments if chain else moments[::-1])
+
+
+def test_a_polite_stop_saves_names_resume_and_exits_130(tmp_path: Path) -> None:
+    """Otherwise Ctrl-C would lose the steps since the last checkpoint."""
+    whole, changes = finished("grpo")
+    write_configs(tmp_path)
+    at = next(n for n, path in enumerate(changes, 1) if path.endswith("grpo.jsonl"))
+    stopped = go_on(tmp_path, "grpo", at=at, number=signal.SIGINT)
+    assert stopped.code == 130, stopped.output
+    assert "grpo stopped at step 1 of 4" in stopped.output and "--resume" in stopped.output
+    assert go_on(tmp_path, "grpo").code == 0
+    mine, other = result(tmp_path / "run", "grpo"), result(whole / "run", "grpo")
+    assert (mine["metrics"], mine["weights"]) == (other["metrics"], other["weights"])
+
+
+def test_the_tiny_run_learns_from_something() -> None:
+    """Otherwise every bit comparison above would compare models that were never updated."""
+    folder, _ = finished("grpo")
+    lines = read_metrics(folder / "run/metrics/grpo.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert sum(line["grad_norm"] > 0 and line["groups_kept"] > 0 for line in lines) >= 2
+    assert [("validation_accuracy" in line) for line in lines] == [False, True, False, True]
+    assert all(line["ratio_max"] == 1 == line["ratio_mean"] for line in lines)
+
+
+def double_logprobs(made: Trainer, episode: Episode) -> tuple[Any, Any, Tensor]:
+    """(model, batch, log-probs with gradient) of an episode in float64, by plain PyTorch."""
+    model = copy.deepcopy(made.engine.model).double()
+    batch = episode.batch(made.engine.tokenizer.pad_token_id, made.config.group_size)
+    object.__setattr__(batch, "pixel_values", batch.pixel_values.double())
+    logits = model.lm_head(response_hidden(model, batch)) / made.engine.temperature
+    chosen = logits.log_softmax(-1).gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
+    return model, batch, chosen
+
+
+@pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean", "constant"])
+def test_a_step_is_the_public_reference_in_float64(tmp_path: Path, aggregation: str) -> None:
+    """Otherwise what trains would not be what the kernels document (eq. 4 to 7)."""
+    made = trainer(tmp_path, f"loss.aggregation={aggregation}")
+    episode = made.episode()
+    rewards = torch.tensor([r.total for r in episode.rewards], dtype=torch.float64)
+    n, g = len(rewards), made.config.group_size
+    offsets = torch.arange(0, n + 1, g)
+    advantages = reference_grpo.group_advantages(rewards, torch.arange(n), offsets)
+    assert torch.allclose(advantages.float(), episode.advantages, atol=1e-5)
+    model, batch, logprobs = double_logprobs(made, episode)
+    width = logprobs.shape[1]
+    loss, _, _ = reference_grpo.grpo_loss(
+        logprobs.flatten(),
+        None,
+        advantages,
+        batch.loss_mask.flatten(),
+        torch.arange(0, n * width + 1, width),
+        aggregation=aggregation,
+        normalizer=float(n * 24) if aggregation == "constant" else None,
+    )
+    loss.backward()
+    metrics = made.update(episode)
+    assert metrics["loss"] == pytest.approx(float(loss), abs=1e-5)
+    for part, prefix in (
+        ("vision", "model.vision_tower"),
+        ("connector", "model.multi_modal_projector"),
+        ("llm", ("model.language_model", "lm_head")),
+    ):
+        squares = [
+            float(p.grad.square().sum())
+            for name, p in model.named_parameters()
+            if name.startswith(prefix) and p.grad is not None
+        ]
+        assert metrics[f"grad_norm_{part}"] == pytest.approx(sum(squares) ** 0.5, rel=2e-3)
+    assert metrics["tokens"] == int(batch.loss_mask.sum())
+
+
+def test_recorded_rewards_are_the_public_rewards_of_the_texts(tmp_path: Path) -> None:
+    """Otherwise the reward that trains would differ from `r1v3.rewards.score`."""
+    made = trainer(tmp_path)
+    rollout, rewards = made.sample_group([0, 1], 0)
+    texts = [
+        made.engine.tokenizer.decode(
+            [i for i, m in zip(ids, mask, strict=True) if m and i != made.policy.stop_id]
+        )
+        for ids, mask in zip(rollout.response_ids.tolist(), rollout.mask.tolist(), strict=True)
+    ]
+    asked = [made.samples[i] for i in (0, 0, 0, 0, 1, 1, 1, 1)]
+    assert score(texts, asked, weight=0.8) == rewards
+
+
+def test_micro_batches_do_not_change_a_step(tmp_path: Path) -> None:
+    """Otherwise memory limits would change what is learned."""
+    taken = [trainer(tmp_path, f"micro_batch_prompts={n}").take_step() for n in (4, 1)]
+    for key in ("loss", "grad_norm", "ratio_mean", "approx_kl", "entropy", "critical_entropy"):
+        if taken[0].get(key) is not None:
+            assert taken[0][key] == pytest.approx(taken[1][key], rel=1e-3, abs=1e-6), key
+    assert taken[0]["tokens"] == taken[1]["tokens"] and taken[0]["reward"] == taken[1]["reward"]
+
+
+def test_the_second_gradient_step_is_off_policy(tmp_path: Path) -> None:
+    """Otherwise clipping would be inert however many steps an episode takes."""
+    made = trainer(tmp_path, "gradient_steps=2", "optimizer.learning_rate=0.1")
+    metrics = made.take_step()
+    assert abs(metrics["ratio_max"] - 1) > 1e-3
+    assert metrics["clip_low_fraction"] + metrics["clip_high_fraction"] > 0
+
+
+def test_a_gradient_step_without_signal_is_skipped_whatever_the_others_hold(
+    tmp_path: Path,
+) -> None:
+    """Otherwise the optimizer's momentum would move the weights on prompts that teach nothing."""
+    made = trainer(tmp_path, "gradient_steps=2")
+    episode = made.episode()
+    quiet = torch.ones(16)
+    quiet[:8] = 0.0
+    signal_last = Episode(
+        episode.examples, episode.rollout, episode.rewards, episode.advantages * 0 + quiet, 2
+    )
+    whole = signal_last.batch(made.engine.tokenizer.pad_token_id, 4)
+    before = weights(made)
+    made._gradient_step([whole.slice(0, 2)], [0], signal_last, None, 8, 0.01)
+    assert same(before, made)
+    made._gradient_step([whole.slice(2, 4)], [2], signal_last, None, 8, 0.01)
+    assert not same(before, made)
+
+
+def test_equal_rewards_take_no_optimizer_step(tmp_path: Path) -> None:
+    """Otherwise weight decay and momentum would train on episodes that hold no information."""
+    made = trainer(tmp_path, "decoding.max_tokens=1", "optimizer.weight_decay=0.5")
+    before = weights(made)
+    metrics = made.take_step()
+    assert metrics["groups_kept"] == 0
+    assert metrics["loss"] == metrics["grad_norm"] == 0
+    assert same(before, made) and not made.engine.optimizer.state
+
+
+def test_a_model_that_ends_its_turn_at_once_can_be_trained(tmp_path: Path) -> None:
+    """Otherwise one collapsed checkpoint would end the run with an error instead of a metric."""
+    made = trainer(tmp_path)
+    with torch.no_grad():
+        for name, parameter in made.engine.model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")) and "language" in name:
+                parameter.zero_()
+        made.engine.model.get_input_embeddings().weight.fill_(1.0)
+        made.engine.model.lm_head.weight.zero_()
+        made.engine.model.model.language_model.norm.weight.fill_(1.0)
+        made.engine.model.lm_head.weight[made.policy.stop_id] = 2.0
+    metrics = made.take_step()
+    assert metrics["response_length"] == 1 and metrics["truncated"] == 0
+    assert metrics["reward"] == 0 and metrics["groups_kept"] == 0
+    assert metrics["nonfinite"] == 0 and metrics["tokens"] == 16
+    assert made.validate()["validation_accuracy"] == 0
+
+
+def test_strange_answers_are_rewarded_and_trained_on(tmp_path: Path) -> None:
+    """Otherwise one odd completion would stop a run: an empty box, ten thousand digits."""
+    made = trainer(tmp_path)
+    sample = made.samples[0]
+    form = "So.\n</think>\n\n\\boxed{%s}"
+    texts = [form % sample.ground_truth, form % "", form % ("9" * 10_000), "\\boxed{" * 500]
+    rewards = score(texts, [sample] * 4)
+    assert [r.total for r in rewards] == pytest.approx([1.0, 0.0, 0.2, 0.0])
+    stop, encode = made.policy.stop_id, made.engine.tokenizer.encode
+    rows = [[*encode(text, add_special_tokens=False)[:200], stop] for text in texts]
+    width = max(len(row) for row in rows)
+    mask = torch.tensor([[i < len(row) for i in range(width)] for row in rows])
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    zeros = torch.zeros(mask.shape)
+    rollout = Rollout(ids, mask, zeros, zeros, mask, torch.ones(4, dtype=torch.bool))
+    reference = torch.tensor([r.total for r in rewards])
+    advantages = reference_grpo.group_advantages(reference, torch.arange(4), torch.tensor([0, 4]))
+    episode = Episode([made.examples[0]], rollout, rewards, advantages, 1)
+    batch = episode.batch(made.engine.tokenizer.pad_token_id, 4)
+    metrics = made._gradient_step([batch], [0], episode, None, 4, 1e-4)
+    assert metrics["nonfinite"] == 0 and 0 < metrics["grad_norm"] < float("inf")
+
+
+def test_dynamic_sampling_replaces_groups_without_signal(tmp_path: Path) -> None:
+    """Otherwise the filter of DAPO would train on fewer groups than it was asked for."""
+    overrides = ["group_size=2", "dynamic_sampling.enabled=true", "dynamic_sampling.rounds=4"]
+    made = trainer(tmp_path, *overrides)
+    episode = made.episode()
+    totals = [[r.total for r in episode.rewards[i : i + 2]] for i in range(0, 8, 2)]
+    signal_first = [a != b for a, b in totals]
+    assert signal_first == [True] * episode.groups_kept + [False] * (4 - episode.groups_kept)
+    plain = trainer(tmp_path, "group_size=2").episode()
+    assert plain.groups_kept < episode.groups_kept
+    widths = {episode.rollout.response_ids.shape[0], episode.rollout.mask.shape[0]}
+    assert widths == {8} and len(episode.examples) == 4
+    assert not episode.rollout.mask.all(1).all() or episode.rollout.mask.shape[1] == 24
+
+
+def test_responses_may_grow_during_training(tmp_path: Path) -> None:
+    """Otherwise progressive response lengths would be read and ignored."""
+    made = trainer(tmp_path, "lengths=[{step: 0, max_tokens: 3}, {step: 1, max_tokens: 7}]")
+    assert made.episode().rollout.mask.shape[1] == 3
+    made.step = 1
+    assert 3 < made.episode().rollout.mask.shape[1] <= 7
+
+
+def test_the_reference_kl_enters_the_loss(tmp_path: Path) -> None:
+    """Otherwise `kl_coef` would be read and ignored, or measured against the moving policy."""
+    made = {}
+    for coefficient in (0.0, 0.5):
+        one = trainer(tmp_path, f"loss.kl_coef={coefficient}", "loss.aggregation=token-mean")
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            head = one.engine.model.lm_head.weight
+            head.add_(0.2 * torch.randn(head.shape, generator=generator))
+        made[coefficient] = one.take_step()
+    assert made[0.0]["ref_kl"] == 0 < made[0.5]["ref_kl"]
+    expected = made[0.0]["loss"] + 0.5 * made[0.5]["ref_kl"]
+    assert made[0.5]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert made[0.5]["grad_norm"] != pytest.approx(made[0.0]["grad_norm"], rel=1e-3)
+
+
+def test_rollout_logprobs_can_be_the_old_policy(tmp_path: Path) -> None:
+    """Otherwise the sampler's and the trainer's log-probs would disagree by more than rounding.
+
+    The sampler never draws special tokens, so that its log-probs are larger by what is missing of
+    their probability; nothing else may differ.
+    """
+    made = trainer(tmp_path, "loss.old_logprobs=rollout")
+    episode = made.episode()
+    batch = episode.batch(made.engine.tokenizer.pad_token_id, 4)
+    with torch.no_grad():
+        probabilities = made.engine.model.lm_head(
+            response_hidden(made.engine.model, batch)
+        ).softmax(-1)
+    banned = probabilities[..., list(made.policy.never)].double().sum(-1)
+    metrics = made.update(episode)
+    expected = (1 - banned)[batch.loss_mask]
+    assert metrics["ratio_mean"] == pytest.approx(float(expected.mean()), abs=1e-4)
+    assert metrics["ratio_max"] == pytest.approx(float(expected.max()), abs=1e-4)
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=5e-3)
+    gap = float(-expected.log().mean())
+    assert metrics["rollout_logprob_gap"] == pytest.approx(gap, abs=1e-4)
+
+
+def silent(handler: Any, body: dict[str, Any]) -> None:
+    """Answers later than the client waits."""
+    import time
+
+    time.sleep(0.6)
+    send(handler, b"{}")
+
+
+@pytest.mark.parametrize("answer", [says("bananas"), silent], ids=["nonsense", "time-out"])
+def test_a_broken_verifier_is_counted_and_the_step_goes_on(tmp_path: Path, answer: Answer) -> None:
+    """Otherwise a judge that hangs or babbles would stop training, or reward by chance."""
+    with serving(answer) as server:
+        made = trainer(
+            tmp_path,
+            f"rewards.verifier_url={server.url}",
+            "rewards.verifier_timeout_seconds=0.2",
+            "rewards.verifier_retries=0",
+            "steps=1",
+        )
+        made.loop()
+    assert server.requests
+    line = read_metrics(made.run / "metrics/grpo.jsonl")[0]
+    plain = trainer(tmp_path).take_step()
+    assert line["verifier_failures"] > 0
+    assert (line["reward"], line["loss"]) == (plain["reward"], plain["loss"])
