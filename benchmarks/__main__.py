@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 reports.append(done)
                 absent.append(missing)
                 report.print_problem(console, done, missing)
-    console.print(f"\n{len(reports)} problems in {time.perf_counter() - start:.0f} s")
+    console.print(f"\nproblems: {len(reports)}, in {time.perf_counter() - start:.0f} s")
     if options.json is not None:
         files.write_json(options.json, report.document(facts, reports, absent))
         console.print(f"results: {options.json}", markup=False)

@@ -5,16 +5,17 @@ from torch import Tensor
 
 from benchmarks.problem import Mode, Problem, Size, random_normal
 from r1v3 import kernels
-from r1v3.kernels import reference
+from r1v3.kernels import arguments, reference
 
 MODES: tuple[Mode, ...] = ("forward+backward",)
 CLIP_LOW, CLIP_HIGH, DUAL_CLIP = 0.2, 0.28, 3.0
+METRICS = ("clip_low_fraction", "clip_high_fraction", "approx_kl")
 
 
 def eager(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor
-) -> tuple[Tensor]:
-    """Token-mean loss; the metrics that training curves show are computed as well."""
+) -> tuple[Tensor, ...]:
+    """Token-mean loss, and as results, so that no compiler drops them, the usual metrics."""
     mask = loss_mask.float()
     log_ratio = (logprobs - old_logprobs).clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
@@ -24,33 +25,33 @@ def eager(
     loss = torch.where(a < 0, torch.minimum(worse, -a * DUAL_CLIP), worse)
     tokens = mask.sum()
     with torch.no_grad():
-        for flag in ((ratio < 1 - CLIP_LOW) & (a < 0), (ratio > 1 + CLIP_HIGH) & (a > 0)):
-            (flag * mask).sum() / tokens
-        (-log_ratio * mask).sum() / tokens
-    return ((loss * mask).sum() / tokens,)
+        low = (((ratio < 1 - CLIP_LOW) & (a < 0)) * mask).sum() / tokens
+        high = (((ratio > 1 + CLIP_HIGH) & (a > 0)) * mask).sum() / tokens
+        approx_kl = (-log_ratio * mask).sum() / tokens
+    return (loss * mask).sum() / tokens, low, high, approx_kl
 
 
 def ours(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor
-) -> tuple[Tensor]:
-    loss, _ = kernels.grpo_loss(
+) -> tuple[Tensor, ...]:
+    loss, metrics = kernels.grpo_loss(
         logprobs, old_logprobs, advantages, loss_mask, clip_low=CLIP_LOW, clip_high=CLIP_HIGH,
         dual_clip=DUAL_CLIP, aggregation="token-mean",
     )  # fmt: skip
-    return (loss,)
+    return loss, *(metrics[name] for name in METRICS)
 
 
 def exact(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor
-) -> tuple[Tensor]:
+) -> tuple[Tensor, ...]:
     rows, length = logprobs.shape
     offsets = torch.arange(rows + 1, device=logprobs.device) * length
-    loss, _, _ = reference.grpo_loss(
+    loss, _, metrics = reference.grpo_loss(
         logprobs.reshape(-1), old_logprobs.reshape(-1), advantages, loss_mask.reshape(-1),
         offsets, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=DUAL_CLIP,
         aggregation="token-mean",
     )  # fmt: skip
-    return (loss,)
+    return loss, *(metrics[arguments.METRICS.index(name)] for name in METRICS)
 
 
 def shapes(device: str, size: Size) -> list[dict[str, int]]:

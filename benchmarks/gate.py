@@ -54,7 +54,8 @@ def record(
         name: problem.inputs[name].detach().requires_grad_() for name in problem.differentiated
     }
     outputs = function(**{**problem.inputs, **leaves})
-    upstream = [u.to(o.dtype) for o, u in zip(outputs, problem.upstream, strict=True)]
+    differentiable = outputs[: len(problem.upstream)]
+    upstream = [u.to(o.dtype) for o, u in zip(differentiable, problem.upstream, strict=True)]
     return outputs, list(leaves.values()), upstream
 
 
@@ -63,7 +64,7 @@ def run_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of the leaves."""
     outputs, leaves, upstream = recorded
-    return torch.autograd.grad(outputs, leaves, upstream)
+    return torch.autograd.grad(outputs[: len(upstream)], leaves, upstream)
 
 
 def answer(problem: Problem, function: Function) -> Answer:

@@ -29,7 +29,8 @@ class Problem:
         eager: what a PyTorch user writes; torch.compile gets the same function.
         reference: the specification. Run on float64 it is the truth, run on the inputs as they
             are it sets the error budget.
-        upstream: gradients of the outputs, for the modes with a backward.
+        upstream: gradients of the first outputs, for the modes with a backward; the other outputs
+            are only compared.
         differentiated: names of the inputs that get a gradient.
         row_inputs: inputs whose first dimension counts rows that do not depend on each other,
             so that the truth can be computed a few rows at a time.

@@ -129,7 +129,7 @@ def _figure(op: str, reports: list[ProblemReport], header: dict[str, Any]) -> by
     axes = figure.subplots(len(reports), 1, squeeze=False, height_ratios=[n + 1 for n in counts])
     for axis, report in zip(axes[:, 0], reports, strict=True):
         _bars(axis, report)
-    machine = header.get("gpu") or f"{header['cpu']}, {header['torch_threads']} threads"
+    machine = header.get("gpu") or f"{header['cpu']}, torch threads: {header['torch_threads']}"
     figure.suptitle(f"{op}  -  {machine}, torch {header['torch']}", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

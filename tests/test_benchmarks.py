@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import gate, machine, peers, report, runner, timing
 from benchmarks.__main__ import OPS, main, parse
-from benchmarks.problem import Mode, Problem
+from benchmarks.problem import Function, Mode, Problem
 
 TINY = {
     "logprobs_and_entropy": {"T": 5, "V": 300},
@@ -164,7 +164,7 @@ def test_rivals_failures_are_their_own(no_compiler: None) -> None:
     def broken(logits: Tensor) -> tuple[Tensor]:
         raise RuntimeError("no kernel image\nmore lines")
 
-    rivals = {
+    rivals: dict[str, Function] = {
         "wrong": lambda logits: (torch.zeros(logits.shape[0]),),
         "broken": broken,
         "misshapen": lambda logits: (torch.zeros(1),),
