@@ -246,6 +246,26 @@ def test_a_step_is_adamws_on_the_clipped_gradient() -> None:
         assert (found[name] - wanted)[certain].abs().max() < 5e-5, name
 
 
+@pytest.mark.parametrize(("greatest", "wanted"), [(0.05, 0.05), (1e9, None)])
+def test_the_optimizer_sees_gradients_of_the_greatest_norm_or_less(
+    greatest: float, wanted: float | None
+) -> None:
+    """AdamW's first step does not tell: it is the same for a gradient of any scale."""
+    engine = an_engine(max_grad_norm=greatest)
+    seen: list[Tensor] = []
+    step = engine.optimizer.step
+
+    def keep(*args: object, **kwargs: object) -> object:
+        seen.extend(p.grad.clone() for p in engine.trainable.values() if p.grad is not None)
+        return step()
+
+    engine.optimizer.step = keep  # type: ignore[method-assign]
+    norm = steps(engine, [a_batch("group")])["grad_norm"]
+    total = float(torch.stack([g.double().square().sum() for g in seen]).sum().sqrt())
+    assert norm > 0.05
+    assert total == pytest.approx(wanted or norm, rel=1e-4)
+
+
 def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were() -> None:
     engine, batch = an_engine(weight_decay=0.1), a_batch("one")
     before = weights_of(engine)
