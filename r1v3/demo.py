@@ -23,13 +23,13 @@ from r1v3.evaluation.tables import gain_lines, summary_table
 from r1v3.files import replace_directory, temporary_sibling, write_json
 from r1v3.model.internvl import count_parameters, load_model
 from r1v3.trainer import connector, grpo, sft
+from r1v3.trainer.checkpoint import MANIFEST, STATE, TENSORS
 from r1v3.trainer.critical_tokens import ENTROPY_BIN_EDGES
 from r1v3.trainer.metrics import read_metrics
 from r1v3.trainer.selection import CheckpointRecord, select_checkpoint, write_selection
 from r1v3.trainer.stage import begin
 
 EVALUATED = ("base", "sft", "grpo", "connector", "selected")
-_MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
 _ENTROPY_WINDOW = 5
 
 
@@ -110,11 +110,15 @@ def _weighted(lines: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _publish_copy(source: Path, target: Path) -> None:
+    """Copy the model of a checkpoint, without the trainer's files."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(leftover)
     temporary = temporary_sibling(target)
     temporary.mkdir()
-    for name in _MODEL_FILES:
-        shutil.copyfile(source / name, temporary / name)
+    for file in source.iterdir():
+        if file.name not in (MANIFEST, STATE, TENSORS):
+            shutil.copyfile(file, temporary / file.name)
     replace_directory(temporary, target)
 
 

@@ -151,7 +151,9 @@ def test_micro_batches_do_not_change_a_step(tmp_path: Path) -> None:
 def test_the_second_gradient_step_is_off_policy(tmp_path: Path) -> None:
     """Otherwise clipping would be inert however many steps an episode takes."""
     made = trainer(tmp_path, "gradient_steps=2", "optimizer.learning_rate=0.1")
-    metrics = made.take_step()
+    drawn = made.episode()
+    advantages = torch.tensor([1.0, -1.0] * 8)
+    metrics = made.update(Episode(drawn.examples, drawn.rollout, drawn.rewards, advantages, 4))
     assert abs(metrics["ratio_max"] - 1) > 1e-3
     assert metrics["clip_low_fraction"] + metrics["clip_high_fraction"] > 0
 
