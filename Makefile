@@ -33,6 +33,7 @@ base: $(STAMP)
 	$(BIN)/r1v3 data configs/base/data.yaml
 	$(BIN)/r1v3 sft configs/base/sft.yaml
 	$(BIN)/r1v3 sft configs/base/skills.yaml
+	$(BIN)/r1v3 sft configs/base/explained.yaml
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

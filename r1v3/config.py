@@ -259,6 +259,8 @@ class Data(Section):
     tries: Positive = 4
     base: Annotated[int, Field(ge=0)] = 0
     base_validation: Annotated[int, Field(ge=0)] = 0
+    explained: Annotated[int, Field(ge=0)] = 0
+    explained_validation: Annotated[int, Field(ge=0)] = 0
     skills: Annotated[int, Field(ge=0)] = 0
     skills_validation: Annotated[int, Field(ge=0)] = 0
     sft: Annotated[int, Field(ge=0)] = 0

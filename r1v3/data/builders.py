@@ -126,6 +126,15 @@ def _direct(problem: Problem, rng: np.random.Generator, index: int, split: str) 
     return _sample(problem, text, split, index, rng, response=response, thinking=False)
 
 
+def _explained(problem: Problem, rng: np.random.Generator, index: int, split: str) -> Sample:
+    """A question about a picture with a short worked answer: read once, never doubted."""
+    rows = problem.true_rows()
+    steps, answer = solve(problem, rows)
+    response = f"I see {show_rows(rows, problem.target)}. {steps}\n\n\\boxed{{{answer}}}"
+    text = f"{question_text(problem)}\nExplain."
+    return _sample(problem, text, split, index, rng, response=response, thinking=False)
+
+
 def _matching(problem: Problem, rng: np.random.Generator, index: int, split: str) -> Sample:
     """Find the letter of an option, no picture."""
     options = problem.options or ()
@@ -149,6 +158,11 @@ def _matching(problem: Problem, rng: np.random.Generator, index: int, split: str
 _BASE_KINDS = ("dense", "rows", "worked", "dense", "worked", "rows", "worked", "direct")
 
 SKILL_KINDS = ("worked", "matching", "rows", "worked", "direct", "worked", "dense", "worked")
+
+EXPLAINED_KINDS = ("explained", "worked", "explained", "matching", "explained", "rows") + (
+    "explained",
+    "direct",
+)
 
 
 def base_corpus(
@@ -176,6 +190,8 @@ def base_corpus(
             sample = _transcript(problem, rng, index, split, dense=kind == "dense")
         elif kind == "direct":
             sample = _direct(problem, rng, index, split)
+        elif kind == "explained":
+            sample = _explained(problem, rng, index, split)
         elif kind == "matching":
             sample = _matching(problem, rng, index, split)
         else:
@@ -187,7 +203,7 @@ def base_corpus(
 def connector_mix(split: str, count: int, seed: int, teacher: TeacherConfig) -> list[Sample]:
     """Data for connector-only tuning: wider than the recipe's domains, still without the held-out.
 
-    Half cold-start chains, a quarter transcriptions, a quarter bare answers (report, section 5.6:
+    Half cold-start chains; the rest transcriptions and bare answers (report, section 5.6:
     connector tuning re-balances on many domains).
     """
     chains = cold_start(split, count // 2, seed + 3, teacher).samples

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from r1v3.config import Data
 from r1v3.data.builders import (
+    EXPLAINED_KINDS,
     SKILL_KINDS,
     ColdStart,
     base_corpus,
@@ -46,6 +47,8 @@ def build(config: Data, notify: Callable[[str], None] = lambda line: None) -> di
         "base": lambda n: base_corpus("train", n, seed),
         "base_validation": lambda n: base_corpus("validation", n, seed),
         "skills": lambda n: base_corpus("train", n, seed + 5, SKILL_KINDS),
+        "explained": lambda n: base_corpus("train", n, seed + 6, EXPLAINED_KINDS),
+        "explained_validation": lambda n: base_corpus("validation", n, seed + 6, EXPLAINED_KINDS),
         "skills_validation": lambda n: base_corpus("validation", n, seed + 5, SKILL_KINDS),
         "sft": lambda n: chains("train", n),
         "sft_validation": lambda n: chains("validation", n),

@@ -113,8 +113,8 @@ def comparison(split: str, rng: np.random.Generator) -> Problem:
     for row, value in enumerate(values):
         sheet.write(str(value), top + row, right)
     best = max(values) if kind == "largest" else min(values)
-    names = [f"row {i + 1}" for i in rng.permutation(3)]
-    answer = LETTERS[names.index(f"row {values.index(best) + 1}")]
+    names = [f"row {i + 1}" for i in range(3)]
+    answer = LETTERS[values.index(best)]
     question = f"Which row shows the {kind} number?"
     return sheet.problem("comparison", question, answer, target=kind, options=tuple(names))
 
