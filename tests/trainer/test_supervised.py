@@ -27,13 +27,16 @@ from tests.tiny_run import (
 )
 
 
-def test_a_killed_process_of_python_m_r1v3_resumes_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["sft", "grpo", "connector"])
+def test_a_killed_process_of_python_m_r1v3_resumes_to_the_same_bits(
+    tmp_path: Path, stage: str
+) -> None:
     """Otherwise the module's entry point would not be what the other kill tests run."""
-    whole, _ = finished("sft")
+    whole, _ = finished(stage)
     write_configs(tmp_path)
-    metrics = tmp_path / "run/metrics/sft.jsonl"
+    metrics = tmp_path / f"run/metrics/{stage}.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "-m", "r1v3", *stage_arguments("sft")],
+        [sys.executable, "-m", "r1v3", *stage_arguments(stage)],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -43,8 +46,8 @@ def test_a_killed_process_of_python_m_r1v3_resumes_to_the_same_bits(tmp_path: Pa
     process.kill()
     process.wait()
     assert metrics.exists()
-    assert go_on(tmp_path, "sft").code == 0
-    assert result(tmp_path / "run", "sft") == result(whole / "run", "sft")
+    assert go_on(tmp_path, stage).code == 0
+    assert result(tmp_path / "run", stage) == result(whole / "run", stage)
 
 
 def read(path: Path) -> bytes:
