@@ -159,10 +159,7 @@ _BASE_KINDS = ("dense", "rows", "worked", "dense", "worked", "rows", "worked", "
 
 SKILL_KINDS = ("worked", "matching", "rows", "worked", "direct", "worked", "dense", "worked")
 
-EXPLAINED_KINDS = ("explained", "worked", "explained", "matching", "explained", "rows") + (
-    "explained",
-    "direct",
-)
+EXPLAINED_KINDS = ("explained", "worked", "explained", "explained", "rows", "explained", "direct")
 
 
 def base_corpus(

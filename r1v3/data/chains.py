@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from r1v3.data.digits import reading_probabilities
-from r1v3.data.tasks import LETTERS, Problem
+from r1v3.data.tasks import LETTERS, TRENDS, Problem
 
 GLANCE_STRENGTH = 0.1
 CAREFUL_STRENGTH = 1.0
@@ -72,23 +72,40 @@ def _columns(a: int, b: int, sign: str, slip: int = 0) -> tuple[str, int]:
     return f"Ones: {first}. Tens: {second}.", tens * 10 + ones % 10
 
 
+def _sign(a: int, b: int) -> str:
+    return "<" if a < b else ">" if a > b else "="
+
+
+def _run_through(rows: tuple[str, ...], target: str) -> tuple[str, str]:
+    """The row of the largest or smallest number, comparing each row with the best so far."""
+    wanted, best, steps = ">" if target == "largest" else "<", 0, []
+    for i in range(1, len(rows)):
+        sign = _sign(int(rows[i]), int(rows[best]))
+        comparison = f"{rows[i]}{sign}{rows[best]}"
+        best = i if sign == wanted else best
+        steps.append(f"{comparison}: row {best + 1}.")
+    letter = LETTERS[best]
+    return f"{' '.join(steps)} That is {letter}.", letter
+
+
+def _trend(row: str) -> tuple[str, str]:
+    """Whether the digits of a row rise, fall or do neither, pair by pair."""
+    pairs = [(int(a), int(b)) for a, b in zip(row, row[1:], strict=False)]
+    signs = [_sign(a, b) for a, b in pairs]
+    trend = {"<": 0, ">": 1}.get(signs[0], 2) if len(set(signs)) == 1 else 2
+    steps = ", ".join(f"{a}{sign}{b}" for (a, b), sign in zip(pairs, signs, strict=True))
+    return f"{steps}: {TRENDS[trend]}. That is {LETTERS[trend]}.", LETTERS[trend]
+
+
 def solve(problem: Problem, rows: tuple[str, ...]) -> tuple[str, str]:
     """The worked steps and the answer that follow from a reading of the rows."""
     if problem.domain == "arithmetic":
         steps, value = _columns(int(rows[0]), int(rows[1]), problem.target)
         return f"{steps} So {value}.", str(value)
     if problem.domain == "comparison":
-        best = (max if problem.target == "largest" else min)(rows, key=int)
-        name = f"row {rows.index(best) + 1}"
-        letter = LETTERS[(problem.options or ()).index(name)]
-        return f"The {problem.target} is {best} in {name}. That is {letter}.", letter
+        return _run_through(rows, problem.target)
     if problem.domain == "ordering":
-        ordered = " ".join(sorted(rows[0]))
-        options = problem.options or ()
-        if ordered not in options:
-            return f"In order: {ordered}. No list fits.", ""
-        letter = LETTERS[options.index(ordered)]
-        return f"In order: {ordered}. That is {letter}.", letter
+        return _trend(rows[0])
     if problem.domain == "counting":
         counts = [row.count(problem.target) for row in rows]
         total = sum(counts)

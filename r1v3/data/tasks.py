@@ -14,6 +14,7 @@ from r1v3.data.digits import scans
 IN_DOMAIN = ("arithmetic", "comparison", "ordering")
 OUT_OF_DOMAIN = ("counting",)
 LETTERS = "ABCD"
+TRENDS = ("rise", "fall", "neither")
 # A numeral, as digits are: the tokenizer keeps it apart from its neighbours, so that every cell of
 # a transcribed grid is one token and stands at a fixed distance from its visual token.
 EMPTY_CELL = "\u24ea"
@@ -120,26 +121,16 @@ def comparison(split: str, rng: np.random.Generator) -> Problem:
 
 
 def ordering(split: str, rng: np.random.Generator) -> Problem:
-    """Multiple choice: the digits of a row from smallest to largest."""
-    digits = [int(d) for d in rng.choice(10, 3, replace=False)]
+    """Multiple choice: whether three digits rise, fall, or do neither."""
+    digits = sorted(int(d) for d in rng.choice(10, 3, replace=False))
+    kind = int(rng.integers(0, 3))
+    neither = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1))
+    order = ((0, 1, 2), (2, 1, 0), neither[int(rng.integers(0, 4))])[kind]
     sheet = Sheet(split, rng)
-    sheet.write("".join(map(str, digits)), int(rng.integers(0, GRID)), GRID - 1)
-    correct = sorted(digits)
-    lists = [tuple(correct)]
-    while len(lists) < 3:
-        # A wrong list is another order, or one with a digit that is not there.
-        other = list(rng.permutation(correct))
-        if rng.random() < 0.5:
-            other = list(correct)
-            other[int(rng.integers(0, 3))] = int(rng.integers(0, 10))
-            other.sort()
-        if tuple(other) not in lists and len(set(other)) == 3:
-            lists.append(tuple(int(d) for d in other))
-    order = rng.permutation(3)
-    options = tuple(" ".join(map(str, lists[i])) for i in order)
-    answer = LETTERS[int(np.flatnonzero(order == 0)[0])]
-    question = "Which list goes from smallest to largest?"
-    return sheet.problem("ordering", question, answer, options=options)
+    row = int(rng.integers(0, GRID))
+    sheet.write("".join(str(digits[i]) for i in order), row, GRID - 1)
+    question = "Do the digits rise, fall or neither?"
+    return sheet.problem("ordering", question, LETTERS[kind], options=TRENDS)
 
 
 def counting(split: str, rng: np.random.Generator) -> Problem:
