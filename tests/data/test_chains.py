@@ -177,10 +177,35 @@ def test_a_right_reading_leads_to_the_right_answer(domain: str) -> None:
         assert steps.endswith(f"{answer}.")
 
 
-def test_a_misread_list_that_no_option_holds_has_no_answer() -> None:
+@pytest.mark.parametrize(
+    ("row", "steps", "letter"),
+    [
+        ("358", "3<5, 5<8: rise. That is A.", "A"),
+        ("851", "8>5, 5>1: fall. That is B.", "B"),
+        ("818", "8>1, 1<8: neither. That is C.", "C"),
+        ("558", "5=5, 5<8: neither. That is C.", "C"),
+        ("555", "5=5, 5=5: neither. That is C.", "C"),
+    ],
+)
+def test_a_trend_is_worked_out_pair_by_pair(row: str, steps: str, letter: str) -> None:
+    """Also for misread rows with equal digits, which no question has."""
     (problem,) = problems("ordering", 1)
-    missing = next(d for d in "0123456789" if d not in "".join(problem.options or ()))
-    assert solve(problem, (missing * 3,))[1] == ""
+    assert solve(problem, (row,)) == (steps, letter)
+
+
+@pytest.mark.parametrize(
+    ("rows", "target", "steps", "letter"),
+    [
+        (("34", "58", "12"), "largest", "58>34: row 2. 12<58: row 2. That is B.", "B"),
+        (("34", "58", "12"), "smallest", "58>34: row 1. 12<34: row 3. That is C.", "C"),
+        (("34", "34", "12"), "largest", "34=34: row 1. 12<34: row 1. That is A.", "A"),
+    ],
+)
+def test_a_comparison_keeps_the_best_row_so_far(
+    rows: tuple[str, ...], target: str, steps: str, letter: str
+) -> None:
+    (problem,) = problems("comparison", 1)
+    assert solve(replace(problem, target=target), rows) == (steps, letter)
 
 
 def test_a_domain_without_a_worked_solution_is_named() -> None:
