@@ -72,7 +72,8 @@ def select_from_run(config: Select) -> str:
     """Choose among the GRPO checkpoints of a run; writes selection.json and `models/selected`.
 
     The critical-token entropy of a checkpoint is the mean over the last training steps before it,
-    weighted by how many critical tokens each saw; it was measured while training.
+    weighted by how many critical tokens each saw; it was measured while training. Where no
+    checkpoint ever emitted one, validation accuracy decides, and selection.json says so.
     """
     run = Path(config.run)
     lines = {line["step"]: line for line in read_metrics(run / "metrics" / "grpo.jsonl")}
@@ -93,7 +94,11 @@ def select_from_run(config: Select) -> str:
                 validation_high=line.get("validation_high"),
             )
         )
-    selection = select_checkpoint(records, rule=config.rule)
+    rule = config.rule
+    if rule == "critical_entropy" and all(r.critical_entropy is None for r in records):
+        # A policy that never says "Wait" has no critical tokens to be chosen by.
+        rule = "validation_accuracy"
+    selection = select_checkpoint(records, rule=rule)
     write_selection(run, selection)
     _publish_copy(run / "checkpoints" / "grpo" / selection.selected.name, run / "models/selected")
     return selection.selected.name
@@ -170,7 +175,7 @@ def _evaluate_all(run: Path, configs: Path, base: Path, common: list[str], show:
         if name == "base":
             # Before post-training the model knows no thinking template; it answers directly.
             overrides += ["modes=[nothink]", "budgets=[]"]
-        elif name in ("sft", "connector"):
+        elif name != "grpo":
             overrides += ["budgets=[]"]
         config = load(Evaluate, configs / "eval.yaml", overrides)
         begin(f"eval-{name}", config, run)
