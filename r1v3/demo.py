@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from rich.console import Console
 
 from r1v3.config import GRPO, SFT, Connector, Data, Evaluate, Section, Select, load
@@ -19,8 +20,8 @@ from r1v3.data.tokenizer import load_tokenizer
 from r1v3.evaluation.benchmark import evaluate
 from r1v3.evaluation.report import write_report
 from r1v3.evaluation.statistics import paired_gain
-from r1v3.evaluation.tables import gain_lines, summary_table
-from r1v3.files import replace_directory, temporary_sibling, write_json
+from r1v3.evaluation.tables import summary_table
+from r1v3.files import replace_directory, temporary_sibling, write_json, write_text
 from r1v3.model.internvl import count_parameters, load_model
 from r1v3.trainer import connector, grpo, sft
 from r1v3.trainer.checkpoint import MANIFEST, STATE, TENSORS
@@ -208,6 +209,8 @@ def run_demo(run: Path | None, seed: int, configs: Path, *, resuming: bool) -> d
         name: load(kind, configs / f"{name}.yaml", common) for name, kind in kinds.items()
     }
     selecting = load(Select, configs / "select.yaml", [f"run={folder}"])
+    resolved = {name: config.model_dump(mode="json") for name, config in loaded.items()}
+    write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     base = Path(loaded["sft"].model)
     begin("data", loaded["data"], folder)
     with clock.stage("data"):
@@ -239,8 +242,6 @@ def run_demo(run: Path | None, seed: int, configs: Path, *, resuming: bool) -> d
         summary = summarise(folder, seed, base, clock.seconds)
         page = write_report(folder)
     console.print(summary_table(summary))
-    for line in gain_lines(summary):
-        console.print(line, highlight=False)
     console.print(f"{sum(clock.seconds.values()):.0f} seconds in all; read {page}")
     return summary
 
