@@ -214,7 +214,9 @@ def run_demo(run: Path | None, seed: int, configs: Path, *, resuming: bool) -> d
     base = Path(loaded["sft"].model)
     begin("data", loaded["data"], folder)
     with clock.stage("data"):
-        recipe.build(loaded["data"], lambda line: console.print(line, highlight=False))
+        recipe.build(
+            loaded["data"], lambda line: console.print(line, highlight=False, soft_wrap=True)
+        )
     write_json(folder / "metrics" / "entropy_histogram_edges.json", list(ENTROPY_BIN_EDGES))
     with clock.stage("sft"):
         sft.train(loaded["sft"], resuming=resuming)
@@ -234,7 +236,9 @@ def run_demo(run: Path | None, seed: int, configs: Path, *, resuming: bool) -> d
             )
             if score
         ]
-        console.print(f"eval {name:<10} {mode:<10} {'  '.join(parts)}", highlight=False)
+        console.print(
+            f"eval {name:<10} {mode:<10} {'  '.join(parts)}", highlight=False, soft_wrap=True
+        )
 
     with clock.stage("evaluation"):
         _evaluate_all(folder, configs, base, common, show)

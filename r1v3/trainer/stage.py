@@ -321,8 +321,10 @@ class ProgressBar:
         text = "  ".join(shown)
         self._bar.update(self._task, completed=step, numbers=text)
         if not self._console.is_terminal and (step == self._total or step % 20 == 0):
-            self._console.print(f"{self._title} {step}/{self._total}  {text}", highlight=False)
+            self._console.print(
+                f"{self._title} {step}/{self._total}  {text}", highlight=False, soft_wrap=True
+            )
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(text, highlight=False)
+        self._bar.console.print(text, highlight=False, soft_wrap=True)
