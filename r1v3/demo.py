@@ -139,11 +139,10 @@ def summarise(run: Path, seed: int, base: Path, seconds: dict[str, float]) -> di
         for name in EVALUATED
         if name in records
     }
-    domains = _question_domains(run)
+    inside = _in_domain_questions(run)
     gains = {}
     for later, earlier in (("grpo", "sft"), ("connector", "grpo"), ("selected", "grpo")):
         if all("correct" in records.get(name, {}) for name in (later, earlier)):
-            inside = domains
             before = np.array(records[earlier]["correct"])[inside]
             after = np.array(records[later]["correct"])[inside]
             gains[f"{later}_minus_{earlier}"] = asdict(paired_gain(before, after))
@@ -160,7 +159,7 @@ def summarise(run: Path, seed: int, base: Path, seconds: dict[str, float]) -> di
     return summary
 
 
-def _question_domains(run: Path) -> np.ndarray:
+def _in_domain_questions(run: Path) -> np.ndarray:
     """Which questions of the evaluation are in domain: they come first, in file order."""
     counts = json.loads((run / "data" / "statistics.json").read_text(encoding="utf-8"))
     inside = counts["test_in_domain"]["samples"]

@@ -175,15 +175,6 @@ def think(problem: Problem, config: TeacherConfig, rng: np.random.Generator) -> 
     return Chain(" ".join([*sentences, worked]), answer, rechecks)
 
 
-@dataclass(frozen=True)
-class Rejection:
-    """Counts of a rejection-sampling pass: chains written, kept, and questions given up."""
-
-    written: int
-    kept: int
-    abandoned: int
-
-
 def sample_chain(
     problem: Problem, config: TeacherConfig, rng: np.random.Generator, tries: int = 4
 ) -> tuple[Chain | None, int]:

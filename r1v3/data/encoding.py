@@ -9,14 +9,10 @@ import torch
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-from r1v3.data.images import load_image, tile_image
+from r1v3.data.images import load_image, normalise, tile_image
 from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END, render_prompt, token_id
 from r1v3.engine.contract import Batch
-
-# ImageNet statistics, as InternVL normalises.
-_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -77,12 +73,6 @@ def encode_sample(
     size = shape.tile_size
     stacked = np.stack(tiles) if tiles else np.zeros((0, size, size, 3), dtype=np.uint8)
     return Example(tuple(prompt), stacked, response)
-
-
-def normalise(tiles: np.ndarray) -> Tensor:
-    """uint8 [n, S, S, 3] to ImageNet-normalised float32 [n, 3, S, S]."""
-    pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
-    return ((pixels - _MEAN) / _STD).contiguous()
 
 
 def _pad(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:

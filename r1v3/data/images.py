@@ -171,19 +171,31 @@ def tile_image(
     return tiles
 
 
+def normalise(
+    tiles: np.ndarray,
+    *,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> torch.Tensor:
+    """uint8 [n, S, S, 3] to float32 [n, 3, S, S]: (pixel / 255 - mean) / std per RGB channel."""
+    import torch
+
+    pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).to(torch.float32) / 255
+    shift, scale = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    return ((pixels - shift) / scale).contiguous()
+
+
 def pixel_values(
     tiles: Sequence[Image.Image],
     *,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
 ) -> torch.Tensor:
-    """float32 tensor [tiles, 3, S, S]: (pixel / 255 - mean) / std per RGB channel.
+    """`normalise`d tiles, float32 [tiles, 3, S, S].
 
     Raises:
         ValueError: there are no tiles, or they are not RGB squares of one size.
     """
-    import torch
-
     if not tiles:
         raise ValueError("tiles is empty; at least one tile is needed")
     side = tiles[0].width
@@ -193,7 +205,4 @@ def pixel_values(
                 f"tiles[{index}] is {tile.mode} {tile.width}x{tile.height}; "
                 f"it must be RGB {side}x{side}"
             )
-    stacked = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))
-    pixels = stacked.permute(0, 3, 1, 2).to(torch.float32) / 255
-    shift, scale = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
-    return ((pixels - shift) / scale).contiguous()
+    return normalise(np.stack([np.asarray(tile) for tile in tiles]), mean=mean, std=std)

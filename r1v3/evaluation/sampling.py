@@ -108,9 +108,7 @@ class Policy:
                 rows = slice(position * repeats, (position + 1) * repeats)
                 texts[i * repeats : (i + 1) * repeats] = completed[rows]
                 tokens[i] = lengths[position]
-                rollouts[i] = Rollout(
-                    *(getattr(rollout, name)[rows] for name in Rollout.__dataclass_fields__)
-                )
+                rollouts[i] = rollout.rows(rows.start, rows.stop)
         correct = np.array(
             [
                 accuracy_reward(

@@ -87,7 +87,9 @@ def internvl_config(
     )
 
 
-def build_model(config: InternVLConfig, seed: int) -> InternVLForConditionalGeneration:
+def build_model(
+    config: InternVLConfig, seed: int, *, device: str = "cpu"
+) -> InternVLForConditionalGeneration:
     """A randomly initialised model; matrices are scaled by fan-in, as small models need."""
     generator = torch.Generator().manual_seed(seed)
     config._attn_implementation = "sdpa"
@@ -99,7 +101,8 @@ def build_model(config: InternVLConfig, seed: int) -> InternVLForConditionalGene
         fan_in = parameter[0].numel()
         std = 0.02 if embedding and "projection" not in name else 0.7 * fan_in**-0.5
         nn.init.normal_(parameter, std=std, generator=generator)
-    return model.float()
+    nn.Module.to(model, device=torch.device(device), dtype=torch.float32)
+    return model
 
 
 def load_model(

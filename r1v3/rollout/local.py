@@ -1,7 +1,7 @@
 """Local generation from the training weights: batched over prompts x group, with a KV cache."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -69,6 +69,10 @@ class Rollout:
     entropy: Tensor
     sampled: Tensor
     finished: Tensor
+
+    def rows(self, start: int, stop: int) -> "Rollout":
+        """The completions `start` to `stop`."""
+        return Rollout(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
 
 class DecodeCache:

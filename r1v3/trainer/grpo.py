@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from r1v3.config import GRPO
-from r1v3.data.encoding import Example, collate
+from r1v3.data.encoding import Example, collate, model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.words import expand_words
@@ -32,7 +32,6 @@ from r1v3.trainer.stage import (
     begin,
     build_engine,
     encode_all,
-    image_shape,
     learning_rate,
     order,
     progress_bar,
@@ -95,7 +94,7 @@ class Trainer:
             config.optimizer,
             temperature=config.decoding.temperature or 1.0,
         )
-        shape = image_shape(self.engine, config.max_tiles)
+        shape = model_image_shape(self.engine.model, config.max_tiles)
         tokenizer = self.engine.tokenizer
         self.samples = load_samples(config.train_data)
         self.examples = encode_all(config.train_data, self.samples, tokenizer, shape)
@@ -159,7 +158,7 @@ class Trainer:
             indices = pool[round_ * size : (round_ + 1) * size]
             rollout, rewards = self.sample_group(indices, round_)
             for p, index in enumerate(indices):
-                group = (index, _rows(rollout, p * g, (p + 1) * g), rewards[p * g : (p + 1) * g])
+                group = (index, rollout.rows(p * g, (p + 1) * g), rewards[p * g : (p + 1) * g])
                 (kept if _has_signal(group[2]) else spare).append(group)
             if len(kept) >= size:
                 break
@@ -349,10 +348,6 @@ class Trainer:
 
 def _has_signal(rewards: list[Reward]) -> bool:
     return len({reward.total for reward in rewards}) > 1
-
-
-def _rows(rollout: Rollout, start: int, stop: int) -> Rollout:
-    return Rollout(*(getattr(rollout, name)[start:stop] for name in Rollout.__dataclass_fields__))
 
 
 def _join(rollouts: list[Rollout], pad: int) -> Rollout:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import Architecture, Optimizer, Section, Stage, to_yaml
-from r1v3.data.encoding import Example, ImageShape, encode_sample, model_image_shape
+from r1v3.data.encoding import Example, ImageShape, encode_sample
 from r1v3.data.sample import Sample
 from r1v3.engine.hf import HFEngine
 from r1v3.files import replace_directory, temporary_sibling, write_json, write_text
@@ -165,6 +165,7 @@ def build_engine(
                 rope_theta=architecture.rope_theta,
             ),
             config.seed,
+            device=config.device,
         )
     else:
         assert config.model is not None
@@ -199,11 +200,6 @@ def encode_all(
         with in_row(path, row):
             examples.append(encode_sample(sample, tokenizer, shape))
     return examples
-
-
-def image_shape(engine: HFEngine, max_tiles: int) -> ImageShape:
-    """How the engine's model wants pictures."""
-    return model_image_shape(engine.model, max_tiles)
 
 
 def resume(name: str, run: Path, engine: HFEngine, wanted: bool) -> Loaded | None:

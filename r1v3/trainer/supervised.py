@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from r1v3.config import Supervised
-from r1v3.data.encoding import Example, collate, encode_sample
+from r1v3.data.encoding import Example, collate, encode_sample, model_image_shape
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import SYSTEM_PROMPT, THINK_OPEN, train_tokenizer
 from r1v3.data.words import expand_words
@@ -22,7 +22,6 @@ from r1v3.trainer.metrics import MetricsLogger
 from r1v3.trainer.stage import (
     begin,
     build_engine,
-    image_shape,
     in_row,
     learning_rate,
     order,
@@ -60,7 +59,7 @@ def load_examples(path: Path, engine: HFEngine, max_tiles: int) -> list[Example]
     Raises:
         ValueError: a sample has no response to learn, named by file and row.
     """
-    shape = image_shape(engine, max_tiles)
+    shape = model_image_shape(engine.model, max_tiles)
     examples = []
     for row, sample in enumerate(load_samples(path)):
         thinking = bool(sample.extra_info.get("thinking", True))

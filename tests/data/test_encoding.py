@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from r1v3.data.encoding import Example, ImageShape, collate, encode_sample, normalise
-from r1v3.data.images import load_image, pixel_values, tile_image
+from r1v3.data.encoding import Example, ImageShape, collate, encode_sample
+from r1v3.data.images import load_image, normalise, pixel_values, tile_image
 from r1v3.data.sample import make_sample
 from r1v3.data.tokenizer import IMAGE_CONTEXT, TURN_END
 from tests import tiny
