@@ -1,0 +1,60 @@
+"""Configuration: YAML files checked against typed models, with `key=value` overrides.
+
+Every stage has its own file and its own class here. Unknown keys are errors that name the key and
+the nearest valid one. The resolved configuration is written into the run folder first.
+"""
+
+from r1v3.config.base import ConfigError, Section
+from r1v3.config.data import Data, Teacher
+from r1v3.config.loading import load, to_yaml
+from r1v3.config.sections import (
+    Architecture,
+    Decoding,
+    Modules,
+    Monitor,
+    Optimizer,
+    Parallel,
+    Rewards,
+    RolloutEngine,
+)
+from r1v3.config.stages import (
+    GRPO,
+    SFT,
+    Advantage,
+    Connector,
+    DynamicSampling,
+    Evaluate,
+    LengthStep,
+    PolicyLoss,
+    Select,
+    Stage,
+    Supervised,
+)
+
+__all__ = [
+    "GRPO",
+    "SFT",
+    "Advantage",
+    "Architecture",
+    "ConfigError",
+    "Connector",
+    "Data",
+    "Decoding",
+    "DynamicSampling",
+    "Evaluate",
+    "LengthStep",
+    "Modules",
+    "Monitor",
+    "Optimizer",
+    "Parallel",
+    "PolicyLoss",
+    "Rewards",
+    "RolloutEngine",
+    "Section",
+    "Select",
+    "Stage",
+    "Supervised",
+    "Teacher",
+    "load",
+    "to_yaml",
+]

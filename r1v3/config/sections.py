@@ -1,0 +1,118 @@
+"""Sections that several stages hold."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from r1v3.config.base import Positive, Section, Share
+
+
+class Modules(Section):
+    """Which parts of the model are trained."""
+
+    vision: bool = True
+    connector: bool = True
+    llm: bool = True
+
+
+class Architecture(Section):
+    """A randomly initialised InternVL (only pre-training starts from one).
+
+    tokenizer_data: sample files whose texts the tokenizer's vocabulary is learned from.
+    """
+
+    vocab_size: Positive = 512
+    image_size: Positive = 64
+    patch_size: Positive = 8
+    rope_theta: Annotated[float, Field(gt=0)] = 1e4
+    tokenizer_data: tuple[Path, ...]
+    vision: dict[str, int]
+    text: dict[str, int]
+
+
+class Optimizer(Section):
+    """AdamW and its schedule; `warmup_ratio` is the share of all steps that warms up linearly."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_ratio: Share = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Decoding(Section):
+    """How completions are sampled; temperature 0 is greedy."""
+
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    max_tokens: Positive = 96
+
+
+class Rewards(Section):
+    """Report eq. 1 to 3; the LLM verifier is off unless it has an endpoint."""
+
+    accuracy_weight: Share = 0.8
+    verifier_url: str | None = None
+    verifier_model: str = "Qwen2.5-32B-Instruct"
+    verifier_timeout_seconds: Annotated[float, Field(gt=0)] = 20.0
+    verifier_retries: Annotated[int, Field(ge=0)] = 2
+
+
+class Monitor(Section):
+    """The critical tokens, and what counts as high entropy (report, section 6.5)."""
+
+    words: tuple[str, ...] = ("Wait", "Alternatively", "Hmm")
+    high_entropy_nats: Annotated[float, Field(gt=0)] = 6.8
+
+
+class Parallel(Section):
+    """How the Megatron engine lies over the ranks of `torchrun`; data parallelism is what is left.
+
+    sequence: Megatron's sequence parallelism. first_stage_layers, last_stage_layers: language
+    layers of the first pipeline stage, which also holds the vision tower, and of the last one,
+    which holds the head; null splits evenly. recompute: activations of every layer are computed
+    again in the backward (`full`) or kept. distributed_optimizer: optimizer state is sharded over
+    the data-parallel ranks. timeout_seconds: a collective that waits longer, because a rank died
+    or hangs, ends the job.
+    """
+
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    sequence: bool = False
+    first_stage_layers: Positive | None = None
+    last_stage_layers: Positive | None = None
+    recompute: Literal["none", "full"] = "none"
+    distributed_optimizer: bool = True
+    timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
+
+    @model_validator(mode="after")
+    def _check(self) -> "Parallel":
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence parallelism needs tensor > 1")
+        if self.pipeline == 1 and (self.first_stage_layers or self.last_stage_layers):
+            raise ValueError("first_stage_layers and last_stage_layers need pipeline > 1")
+        return self
+
+
+class RolloutEngine(Section):
+    """What samples the completions of GRPO.
+
+    local: the training weights themselves. vllm: vLLM in the training processes, asleep while
+    they train; `tensor` ranks hold one copy. vllm-server: OpenAI-compatible servers at `urls`.
+    timeout_seconds: of one request; it is then sent to another server, at most `retries` times.
+    """
+
+    engine: Literal["local", "vllm", "vllm-server"] = "local"
+    urls: tuple[str, ...] = ()
+    tensor: Positive = 1
+    memory_share: Share = 0.5
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    retries: Annotated[int, Field(ge=0)] = 3
+    concurrency: Positive = 64
+
+    @model_validator(mode="after")
+    def _check(self) -> "RolloutEngine":
+        if (self.engine == "vllm-server") != bool(self.urls):
+            raise ValueError("`urls` names the servers of engine vllm-server, and only of it")
+        return self

@@ -1,0 +1,197 @@
+"""The training and evaluation stages, one class each."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from r1v3.config.base import Positive, Section
+from r1v3.config.sections import (
+    Architecture,
+    Decoding,
+    Modules,
+    Monitor,
+    Optimizer,
+    Parallel,
+    Rewards,
+    RolloutEngine,
+)
+
+
+class Stage(Section):
+    """What every training and evaluation stage has.
+
+    run: the run folder. seed: of everything random in the stage. threads: CPU threads, null for
+    torch's own choice. model: the folder of the weights to start from. engine: `hf` is one
+    process; `megatron` runs under torchrun, laid out by `parallel`. dtype: of the weights in the
+    forward; gradients and optimizer state are float32 in any case. wandb_project: also log to
+    Weights & Biases, which must be installed.
+    """
+
+    run: Path
+    seed: int = 0
+    threads: Positive | None = None
+    device: str = "cpu"
+    engine: Literal["hf", "megatron"] = "hf"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    parallel: Parallel = Parallel()
+    wandb_project: str | None = None
+    model: Path | None = None
+    max_tiles: Positive = 1
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> "Stage":
+        if self.engine == "hf" and (self.parallel.tensor > 1 or self.parallel.pipeline > 1):
+            raise ValueError("`parallel` needs engine=megatron")
+        if self.engine == "hf" and self.dtype != "float32":
+            raise ValueError("engine hf trains in float32; dtype bfloat16 needs engine=megatron")
+        return self
+
+
+class Supervised(Stage):
+    """Supervised tuning on responses: cold-start SFT, connector-only tuning, pre-training.
+
+    early_stopping: validations without a better loss after which the stage ends; null trains to
+    the end. The weights of the best validation loss are what the stage hands on.
+    """
+
+    architecture: Architecture | None = None
+    modules: Modules = Modules()
+    train_data: Path
+    validation_data: Path
+    epochs: Annotated[float, Field(gt=0)] = 2.0
+    batch_size: Positive = 64
+    micro_batch_size: Positive = 64
+    optimizer: Optimizer
+    monitor: Monitor = Monitor()
+    validate_every: Positive = 50
+    checkpoint_every: Positive = 50
+    early_stopping: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Supervised":
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("give either `model` (a folder to start from) or `architecture`")
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of micro_batch_size "
+                f"{self.micro_batch_size}"
+            )
+        return self
+
+
+class SFT(Supervised):
+    """Cold-start supervised fine-tuning."""
+
+
+class Connector(Supervised):
+    """Connector-only tuning: the same loop, with only the connector trained by default."""
+
+    modules: Modules = Modules(vision=False, connector=True, llm=False)
+
+
+class LengthStep(Section):
+    """From `step` on, completions may be `max_tokens` long (progressive response length)."""
+
+    step: Annotated[int, Field(ge=0)]
+    max_tokens: Positive
+
+
+class DynamicSampling(Section):
+    """DAPO's filter: groups whose rewards are all equal are replaced, at most `rounds` times."""
+
+    enabled: bool = False
+    rounds: Positive = 3
+
+
+class Advantage(Section):
+    """Report eq. 6 and its variants; see `r1v3.kernels.group_advantages`."""
+
+    baseline: Literal["mean", "leave_one_out", "none"] = "mean"
+    scale: Literal["group", "batch", "none"] = "group"
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+
+
+class PolicyLoss(Section):
+    """Report eq. 4, 5 and 7; see `r1v3.kernels.grpo_loss`.
+
+    importance_cap: weigh every token by min(training / rollout probability, cap), which corrects
+    for a rollout engine whose numbers differ from the trainer's; null: weight 1.
+    """
+
+    clip_low: Annotated[float, Field(ge=0)] = 0.2
+    clip_high: Annotated[float, Field(ge=0)] = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    aggregation: Literal["sequence-mean", "token-mean", "sequence-sum", "constant"] = (
+        "sequence-mean"
+    )
+    old_logprobs: Literal["current", "rollout"] = "current"
+    importance_cap: Annotated[float, Field(gt=0)] | None = None
+
+
+class GRPO(Stage):
+    """Group relative policy optimisation.
+
+    One episode samples `prompts_per_step` x `group_size` completions and takes
+    `gradient_steps` optimizer steps on them, each on an equal share of the prompts. With one step
+    and `old_logprobs: current` the ratio is 1 and clipping is inert, as in the report.
+    """
+
+    modules: Modules = Modules()
+    train_data: Path
+    validation_data: Path
+    steps: Positive
+    prompts_per_step: Positive = 32
+    group_size: Annotated[int, Field(gt=1)] = 32
+    gradient_steps: Positive = 1
+    micro_batch_prompts: Positive = 4
+    decoding: Decoding = Decoding()
+    lengths: tuple[LengthStep, ...] = ()
+    dynamic_sampling: DynamicSampling = DynamicSampling()
+    advantage: Advantage = Advantage()
+    loss: PolicyLoss = PolicyLoss()
+    rewards: Rewards = Rewards()
+    rollout: RolloutEngine = RolloutEngine()
+    optimizer: Optimizer
+    monitor: Monitor = Monitor()
+    validate_every: Positive = 20
+    validation_samples: Positive = 1
+    checkpoint_every: Positive = 20
+
+    @model_validator(mode="after")
+    def _check(self) -> "GRPO":
+        if self.model is None:
+            raise ValueError("`model` must name the folder of the weights to start from")
+        if self.prompts_per_step % self.gradient_steps:
+            raise ValueError(
+                f"prompts_per_step {self.prompts_per_step} must be a multiple of gradient_steps "
+                f"{self.gradient_steps}"
+            )
+        if self.loss.aggregation == "constant" and self.decoding.max_tokens < 1:
+            raise ValueError("aggregation `constant` divides by decoding.max_tokens")
+        return self
+
+
+class Select(Section):
+    """Checkpoint selection by critical-token entropy, the validation score beside it."""
+
+    run: Path
+    rule: Literal["critical_entropy", "validation_accuracy"] = "critical_entropy"
+
+
+class Evaluate(Stage):
+    """Scores one checkpoint in decoding modes, on questions that no tuning looked at."""
+
+    name: str = "checkpoint"
+    data: tuple[Path, ...]
+    out_of_domain: tuple[str, ...] = ()
+    modes: tuple[Literal["slow", "nothink", "nowait"], ...] = ("slow", "nothink", "nowait")
+    budgets: tuple[Positive, ...] = ()
+    samples: Positive = 5
+    mode_samples: Positive = 1
+    decoding: Decoding = Decoding()
+    batch_prompts: Positive = 64
+    transcripts: Annotated[int, Field(ge=0)] = 12
+    monitor: Monitor = Monitor()
