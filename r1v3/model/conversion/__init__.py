@@ -1,0 +1,19 @@
+"""Converting InternVL between HF checkpoints, in either naming, and Megatron's layouts."""
+
+from r1v3.model.conversion.match import CheckpointError, Report, match
+from r1v3.model.conversion.parallel import export_hf, load_hf
+from r1v3.model.conversion.reader import Checkpoint
+from r1v3.model.conversion.table import native_shapes, parameter_name, saved_name, weights
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Report",
+    "export_hf",
+    "load_hf",
+    "match",
+    "native_shapes",
+    "parameter_name",
+    "saved_name",
+    "weights",
+]
