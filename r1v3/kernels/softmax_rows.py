@@ -19,17 +19,19 @@ def forward(
     temperature: float,
     vocab_size: int | None,
     group_name: str,
+    shard: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities [n], entropy [n], what the backward needs [n, 3], shard bounds.
 
     Args:
         logits: [..., V]; token_ids: [n] global ids of the selected rows, or None.
         rows: int64 [n] into the flattened leading dimensions, or None for all of them.
+        shard: the bounds that an earlier call with this group returned, or None to ask for them.
     """
     width = logits.shape[-1]
-    if group_name:
+    if shard is None and group_name:
         shard = vocab_parallel.shard_bounds(width, vocab_size, group_name, logits.device)
-    else:
+    elif shard is None:
         shard = torch.empty(0, dtype=torch.int64, device=logits.device)
     if devices.runs_triton(logits) and temperature > 0:
         return *_forward_triton(
