@@ -21,8 +21,17 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from r1v3.http import (
+    CLIENT_OPTIONS,
+    IDENTITY,
+    RequestFailed,
+    backoff,
+    check_address,
+    check_limits,
+    refused,
+    require_httpx,
+)
 from r1v3.rewards.extract import extract_answer
 
 if TYPE_CHECKING:
@@ -31,7 +40,6 @@ if TYPE_CHECKING:
 MAX_FIELD_CHARS = 4000
 MAX_RESPONSE_BYTES = 1 << 20
 MAX_CACHED = 100_000
-MAX_BACKOFF_SECONDS = 8.0
 
 _INSTRUCTION = (
     "You grade answers to exam questions. You are given a question, its reference answer and a "
@@ -51,15 +59,6 @@ class Verdict:
 
     correct: bool | None
     reason: str
-
-
-class _RequestFailed(Exception):
-    """One attempt failed; `retry` says whether another may succeed."""
-
-    def __init__(self, reason: str, *, retry: bool) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.retry = retry
 
 
 def _messages(question: str, ground_truth: str, answer: str) -> list[dict[str, str]]:
@@ -83,23 +82,6 @@ def parse_verdict(reply: str) -> bool | None:
     """
     match = _VERDICT.fullmatch(reply) if len(reply) < 100 else None
     return None if match is None else match[1].upper() == "CORRECT"
-
-
-def _check_endpoint(base_url: str, model: str) -> None:
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"base_url {base_url!r} must be an http:// or https:// address")
-    if not model:
-        raise ValueError("model '' must be the name of the served judge model")
-
-
-def _check_limits(above_zero: dict[str, float], not_negative: dict[str, float]) -> None:
-    for name, value in above_zero.items():
-        if not value > 0:
-            raise ValueError(f"{name} {value!r} must be above 0")
-    for name, value in not_negative.items():
-        if not value >= 0:
-            raise ValueError(f"{name} {value!r} must be 0 or more")
 
 
 class LLMVerifier:
@@ -141,8 +123,10 @@ class LLMVerifier:
             ValueError: an argument is out of range.
             ImportError: httpx is not installed.
         """
-        _check_endpoint(base_url, model)
-        _check_limits(
+        check_address("base_url", base_url)
+        if not model:
+            raise ValueError("model '' must be the name of the served judge model")
+        check_limits(
             above_zero={
                 "timeout_seconds": timeout_seconds,
                 "deadline_seconds": deadline_seconds,
@@ -150,10 +134,7 @@ class LLMVerifier:
             },
             not_negative={"retries": retries, "backoff_seconds": backoff_seconds},
         )
-        try:
-            import httpx  # noqa: F401
-        except ImportError as error:
-            raise ImportError("the LLM verifier needs httpx: pip install 'r1v3[serve]'") from error
+        require_httpx("the LLM verifier")
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model = model
         self.timeout_seconds = timeout_seconds
@@ -163,7 +144,7 @@ class LLMVerifier:
         self.backoff_seconds = backoff_seconds
         self.failures: Counter[str] = Counter()
         self.asked = 0
-        self._headers = {"Accept-Encoding": "identity"}
+        self._headers = dict(IDENTITY)
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._cache: OrderedDict[str, Verdict] = OrderedDict()
@@ -219,9 +200,7 @@ class LLMVerifier:
 
         deadline = time.monotonic() + self.deadline_seconds
         limits = httpx.Limits(max_connections=self.max_concurrency)
-        client = httpx.Client(
-            headers=self._headers, limits=limits, trust_env=False, follow_redirects=False
-        )
+        client = httpx.Client(headers=self._headers, limits=limits, **CLIENT_OPTIONS)
         pool = ThreadPoolExecutor(min(self.max_concurrency, len(bodies)))
         futures: dict[str, Future[Verdict]] = {
             body: pool.submit(self._ask, client, body, deadline) for body in bodies
@@ -244,11 +223,11 @@ class LLMVerifier:
             try:
                 correct = parse_verdict(self._reply(client, body, deadline))
                 return Verdict(correct, "judged" if correct is not None else "unclear reply")
-            except _RequestFailed as failure:
+            except RequestFailed as failure:
                 reason, retry = failure.reason, failure.retry
             except Exception as error:  # a verdict is optional, the run it would end is not
                 reason, retry = type(error).__name__, False
-            pause = min(self.backoff_seconds * 2**attempt, MAX_BACKOFF_SECONDS)
+            pause = backoff(attempt, self.backoff_seconds)
             attempt += 1
             if not retry or attempt > self.retries or time.monotonic() + pause >= deadline:
                 return Verdict(None, reason)
@@ -260,7 +239,7 @@ class LLMVerifier:
 
         seconds = min(self.timeout_seconds, deadline - time.monotonic())
         if seconds <= 0:
-            raise _RequestFailed("deadline", retry=False)
+            raise RequestFailed("deadline", retry=False)
         received = bytearray()
         headers = {"Content-Type": "application/json"}
         try:
@@ -268,18 +247,17 @@ class LLMVerifier:
                 "POST", self.url, content=body.encode(), headers=headers, timeout=seconds
             ) as response:
                 if response.status_code != 200:
-                    again = response.status_code == 429 or response.status_code >= 500
-                    raise _RequestFailed(f"http {response.status_code}", retry=again)
+                    raise refused(response.status_code)
                 for chunk in response.iter_raw():
                     received += chunk
                     if len(received) > MAX_RESPONSE_BYTES:
-                        raise _RequestFailed("response too large", retry=False)
+                        raise RequestFailed("response too large", retry=False)
                     if time.monotonic() > deadline:
-                        raise _RequestFailed("deadline", retry=False)
+                        raise RequestFailed("deadline", retry=False)
         except httpx.TimeoutException as error:
-            raise _RequestFailed("timeout", retry=True) from error
+            raise RequestFailed("timeout", retry=True) from error
         except httpx.TransportError as error:
-            raise _RequestFailed("connection", retry=True) from error
+            raise RequestFailed("connection", retry=True) from error
         return _content(bytes(received))
 
 
@@ -289,7 +267,7 @@ def _content(response: bytes) -> str:
         decoded: Any = json.loads(response)
         content = decoded["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise _RequestFailed("malformed response", retry=False) from error
+        raise RequestFailed("malformed response", retry=False) from error
     if not isinstance(content, str):
-        raise _RequestFailed("malformed response", retry=False)
+        raise RequestFailed("malformed response", retry=False)
     return content
