@@ -3,6 +3,7 @@
 from r1v3.model.conversion.match import CheckpointError, Report, match
 from r1v3.model.conversion.parallel import export_hf, load_hf
 from r1v3.model.conversion.reader import Checkpoint
+from r1v3.model.conversion.saving import save_hf, write_hf
 from r1v3.model.conversion.table import native_shapes, parameter_name, saved_name, weights
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "match",
     "native_shapes",
     "parameter_name",
+    "save_hf",
     "saved_name",
     "weights",
+    "write_hf",
 ]

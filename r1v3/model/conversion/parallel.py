@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from r1v3.model.conversion.match import Report, Source, require_match
 from r1v3.model.conversion.reader import Checkpoint
 from r1v3.model.conversion.slices import covered, shard_runs
 from r1v3.model.conversion.table import Weight, weights
+
+if TYPE_CHECKING:
+    from r1v3.model.megatron.internvl import InternVL
 
 BUCKET_BYTES = 512 << 20
 _LAYER = re.compile(r"(.*\.decoder\.layers\.)(\d+)(\..*)")
@@ -90,7 +94,7 @@ def fill(
         )
 
 
-def load_hf(model: nn.Module, folder: Path | str, config: InternVLConfig) -> Report:
+def load_hf(model: "InternVL", folder: Path | str) -> Report:
     """Fill this rank's part of a Megatron InternVL from a folder of safetensors.
 
     Every rank calls it and reads only the rows and columns that it holds; nothing is communicated.
@@ -98,20 +102,21 @@ def load_hf(model: nn.Module, folder: Path | str, config: InternVLConfig) -> Rep
     to the parameters' dtype; padded heads and vocabulary rows become zero.
 
     Args:
-        model: `r1v3.model.megatron.internvl.InternVL` of any tensor and pipeline layout, unwrapped.
-        config: of the model; the checkpoint is checked against it as a whole on every rank.
+        model: in any tensor and pipeline layout, unwrapped. The checkpoint is checked against its
+            `hf_config` as a whole, on every rank alike.
     Returns:
         The report; only its `ignored` holds anything.
     Raises:
         CheckpointError: tensors are missing, unexpected or misshapen; all are listed, and no
             parameter was changed.
-        ValueError: a file is missing or damaged, or the model has other parameters than `config`.
+        ValueError: a file is missing or damaged, or the model has other parameters than its
+            configuration.
     """
     from megatron.core import parallel_state
 
     world = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
-    table = {weight.megatron: weight for weight in weights(config)}
+    table = {weight.megatron: weight for weight in weights(model.hf_config)}
     parameters = global_parameters(model)
     _require_known(parameters, table)
     with Checkpoint(folder) as checkpoint, torch.no_grad():
@@ -151,8 +156,7 @@ class _Shard:
 
 
 def export_hf(
-    model: nn.Module,
-    config: InternVLConfig,
+    model: "InternVL",
     *,
     to_all: bool = True,
     bucket_bytes: int = BUCKET_BYTES,
@@ -161,7 +165,7 @@ def export_hf(
 
     Collective over the tensor- and pipeline-parallel group of a data-parallel replica: its ranks
     must all iterate to the end. Every rank yields the same names in the same order, those of
-    `table.native_shapes(config)`. Tensors are on the model's device and in its dtype, with heads
+    `native_shapes(model.hf_config)`. Tensors are on the model's device and in its dtype, with heads
     and vocabulary unpadded, and bit for bit what `load_hf` would put back; they are the caller's
     until the next one is asked for (clone what you keep).
 
@@ -171,7 +175,7 @@ def export_hf(
         bucket_bytes: weights are sent together up to this many bytes of whole tensors. Beside the
             weights, a rank needs about twice the larger of this and the largest weight.
     Raises:
-        ValueError: the model has other parameters than `config`.
+        ValueError: the model has other parameters than its configuration.
     """
     from megatron.core import parallel_state as state
 
@@ -179,7 +183,7 @@ def export_hf(
     here = state.get_pipeline_model_parallel_rank()
     wanted = to_all or (here == 0 and state.get_tensor_model_parallel_rank() == 0)
     parameters = global_parameters(model)
-    shards = _where(parameters, config)
+    shards = _where(parameters, model.hf_config)
     device = next(model.parameters()).device
     for bucket in _buckets(shards, bucket_bytes // world):
         stage, dtype = bucket[0].stage, bucket[0].dtype

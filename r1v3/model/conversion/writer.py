@@ -1,0 +1,211 @@
+"""Writing a sharded safetensors checkpoint tensor by tensor, none of it held in memory.
+
+Names, dtypes and shapes are known beforehand, so every shard's header is written first and each
+tensor then goes to its place in its file, in any order.
+"""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1v3.files import fsync_directory, write_json
+from r1v3.model.conversion.reader import DTYPES, INDEX_FILE, SINGLE_FILE
+
+DEFAULT_SHARD_BYTES = 4 << 30
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that will be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class ShardWriter:
+    """Writes the tensors `entries` below `folder`: one file, or shards and their index.
+
+    A context manager; leaving it without an error checks that every tensor was written, writes the
+    index and makes the files durable. The files have their final names from the start: to write
+    all or nothing, give it a temporary folder and rename that.
+
+    Args:
+        folder: exists and holds no checkpoint.
+        entries: in the order of the shards.
+        max_shard_bytes: of values in a file; a larger tensor has a file of its own.
+    Raises:
+        ValueError: a name occurs twice, or `max_shard_bytes` is not positive.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        entries: Sequence[Entry],
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ) -> None:
+        if max_shard_bytes <= 0:
+            raise ValueError(f"a shard's size must be positive, not {max_shard_bytes} bytes")
+        if len({entry.name for entry in entries}) < len(entries):
+            raise ValueError("two tensors have the same name")
+        self.folder = folder
+        shards = _shards(entries, max_shard_bytes)
+        self.files = [
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            for number in range(1, len(shards) + 1)
+        ]
+        if len(shards) == 1:
+            self.files = [SINGLE_FILE]
+        self._entries = {entry.name: entry for entry in entries}
+        self._places: dict[str, tuple[str, int]] = {}
+        self._waiting = set(self._entries)
+        for file, shard in zip(self.files, shards, strict=True):
+            self._begin(file, shard)
+
+    def _begin(self, file: str, shard: Sequence[Entry]) -> None:
+        """Create a file of the final size, its header written."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        # Wide values first: then all are aligned to their own width.
+        for entry in sorted(shard, key=lambda entry: -entry.dtype.itemsize):
+            header[entry.name] = {
+                "dtype": _DTYPE_NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [offset, offset + entry.bytes],
+            }
+            self._places[entry.name] = (file, offset)
+            offset += entry.bytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        for entry in shard:
+            self._places[entry.name] = (file, 8 + len(text) + self._places[entry.name][1])
+        with open(self.folder / file, "xb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            opened.truncate(8 + len(text) + offset)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor of the announced dtype and shape, from any device.
+
+        Raises:
+            ValueError: it is another one, or was written before.
+            OSError: the disk is full.
+        """
+        entry = self._entries[name]
+        if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {entry.dtype} "
+                f"{entry.shape}"
+            )
+        values = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+        with self._place(name) as (target, place):
+            _write_at(target, values.numpy().data, place)
+
+    def copy(self, name: str, source: int, begin: int) -> None:
+        """Copy a tensor's bytes from byte `begin` of the file descriptor `source`.
+
+        Holes of a sparse source stay holes.
+
+        Raises:
+            ValueError: it was written before.
+            OSError: the disk is full, or the source ends too early.
+        """
+        end = begin + self._entries[name].bytes
+        with self._place(name) as (target, place):
+            shift = place - begin
+            while (extent := _data_extent(source, begin, end)) is not None:
+                at, begin = extent
+                while at < begin:
+                    chunk = os.pread(source, min(_CHUNK_BYTES, begin - at), at)
+                    if not chunk:
+                        raise OSError(errno.EIO, f"the file of {name} ended while it was read")
+                    _write_at(target, memoryview(chunk), at + shift)
+                    at += len(chunk)
+
+    @contextmanager
+    def _place(self, name: str) -> Iterator[tuple[int, int]]:
+        """The open file of a tensor that was not written yet, and the byte it begins at."""
+        if name not in self._waiting:
+            raise ValueError(f"{name} was written before")
+        self._waiting.remove(name)
+        file, place = self._places[name]
+        with open(self.folder / file, "r+b", buffering=0) as opened:
+            yield opened.fileno(), place
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._waiting:
+            raise ValueError(
+                f"{len(self._waiting)} tensors were not written, such as {min(self._waiting)}"
+            )
+        for file in self.files:
+            with open(self.folder / file, "rb") as opened:
+                os.fsync(opened.fileno())
+        if len(self.files) > 1:
+            entries = self._entries.values()
+            index = {
+                "metadata": {
+                    "total_parameters": sum(math.prod(entry.shape) for entry in entries),
+                    "total_size": sum(entry.bytes for entry in entries),
+                },
+                "weight_map": {name: self._places[name][0] for name in sorted(self._entries)},
+            }
+            write_json(self.folder / INDEX_FILE, index)
+        fsync_directory(self.folder)
+
+
+def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.bytes
+    return shards
+
+
+def _write_at(descriptor: int, data: memoryview, place: int) -> None:
+    while len(data):
+        written = os.pwrite(descriptor, data[:_CHUNK_BYTES], place)
+        data, place = data[written:], place + written
+
+
+def _data_extent(descriptor: int, begin: int, end: int) -> tuple[int, int] | None:
+    """The first bytes from `begin` to `end` that are no hole, None if all are."""
+    if begin >= end:
+        return None
+    try:
+        data = os.lseek(descriptor, begin, os.SEEK_DATA)
+        return (data, min(os.lseek(descriptor, data, os.SEEK_HOLE), end)) if data < end else None
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        return begin, end  # this file system cannot tell
