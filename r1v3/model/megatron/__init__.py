@@ -1,0 +1,1 @@
+"""InternVL on megatron-core: packed, parallel, trained and decoded in one layout."""

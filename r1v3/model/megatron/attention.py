@@ -1,0 +1,163 @@
+"""Core attention of the layer specs: over packed segments, against a cache, or within image tiles.
+
+What to attend to travels with the hidden states in megatron-core's `packed_seq_params`. Recomputed
+layers and the micro-batches that a pipeline keeps in flight therefore each see their own layout.
+"""
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from r1v3.model.megatron.packing import Packed
+
+if TYPE_CHECKING:
+    from r1v3.model.megatron.decoding import KeyValueCache
+
+
+def _flash_attention(tensor: Tensor) -> ModuleType | None:
+    """The flash-attn package, where it is installed and takes this tensor."""
+    if not tensor.is_cuda or tensor.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    try:
+        import flash_attn
+    except ImportError:
+        return None
+    return flash_attn
+
+
+class _GatherKeys(torch.autograd.Function):
+    """rows[index], whose gradient adds up in float32 and in the order of the segments.
+
+    A prompt's rows are keys of each of its samples; adding their gradients by atomic operations, or
+    in bfloat16, would give other bits in every run or lose small terms.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, index: Tensor, starts: list[int]) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape, ctx.starts = rows.shape, starts  # type: ignore[attr-defined]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        starts = ctx.starts  # type: ignore[attr-defined]
+        total = gradient.new_zeros(ctx.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        if gradient.dtype == torch.float64:
+            total = total.double()
+        for start, stop in zip(starts, starts[1:], strict=False):
+            # Rows are distinct within a segment, so that nothing is added concurrently.
+            total.index_add_(0, index[start:stop], gradient[start:stop].to(total.dtype))
+        return total.to(gradient.dtype), None, None
+
+
+def _segment_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention [n, heads, d] of the last n of m keys [m, kv heads, d]."""
+    n, m = len(query), len(key)
+    q, k, v = (rows.transpose(0, 1).unsqueeze(0) for rows in (query, key, value))
+    gqa = q.shape[1] != k.shape[1]
+    if n == m:
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    else:
+        bias = causal_lower_right(n, m)
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=gqa)
+    return mixed.squeeze(0).transpose(0, 1)
+
+
+class Layout(PackedSeqParams):
+    """What the rows of one forward pass attend to.
+
+    It is megatron-core's own type only so that it passes through its layers; every tensor stays
+    [T, 1, heads, d].
+    """
+
+    def __init__(self) -> None:
+        super().__init__(qkv_format="sbhd")
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[T, heads, d] from query [T, heads, d] and key, value [T, kv heads, d] of a layer."""
+        raise NotImplementedError
+
+
+class PackedLayout(Layout):
+    """Segments of a packed sequence; with a `cache`, the keys and values are recorded in it."""
+
+    def __init__(self, packed: Packed, cache: "KeyValueCache | None" = None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.cache = cache
+        self.queries: list[int] = packed.query_starts.tolist()
+        self.keys: list[int] = packed.key_starts.tolist()
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.cache is not None:
+            self.cache.fill(layer, key, value, self.packed.prompt_starts)
+        index = self.packed.key_index
+        if len(index) > len(query):
+            key, value = (_GatherKeys.apply(rows, index, self.keys) for rows in (key, value))
+        if (flash := _flash_attention(query)) is not None:
+            return flash.flash_attn_varlen_func(
+                query,
+                key,
+                value,
+                self.packed.query_starts,
+                self.packed.key_starts,
+                self.packed.longest_query,
+                self.packed.longest_key,
+                causal=True,
+            )
+        return torch.cat(
+            [
+                _segment_attention(query[a:b], key[c:d], value[c:d])
+                for a, b, c, d in zip(
+                    self.queries, self.queries[1:], self.keys, self.keys[1:], strict=False
+                )
+            ]
+        )
+
+
+def _tile_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Full attention within each tile; everything is [tokens, tiles, heads, d]."""
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    if (flash := _flash_attention(q)) is not None:
+        return flash.flash_attn_func(q, k, v).transpose(0, 1)
+    mixed = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    return mixed.permute(2, 0, 1, 3)
+
+
+class CoreAttention(nn.Module):
+    """softmax(q k / sqrt(d)) v for this rank's heads, over all tokens.
+
+    With a `Layout` the tokens are [T, 1, heads, d] and attend as it says; without one they are
+    [tokens, tiles, heads, d] and attend to all of their tile.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **_: object) -> None:
+        super().__init__()
+        self.layer = layer_number
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        *,
+        packed_seq_params: Layout | None = None,
+        **_: object,
+    ) -> Tensor:
+        """[T, 1, heads x d], or [tokens, tiles, heads x d]."""
+        if packed_seq_params is None:
+            mixed = _tile_attention(query, key, value)
+            return mixed.reshape(*mixed.shape[:2], -1)
+        mixed = packed_seq_params.attend(
+            self.layer, query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        )
+        return mixed.reshape(len(mixed), 1, -1)
