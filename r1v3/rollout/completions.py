@@ -1,0 +1,170 @@
+"""Completions from an engine that is not trusted: checked one by one, then put into tensors."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from r1v3.data.tokenizer import THINK_CLOSE
+from r1v3.rollout.contract import TokenRules
+from r1v3.rollout.local import Rollout, Sampling
+
+# A log-prob is at most 0; float32 rounding may leave it a little above.
+_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One checked completion.
+
+    Attributes:
+        token_ids: with the end-of-turn token, if it came.
+        logprobs: of every token, in nats, at the sampling temperature and after bans; 0 for a
+            forced token, which had no alternative.
+        finished: the last token ends the turn.
+        forced: tokens [start, stop) that were not sampled.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    finished: bool = False
+    forced: tuple[int, int] = (0, 0)
+
+    def followed_by(self, later: "Completion") -> "Completion":
+        """This completion and what was sampled after it, as one."""
+        return Completion(
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            later.finished,
+            self.forced,
+        )
+
+
+def check_completion(
+    token_ids: object,
+    logprobs: object,
+    finish_reason: object,
+    *,
+    rules: TokenRules,
+    banned: frozenset[int],
+    max_tokens: int,
+) -> Completion:
+    """A completion from what an engine says it sampled.
+
+    Args:
+        token_ids, logprobs: equally long lists.
+        finish_reason: "stop" if the end-of-turn token was sampled, "length" if the limit came.
+        banned: ids that must not have been sampled.
+    Raises:
+        ValueError: it cannot be a completion under these settings; says why.
+    """
+    if not isinstance(token_ids, list) or not isinstance(logprobs, list):
+        raise ValueError("token ids and log-probs are not lists")
+    if not 0 < len(token_ids) <= max_tokens:
+        raise ValueError(f"{len(token_ids)} tokens, at least 1 and at most {max_tokens} asked for")
+    if len(token_ids) != len(logprobs):
+        raise ValueError(f"{len(token_ids)} tokens and {len(logprobs)} log-probs")
+    for token in token_ids:
+        if type(token) is not int or not 0 <= token < rules.size:
+            raise ValueError(f"token id {token!r:.40} is not in [0, {rules.size})")
+        if token in banned:
+            raise ValueError(f"token id {token} was sampled although it is banned")
+    for value in logprobs:
+        if type(value) not in (int, float) or not math.isfinite(value) or value > _ROUNDING:
+            raise ValueError(f"log-prob {value!r:.40} is not a finite number of at most 0")
+    finished = token_ids[-1] == rules.stop_id
+    if rules.stop_id in token_ids[:-1]:
+        raise ValueError("tokens go on after the end of the turn")
+    if not finished and len(token_ids) < max_tokens:
+        raise ValueError(f"ended after {len(token_ids)} tokens without the end of the turn")
+    if finish_reason != ("stop" if finished else "length"):
+        raise ValueError(f"finish reason {finish_reason!r:.40} does not fit its tokens")
+    return Completion(tuple(token_ids), tuple(min(float(v), 0.0) for v in logprobs), finished)
+
+
+def check_prompt(found: object, wanted: Sequence[int], origin: str) -> None:
+    """Check that an engine saw the prompt that the trainer trains on.
+
+    Raises:
+        ValueError: it did not; names the first difference and what to look at. Another engine of
+            the same set-up would not do better.
+    """
+    if not isinstance(found, list):
+        raise ValueError(
+            f"{origin} does not say which prompt tokens it used; it must be a vLLM that knows "
+            "return_token_ids"
+        )
+    if found == list(wanted):
+        return
+    first = next(
+        (i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b),
+        min(len(found), len(wanted)),
+    )
+    raise ValueError(
+        f"{origin} completed another prompt than the trainer's: {len(found)} tokens instead of "
+        f"{len(wanted)}, different from position {first} on ({found[first : first + 4]} instead "
+        f"of {list(wanted[first : first + 4])}). Tokenizer, chat template, tile size, largest "
+        "number of tiles and thumbnail must be those of the model folder that is trained"
+    )
+
+
+def ban_list(sampling: Sampling, rules: TokenRules) -> tuple[int, ...]:
+    """Everything that must not be sampled, sorted.
+
+    Raises:
+        ValueError: there are more than vLLM's model runner V2 takes.
+    """
+    banned = sorted({*rules.never, *sampling.banned})
+    if len(banned) > 1024:
+        raise ValueError(f"{len(banned)} banned tokens; vLLM takes at most 1024")
+    return tuple(banned)
+
+
+def close_thoughts(
+    first: Sequence[Completion], sampling: Sampling, rules: TokenRules
+) -> dict[int, Completion]:
+    """What of the completions cut at the thought budget goes on, and from where.
+
+    Args:
+        first: completions of at most `sampling.budget` tokens.
+    Returns:
+        For every row that has not ended: its tokens, and, where the thought is still open, the
+        closing tag that is forced on it.
+    """
+    going_on = {}
+    for row, completion in enumerate(first):
+        if completion.finished:
+            continue
+        length = len(completion.token_ids)
+        texts = rules.closing.texts
+        written = "".join(texts[i] for i in completion.token_ids if i < len(texts))
+        tag: tuple[int, ...] = ()
+        if THINK_CLOSE not in written:
+            tag = rules.closing.forced[: sampling.max_tokens - length]
+        going_on[row] = Completion(
+            completion.token_ids + tag,
+            completion.logprobs + (0.0,) * len(tag),
+            False,
+            (length, length + len(tag)),
+        )
+    return going_on
+
+
+def assemble(completions: Sequence[Completion], pad_id: int) -> Rollout:
+    """Completions as a `Rollout`. Its entropies are NaN at every token: the engine has none."""
+    rows = len(completions)
+    width = max([1, *(len(c.token_ids) for c in completions)])
+    ids = torch.full((rows, width), pad_id)
+    logprobs, entropy = torch.zeros(rows, width), torch.zeros(rows, width)
+    mask = torch.zeros(rows, width, dtype=torch.bool)
+    sampled = torch.zeros(rows, width, dtype=torch.bool)
+    for row, completion in enumerate(completions):
+        length = len(completion.token_ids)
+        ids[row, :length] = torch.tensor(completion.token_ids, dtype=torch.int64)
+        logprobs[row, :length] = torch.tensor(completion.logprobs)
+        entropy[row, :length] = math.nan
+        mask[row, :length] = sampled[row, :length] = True
+        sampled[row, slice(*completion.forced)] = False
+    finished = torch.tensor([c.finished for c in completions], dtype=torch.bool)
+    return Rollout(ids, mask, logprobs, entropy, sampled, finished)

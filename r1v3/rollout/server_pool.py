@@ -1,0 +1,256 @@
+"""Requests spread over servers that fail: every one is answered once, or the reasons are named.
+
+A server whose request fails is taken out and tried again later, with growing pauses; the request
+goes to another one. A request that runs much longer than the others is also sent to a second
+server, and the first valid answer wins. Nothing waits for ever: an attempt has a time limit, a
+request a number of attempts, and a pool without a live server a patience.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from r1v3.http import RequestFailed, backoff
+
+Task = TypeVar("Task")
+Answer = TypeVar("Answer")
+
+# A request is late when most have been answered and it has run this many times as long as the
+# slowest of them, and at least this many seconds.
+LATE_FACTOR, LATE_SECONDS = 2.0, 1.0
+_TICK = 0.02
+
+
+@dataclass
+class Server:
+    """One server and what is known of it.
+
+    Attributes:
+        live: it has passed its check and has not failed since.
+        name: of the model it serves.
+        step: training step of the weights it answers with; None if unknown.
+        retry_at: when to check it again (monotonic seconds).
+        failures: failed checks and attempts in a row.
+        trouble: the last failure, in words.
+        running: attempts under way.
+    """
+
+    url: str
+    live: bool = False
+    name: str = ""
+    step: int | None = None
+    retry_at: float = 0.0
+    failures: int = 0
+    trouble: str = "not tried yet"
+    running: int = 0
+
+    def fail(self, reason: str, pause_seconds: float) -> None:
+        """Take it out for a while that grows with its failures in a row."""
+        self.live, self.trouble = False, reason
+        self.retry_at = time.monotonic() + backoff(self.failures, pause_seconds)
+        self.failures += 1
+
+
+class NoServers(RuntimeError):
+    """Requests are unanswered; the message names every server with its last failure."""
+
+
+def no_servers(what: str, servers: Sequence[Server]) -> NoServers:
+    lines = "; ".join(f"{s.url}: {s.trouble}" for s in servers)
+    return NoServers(f"{what}. Servers and their last failures: {lines}")
+
+
+@dataclass
+class Pool(Generic[Task, Answer]):
+    """Runs tasks on servers, at most `concurrency` of them at a time.
+
+    Attributes:
+        ask: does one task on one server.
+        check: finds out whether a server can be used again, and readies it.
+            Both raise RequestFailed when they fail; what else they raise ends the run.
+        retries: further attempts at a task after the first.
+        patience_seconds: longest time without any live server.
+        pause_seconds: before a failed server is checked again; doubles each time, at most 8 s.
+        failed: attempts that failed so far.
+        resent: tasks that were sent to a second server so far, because they were late.
+    """
+
+    servers: Sequence[Server]
+    ask: Callable[[Server, Task], Awaitable[Answer]]
+    check: Callable[[Server], Awaitable[None]]
+    concurrency: int
+    retries: int
+    patience_seconds: float
+    pause_seconds: float = 0.5
+    failed: int = field(default=0, init=False)
+    resent: int = field(default=0, init=False)
+    _durations: list[float] = field(default_factory=list, init=False)
+    _open: int = field(default=0, init=False)
+
+    async def run(self, tasks: Sequence[Task]) -> list[Answer]:
+        """Answers of all tasks, in order.
+
+        Raises:
+            NoServers: a task failed on every attempt, or no server was live for too long.
+        """
+        self._durations, self._open = [], len(tasks)
+        slots = asyncio.Semaphore(self.concurrency)
+
+        async def one(task: Task) -> Answer:
+            async with slots:
+                return await self._answer(task)
+
+        async def all_of_them() -> list[Answer]:
+            async with asyncio.TaskGroup() as group:
+                running = [group.create_task(one(task)) for task in tasks]
+            return [task.result() for task in running]
+
+        watch = asyncio.create_task(self._watch())
+        work = asyncio.create_task(all_of_them())
+        try:
+            await asyncio.wait([watch, work], return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                await watch  # it only ends by raising
+            return work.result()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        finally:
+            for task in (watch, work):
+                task.cancel()
+            await asyncio.gather(watch, work, return_exceptions=True)
+
+    async def ready(self) -> None:
+        """Check every server that is out, and go on until one is live.
+
+        Raises:
+            NoServers: none was for `patience_seconds` after the first round.
+        """
+        since: float | None = None
+        while True:
+            due = [s for s in self.servers if not s.live and time.monotonic() >= s.retry_at]
+            await asyncio.gather(*(self._check(server) for server in due))
+            if any(server.live for server in self.servers):
+                return
+            since = time.monotonic() if since is None else since
+            if time.monotonic() - since > self.patience_seconds:
+                what = f"no server was live for {self.patience_seconds:g} s"
+                raise no_servers(what, self.servers)
+            await asyncio.sleep(_TICK)
+
+    async def _watch(self) -> None:
+        """Check servers that are out, when their time has come."""
+        checks: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                for server in self.servers:
+                    current = checks.get(server.url)
+                    if current is not None and current.done():
+                        del checks[server.url]
+                        current.result()
+                    elif current is None and not server.live:
+                        if time.monotonic() >= server.retry_at:
+                            checks[server.url] = asyncio.create_task(self._check(server))
+                await asyncio.sleep(_TICK)
+        finally:
+            for check in checks.values():
+                check.cancel()
+            await asyncio.gather(*checks.values(), return_exceptions=True)
+
+    async def _check(self, server: Server) -> None:
+        try:
+            await self.check(server)
+        except RequestFailed as failure:
+            server.fail(failure.reason, self.pause_seconds)
+        else:
+            server.live, server.failures = True, 0
+
+    async def _answer(self, task: Task) -> Answer:
+        reasons: list[str] = []
+        tried: set[str] = set()
+        while len(reasons) <= self.retries:
+            server = await self._free(tried)
+            tried.add(server.url)
+            try:
+                answer = await self._attempt(task, server)
+            except RequestFailed as failure:
+                reasons.append(failure.reason)
+                if not failure.retry:
+                    break
+            else:
+                self._open -= 1
+                return answer
+        count = f"{len(reasons)} attempt{'s' if len(reasons) > 1 else ''}"
+        raise no_servers(f"a request failed after {count} ({'; '.join(reasons)})", self.servers)
+
+    async def _free(self, avoid: set[str]) -> Server:
+        """The live server with the least to do, one not in `avoid` if there is one."""
+        since = time.monotonic()
+        while not (live := [s for s in self.servers if s.live]):
+            if time.monotonic() - since > self.patience_seconds:
+                what = f"no server was live for {self.patience_seconds:g} s"
+                raise no_servers(f"{what}, {self._open} requests are unanswered", self.servers)
+            await asyncio.sleep(_TICK)
+        return min(live, key=lambda server: (server.url in avoid, server.running))
+
+    async def _attempt(self, task: Task, server: Server) -> Answer:
+        """Ask a server, and a second one if the first is late; the first valid answer."""
+        began = time.monotonic()
+        asked = [server]
+        attempts = {asyncio.create_task(self._ask(server, task))}
+        failure: RequestFailed | None = None
+        try:
+            while attempts:
+                done, attempts = await asyncio.wait(
+                    attempts, timeout=4 * _TICK, return_when=asyncio.FIRST_COMPLETED
+                )
+                for attempt in done:
+                    try:
+                        answer = attempt.result()
+                    except RequestFailed as failed:
+                        failure = failed
+                    else:
+                        self._durations.append(time.monotonic() - began)
+                        return answer
+                if not done and len(asked) == 1 and self._is_late(time.monotonic() - began):
+                    others = [s for s in self.servers if s.live and s is not server]
+                    if others:
+                        asked.append(min(others, key=lambda other: other.running))
+                        attempts.add(asyncio.create_task(self._ask(asked[1], task)))
+                        self.resent += 1
+        finally:
+            for attempt in attempts:
+                attempt.cancel()
+            await asyncio.gather(*attempts, return_exceptions=True)
+        assert failure is not None
+        raise failure
+
+    async def _ask(self, server: Server, task: Task) -> Answer:
+        server.running += 1
+        try:
+            answer = await self.ask(server, task)
+        except RequestFailed as failure:
+            self.failed += 1
+            if failure.retry:
+                server.fail(failure.reason, self.pause_seconds)
+            else:
+                server.trouble = failure.reason
+            raise
+        finally:
+            server.running -= 1
+        server.failures = 0
+        return answer
+
+    def _is_late(self, seconds: float) -> bool:
+        if len(self._durations) < max(1, self._open):
+            return False
+        return seconds > max(LATE_SECONDS, LATE_FACTOR * max(self._durations))
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What ended a group of tasks: a fault of the set-up before one of the servers."""
+    flat: list[BaseException] = []
+    for error in group.exceptions:
+        flat.append(_first(error) if isinstance(error, BaseExceptionGroup) else error)
+    return next((e for e in flat if not isinstance(e, NoServers)), flat[0])

@@ -1,0 +1,245 @@
+"""What is said to a vLLM server and how its answers are read.
+
+Read from the documentation of vLLM 0.32 and from its source of September 2026
+(`entrypoints/openai/{completion,chat_completion}/protocol.py`, `entrypoints/chat_utils.py`,
+`sampling_params.py`, `v1/worker/gpu/sample/{sampler,logit_bias}.py`, `models/interns1.py`):
+
+- A text-only prompt goes to /v1/completions as token ids. A prompt with pictures can only be given
+  as a chat (token ids with pictures need the scale-out endpoints, which are off by default), so it
+  goes to /v1/chat/completions: the pictures as PNG data addresses, the text with one
+  `<IMG_CONTEXT>`, the placeholder of `InternVLForConditionalGeneration`, where each one stands.
+  Either way `return_token_ids` brings the prompt's ids back, and they must be the trainer's.
+- Settings that are not sent are filled in from the model's generation_config.json; all are sent.
+  With `ignore_eos`, the end-of-turn token in `stop_token_ids` is the only one that ends a
+  completion; it is part of the returned ids.
+- `logit_bias` of -100 is the ban that both model runners know; they add it before the softmax.
+- Log-probs at the sampling temperature and after bans need `--logprobs-mode processed_logprobs`;
+  vLLM's default is before both. `probe` tells the two apart.
+- Completion i of a request with seed s is drawn with seed s + i. Greedy decoding wants n = 1.
+- A picture carries a name of its content and of the weights' step: vLLM keeps the output of the
+  vision tower by that name, and must not reuse it after the tower was trained.
+"""
+
+import base64
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from r1v3.data.images import load_image
+from r1v3.data.sample import IMAGE_PLACEHOLDER
+from r1v3.data.tokenizer import IMAGE_CONTEXT
+from r1v3.http import RequestFailed
+from r1v3.rollout.completions import Completion, ban_list, check_completion, check_prompt
+from r1v3.rollout.contract import Request, TokenRules
+from r1v3.rollout.local import Sampling
+
+# vLLM raises lower temperatures to this one (`sampling_params._MAX_TEMP`).
+LOWEST_TEMPERATURE = 0.01
+_BAN = -100
+_REPLY_BYTES, _REPLY_BYTES_PER_TOKEN = 1 << 20, 2048
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request to a server and what its answer must look like.
+
+    Attributes:
+        path: of the endpoint, below the server's address.
+        body: without the model's name, which each server has its own of.
+        prompt_ids: what the server must say that it completed.
+        count: completions asked for.
+    """
+
+    path: str
+    body: dict[str, Any]
+    prompt_ids: tuple[int, ...]
+    count: int
+    max_tokens: int
+    banned: frozenset[int]
+
+    @property
+    def max_bytes(self) -> int:
+        """Most of an answer that is read."""
+        tokens = self.count * (self.max_tokens + len(self.prompt_ids))
+        return _REPLY_BYTES + _REPLY_BYTES_PER_TOKEN * tokens
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise ValueError for settings that vLLM would quietly change."""
+    if 0 < sampling.temperature < LOWEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature {sampling.temperature} is raised to {LOWEST_TEMPERATURE} by vLLM; "
+            "use 0 (greedy) or at least that"
+        )
+
+
+def _settings(
+    sampling: Sampling, rules: TokenRules, *, count: int, max_tokens: int, seed: int
+) -> dict[str, Any]:
+    return {
+        "n": count,
+        "seed": seed,
+        "temperature": sampling.temperature,
+        "max_tokens": max_tokens,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "ignore_eos": True,
+        "stop_token_ids": [rules.stop_id],
+        "logit_bias": {str(token): _BAN for token in ban_list(sampling, rules)},
+        "skip_special_tokens": False,
+        "return_token_ids": True,
+        "stream": False,
+    }
+
+
+def completion_call(
+    prompt_ids: tuple[int, ...],
+    sampling: Sampling,
+    rules: TokenRules,
+    *,
+    count: int,
+    max_tokens: int,
+    seed: int,
+) -> Call:
+    """Completions of token ids without pictures."""
+    body = {
+        "prompt": list(prompt_ids),
+        "logprobs": 1,
+        **_settings(sampling, rules, count=count, max_tokens=max_tokens, seed=seed),
+    }
+    banned = frozenset(ban_list(sampling, rules))
+    return Call("/v1/completions", body, prompt_ids, count, max_tokens, banned)
+
+
+def picture_name(data: bytes, step: int) -> str:
+    """A name for a picture as the vision tower of this step sees it."""
+    return f"{hashlib.sha256(data).hexdigest()[:32]}-{step}"
+
+
+def _picture_part(data: bytes, step: int) -> dict[str, Any]:
+    """A picture as the trainer decodes it: losslessly, without transparency or rotation marks."""
+    file = io.BytesIO()
+    load_image(data).save(file, "PNG", compress_level=1)
+    address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return {
+        "type": "image_url",
+        "image_url": {"url": address},
+        "uuid": picture_name(data, step),
+    }
+
+
+def chat_call(
+    request: Request,
+    sampling: Sampling,
+    rules: TokenRules,
+    *,
+    count: int,
+    max_tokens: int,
+    seed: int,
+    step: int,
+) -> Call:
+    """Completions of a prompt with pictures, rendered by the server."""
+    pictures = iter(request.sample.images)
+    messages = []
+    for message in request.sample.prompt:
+        text, content = message["content"], []
+        for _ in range(text.count(IMAGE_PLACEHOLDER)):
+            content.append(_picture_part(next(pictures), step))
+        text = text.replace(IMAGE_PLACEHOLDER, IMAGE_CONTEXT)
+        parts = [*content, {"type": "text", "text": text}]
+        messages.append({"role": message["role"], "content": parts if content else text})
+    body = {
+        "messages": messages,
+        "logprobs": True,
+        "top_logprobs": 1,
+        "chat_template_kwargs": {"enable_thinking": request.thinking},
+        **_settings(sampling, rules, count=count, max_tokens=max_tokens, seed=seed),
+    }
+    prompt = request.example.prompt_ids
+    banned = frozenset(ban_list(sampling, rules))
+    return Call("/v1/chat/completions", body, prompt, count, max_tokens, banned)
+
+
+def read_answer(call: Call, reply: bytes, rules: TokenRules, origin: str) -> list[Completion]:
+    """The completions of an answer, in order. Text in it is not looked at, only token ids.
+
+    Raises:
+        RequestFailed: the answer is malformed or cannot be true; another server may do better.
+        ValueError: the server completed another prompt, as `check_prompt`.
+    """
+    chat = "messages" in call.body
+    try:
+        answer = json.loads(reply)
+    except (ValueError, RecursionError) as error:
+        raise RequestFailed(f"malformed answer: not JSON ({error})", retry=True) from error
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
+        raise RequestFailed("malformed answer: no list of choices", retry=True)
+    indices = [choice.get("index") for choice in choices]
+    if sorted(map(str, indices)) != sorted(map(str, range(call.count))):
+        raise RequestFailed(
+            f"malformed answer: choices {str(indices):.60} instead of 0 to {call.count - 1}",
+            retry=True,
+        )
+    found: list[Completion] = []
+    for choice in sorted(choices, key=lambda choice: int(choice["index"])):
+        check_prompt((answer if chat else choice).get("prompt_token_ids"), call.prompt_ids, origin)
+        try:
+            found.append(
+                check_completion(
+                    choice.get("token_ids"),
+                    _logprobs(choice.get("logprobs"), chat),
+                    choice.get("finish_reason"),
+                    rules=rules,
+                    banned=call.banned,
+                    max_tokens=call.max_tokens,
+                )
+            )
+        except ValueError as error:
+            reason = f"impossible answer: choice {choice['index']}: {error}"
+            raise RequestFailed(reason, retry=True) from error
+    return found
+
+
+def _logprobs(given: object, chat: bool) -> object:
+    """Log-probs of the sampled tokens out of either endpoint's structure."""
+    if not isinstance(given, dict):
+        return None
+    if not chat:
+        return given.get("token_logprobs")
+    content = given.get("content")
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        return None
+    return [entry.get("logprob") for entry in content]
+
+
+def probe_call(rules: TokenRules, token: int) -> Call:
+    """One token, made certain by a bias of 100: its processed log-prob is 0, its raw one is not."""
+    prompt = (rules.pad_id,)
+    settings = _settings(Sampling(1.0, 1), rules, count=1, max_tokens=1, seed=0)
+    bias = {"logit_bias": {str(token): 100}}
+    body = {"prompt": list(prompt), "logprobs": 1, **settings, **bias}
+    return Call("/v1/completions", body, prompt, 1, 1, frozenset())
+
+
+def read_probe(call: Call, reply: bytes, rules: TokenRules, token: int, origin: str) -> None:
+    """Check that a server applies biases and reports log-probs after them.
+
+    Raises:
+        RequestFailed: as `read_answer`.
+        ValueError: it does not; says how it must be started.
+    """
+    (completion,) = read_answer(call, reply, rules, origin)
+    if completion.token_ids != (token,):
+        raise ValueError(f"{origin} does not apply logit_bias, with which tokens are banned")
+    if completion.logprobs[0] < -1e-3:
+        raise ValueError(
+            f"{origin} reports log-probs from before bans and temperature; it must be started "
+            "with --logprobs-mode processed_logprobs"
+        )

@@ -1,0 +1,340 @@
+"""Rollouts from vLLM servers over their OpenAI-compatible API.
+
+One process of a job drives the servers; the engines run elsewhere, so nothing here imports vLLM.
+Start each server on the folder that the trainer publishes its weights to:
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve WEIGHTS/current --logprobs-mode processed_logprobs
+
+The development mode has the endpoints that change weights; they can run anything on the server,
+so keep its port inside the cluster. How requests look and what was read of vLLM is told in
+`vllm_protocol`, how servers are chosen, retried and given up on in `server_pool`.
+
+Weights go over the file system: a model folder is written, the link `current` is moved to it, and
+each server is told to load what it was started on (`/pause`, `/collective_rpc` with
+`reload_weights`, `/reset_prefix_cache`, `/resume`; documented with vLLM's sleep mode and its
+reinforcement-learning endpoints). It needs nothing in common but a file system, and a server that
+restarts comes up with the current weights by itself. vLLM can also take weights over NCCL; that
+interface changed between 0.18, 0.29 and 0.32 and needs vLLM in the trainer, so it is not used.
+None of this has been run against a real vLLM, only against a server that speaks its protocol.
+"""
+
+import asyncio
+import json
+from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from r1v3.http import (
+    CLIENT_OPTIONS,
+    IDENTITY,
+    RequestFailed,
+    check_address,
+    check_limits,
+    exchange,
+    require_httpx,
+)
+from r1v3.rollout.completions import Completion, assemble, close_thoughts
+from r1v3.rollout.contract import Request, TokenRules
+from r1v3.rollout.local import Rollout, Sampling
+from r1v3.rollout.server_pool import Pool, Server
+from r1v3.rollout.vllm_protocol import (
+    Call,
+    chat_call,
+    check_sampling,
+    completion_call,
+    probe_call,
+    read_answer,
+    read_probe,
+)
+from r1v3.rollout.weights import publish
+
+if TYPE_CHECKING:
+    import httpx
+
+_CHECK_SECONDS, _CHECK_BYTES = 30.0, 1 << 20
+Result = TypeVar("Result")
+
+
+class VLLMServers:
+    """`Sampler` on servers.
+
+    Args:
+        urls: of the servers, without `/v1`; a trailing `/v1` is taken off.
+        rules: of the tokenizer of the model they serve.
+        weights_folder: what weights are published to; None for servers whose weights stay.
+        model_folder: configuration and tokenizer of what is published.
+        dtype: that weights are published in; None leaves them as they come.
+        api_key: sent as a bearer token; never logged.
+        timeout_seconds: of one attempt at one request.
+        retries: further attempts at a request after the first, on another server if there is one.
+        concurrency: requests under way at a time, over all servers.
+        patience_seconds: longest time to wait when no server is live.
+        update_seconds: longest time for a server to load weights.
+        pause_seconds: before a failed server is checked again; doubles each time, at most 8 s.
+    Raises:
+        ValueError: an argument is out of range. ImportError: httpx is not installed.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        rules: TokenRules,
+        *,
+        weights_folder: Path | None = None,
+        model_folder: Path | None = None,
+        dtype: torch.dtype | None = None,
+        api_key: str | None = None,
+        timeout_seconds: float = 600.0,
+        retries: int = 3,
+        concurrency: int = 64,
+        patience_seconds: float = 600.0,
+        update_seconds: float = 1800.0,
+        pause_seconds: float = 0.5,
+    ) -> None:
+        if not urls:
+            raise ValueError("urls () must name at least one server")
+        for url in urls:
+            check_address("urls", url)
+        check_limits(
+            above_zero={
+                "timeout_seconds": timeout_seconds,
+                "concurrency": concurrency,
+                "update_seconds": update_seconds,
+                "pause_seconds": pause_seconds,
+            },
+            not_negative={"retries": retries, "patience_seconds": patience_seconds},
+        )
+        if (weights_folder is None) != (model_folder is None):
+            raise ValueError("weights_folder and model_folder are given both or neither")
+        require_httpx("sampling from vLLM servers")
+        plain = dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in urls)
+        self.servers = [Server(url) for url in plain]
+        self.rules = rules
+        self.step: int | None = None
+        self._folders = (weights_folder, model_folder)
+        self._dtype = dtype
+        self._headers = dict(IDENTITY)
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._timeout, self._update_seconds = timeout_seconds, update_seconds
+        self._pool = Pool(
+            self.servers,
+            self._ask,
+            self._check,
+            concurrency=concurrency,
+            retries=retries,
+            patience_seconds=patience_seconds,
+            pause_seconds=pause_seconds,
+        )
+        self._client: httpx.AsyncClient | None = None
+        # Not an end of turn, not banned: any ordinary token serves for the probe.
+        special = {rules.stop_id, rules.pad_id, *rules.never}
+        self._probe_token = next(i for i in reversed(range(rules.size)) if i not in special)
+
+    def complete(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        group_size: int = 1,
+        generator: torch.Generator,
+    ) -> Rollout:
+        """See `contract.Sampler.complete`. Entropies are NaN: vLLM does not compute them.
+
+        A thought budget is kept by a second request for the rows it cuts, which continues their
+        token ids; a chat cannot be continued by token ids, so it is for prompts without pictures.
+
+        Raises:
+            ValueError: a setting vLLM cannot keep, or a server completed another prompt than the
+                trainer's, reports log-probs of another kind, or does not apply bans.
+            NoServers: requests are unanswered, with every server and its last failure.
+        """
+        check_sampling(sampling)
+        budget = sampling.budget
+        if budget is not None and budget >= sampling.max_tokens:
+            budget = None
+        if budget is not None and any(request.sample.images for request in requests):
+            raise ValueError(
+                f"budget {budget}: vLLM's chat endpoint cannot continue token ids, so a thought "
+                "over pictures cannot be closed there; sample locally or colocated"
+            )
+        if not requests:
+            return assemble([], self.rules.pad_id)
+        seeds = _seeds(len(requests), generator)
+        # The completions of greedy decoding are one, and vLLM wants to be asked for one.
+        count = group_size if sampling.temperature > 0 else 1
+        length = sampling.max_tokens if budget is None else budget
+        if length == 0:
+            found = [Completion() for _ in range(len(requests) * count)]
+        else:
+            calls = [
+                self._call(request, sampling, count, length, seed)
+                for request, seed in zip(requests, seeds, strict=True)
+            ]
+            found = [row for rows in self._run(self._pool_run(calls)) for row in rows]
+        if budget is not None:
+            prompts = [request.example.prompt_ids for request in requests for _ in range(count)]
+            found = self._go_on(prompts, found, sampling, generator)
+        if count < group_size:
+            found = [row for row in found for _ in range(group_size)]
+        return assemble(found, self.rules.pad_id)
+
+    def _call(
+        self, request: Request, sampling: Sampling, count: int, max_tokens: int, seed: int
+    ) -> Call:
+        if request.sample.images:
+            step = -1 if self.step is None else self.step
+            return chat_call(
+                request,
+                sampling,
+                self.rules,
+                count=count,
+                max_tokens=max_tokens,
+                seed=seed,
+                step=step,
+            )
+        ids = request.example.prompt_ids
+        return completion_call(
+            ids, sampling, self.rules, count=count, max_tokens=max_tokens, seed=seed
+        )
+
+    def _go_on(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        first: list[Completion],
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> list[Completion]:
+        """Completions cut at the thought budget, closed and completed."""
+        begun = close_thoughts(first, sampling, self.rules)
+        seeds = _seeds(len(first), generator)
+        rows, calls = [], []
+        for row, completion in begun.items():
+            first[row] = completion
+            left = sampling.max_tokens - len(completion.token_ids)
+            if left:
+                ids = prompts[row] + completion.token_ids
+                rows.append(row)
+                calls.append(
+                    completion_call(
+                        ids, sampling, self.rules, count=1, max_tokens=left, seed=seeds[row]
+                    )
+                )
+        answers = self._run(self._pool_run(calls)) if calls else []
+        for row, (later,) in zip(rows, answers, strict=True):
+            first[row] = first[row].followed_by(later)
+        return first
+
+    def update_weights(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
+        """See `contract.Sampler.update_weights`. Servers that are out load them when they return.
+
+        Raises:
+            ValueError: there is no folder to publish to.
+            OSError: writing failed. NoServers: no server has loaded them.
+        """
+        weights_folder, model_folder = self._folders
+        if weights_folder is None or model_folder is None:
+            raise ValueError("no weights_folder was given: the weights of these servers stay")
+        publish(weights_folder, model_folder, tensors, step, dtype=self._dtype)
+        self.step = step
+        for server in self.servers:
+            server.live, server.retry_at = False, 0.0
+        self._run(self._pool.ready())
+
+    def sleep(self) -> None:
+        """Nothing: servers have accelerators of their own."""
+
+    def wake(self) -> None:
+        """Nothing, as `sleep`."""
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+    def counters(self) -> dict[str, int]:
+        """Servers live now, and attempts that failed or were sent twice so far; for a log."""
+        return {
+            "rollout_servers_live": sum(server.live for server in self.servers),
+            "rollout_failed_attempts": self._pool.failed,
+            "rollout_resent": self._pool.resent,
+        }
+
+    def _pool_run(self, calls: Sequence[Call]) -> Coroutine[Any, Any, list[list[Completion]]]:
+        return self._pool.run(calls)
+
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        import httpx
+
+        async def with_client() -> Result:
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(
+                headers=self._headers, limits=limits, **CLIENT_OPTIONS
+            ) as self._client:
+                return await work
+
+        return asyncio.run(with_client())
+
+    async def _ask(self, server: Server, call: Call) -> list[Completion]:
+        reply = await self._post(server, call, self._timeout)
+        return read_answer(call, reply, self.rules, server.url)
+
+    async def _post(self, server: Server, call: Call, seconds: float) -> bytes:
+        body = json.dumps({"model": server.name, **call.body}).encode()
+        return await self._exchange(server, "POST", call.path, body, seconds, call.max_bytes)
+
+    async def _check(self, server: Server) -> None:
+        """Find out what a server serves, bring its weights up to date, and probe it."""
+        await self._exchange(server, "GET", "/health")
+        models = await self._exchange(server, "GET", "/v1/models")
+        try:
+            name = json.loads(models)["data"][0]["id"]
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+            raise RequestFailed("malformed list of models", retry=True) from error
+        if not isinstance(name, str):
+            raise RequestFailed("malformed list of models", retry=True)
+        server.name = name
+        if self.step is not None and server.step != self.step:
+            await self._load_weights(server)
+        call = probe_call(self.rules, self._probe_token)
+        reply = await self._post(server, call, max(_CHECK_SECONDS, self._timeout))
+        read_probe(call, reply, self.rules, self._probe_token, server.url)
+
+    async def _load_weights(self, server: Server) -> None:
+        step, server.step = self.step, None
+        reload = json.dumps({"method": "reload_weights"}).encode()
+        await self._control(server, "/pause?mode=abort")
+        await self._control(server, "/collective_rpc", reload, self._update_seconds)
+        await self._control(server, "/reset_prefix_cache")
+        await self._control(server, "/resume")
+        server.step = step
+
+    async def _control(
+        self, server: Server, path: str, body: bytes | None = None, seconds: float = _CHECK_SECONDS
+    ) -> None:
+        try:
+            await self._exchange(server, "POST", path, body, seconds)
+        except RequestFailed as failure:
+            hint = ""
+            if failure.reason.startswith("http 404"):
+                hint = " (it must run with VLLM_SERVER_DEV_MODE=1)"
+            raise RequestFailed(f"{path}: {failure.reason}{hint}", retry=failure.retry) from failure
+
+    async def _exchange(
+        self,
+        server: Server,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        seconds: float = _CHECK_SECONDS,
+        max_bytes: int = _CHECK_BYTES,
+    ) -> bytes:
+        assert self._client is not None
+        url = server.url + path
+        return await exchange(self._client, method, url, body, seconds=seconds, max_bytes=max_bytes)
+
+
+def _seeds(count: int, generator: torch.Generator) -> list[int]:
+    """Far enough apart that seed + i of one request is not seed + j of another."""
+    return torch.randint(0, 2**48, (count,), generator=generator).tolist()

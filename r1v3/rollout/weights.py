@@ -1,0 +1,126 @@
+"""Weights on their way to an inference engine: in buckets, or as a folder that servers load."""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from r1v3.files import fsync_directory, replace_directory, temporary_sibling, write_json
+
+CURRENT = "current"
+_STEP = "step-"
+
+
+def buckets(
+    tensors: Iterable[tuple[str, Tensor]], max_bytes: int
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Consecutive tensors in lists of at most `max_bytes`; a larger tensor is alone in its own."""
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes {max_bytes} must be at least 1")
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if bucket and size + bytes_ > max_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += bytes_
+    if bucket:
+        yield bucket
+
+
+def publish(
+    folder: Path,
+    model_folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    step: int,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 4 << 30,
+) -> Path:
+    """Write a model folder `step-N` and point the link `current` at it, in one step.
+
+    A reader of `current` sees the whole old folder or the whole new one. The folder before is
+    kept for readers that are still at it; older ones are deleted.
+
+    Args:
+        folder: where the step folders are, on a file system that the servers see as well.
+        model_folder: gives configuration, tokenizer and everything else that is not weights.
+        tensors: weights by name; read one shard at a time.
+        dtype: that floating-point weights are stored in; None leaves them.
+    Returns:
+        The path of `current`.
+    Raises:
+        ValueError: there are no tensors, a name comes twice, or `model_folder` has no config.json.
+        OSError: writing failed; `current` is as it was.
+    """
+    if not (model_folder / "config.json").is_file():
+        raise ValueError(f"model folder {model_folder} has no config.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{_STEP}{step:08d}"
+    temporary = temporary_sibling(final)
+    temporary.mkdir()
+    try:
+        _copy_rest(model_folder, temporary)
+        _write_shards(temporary, tensors, dtype, shard_bytes)
+        replace_directory(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    current = folder / CURRENT
+    before = Path(os.readlink(current)).name if current.is_symlink() else final.name
+    link = temporary_sibling(current)
+    link.symlink_to(final.name)
+    os.replace(link, current)
+    fsync_directory(folder)
+    for old in folder.glob(f"{_STEP}*"):
+        if old.name not in (final.name, before):
+            shutil.rmtree(old)
+    return current
+
+
+def _copy_rest(source: Path, target: Path) -> None:
+    """Every small file of a model folder: what is not weights."""
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json")):
+            shutil.copyfile(path, target / path.name)
+
+
+def _write_shards(
+    target: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int
+) -> None:
+    """Safetensors files and the index that says which tensor is in which."""
+    places: dict[str, str] = {}
+    total = 0
+    for number, bucket in enumerate(buckets(tensors, shard_bytes)):
+        shard = {}
+        for name, tensor in bucket:
+            if name in places or name in shard:
+                raise ValueError(f"the weights hold {name} twice")
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            # A copy: safetensors refuses tensors that share memory, as tied weights do.
+            shard[name] = tensor.detach().cpu().contiguous().clone()
+            total += shard[name].numel() * shard[name].element_size()
+        file = f"model-{number + 1:05d}.safetensors"
+        save_file(shard, target / file, metadata={"format": "pt"})
+        places.update(dict.fromkeys(shard, file))
+    if not places:
+        raise ValueError("there are no weights to publish")
+    write_json(
+        target / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": places},
+    )
+
+
+def published_step(folder: Path) -> int | None:
+    """The step that `current` points at; None when nothing has been published."""
+    current = folder / CURRENT
+    if not current.is_symlink():
+        return None
+    return int(Path(os.readlink(current)).name.removeprefix(_STEP))
