@@ -36,7 +36,7 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         if BUILD_CUDA:
-            ext.extra_objects += compile_cuda("csrc/cuda/ban_tokens.cu", Path(self.build_temp))
+            ext.extra_objects += compile_cuda(Path(self.build_temp))
             ext.define_macros.append(("R1V3_WITH_CUDA", "1"))
         if IS_X86:
             for source, flags in ISA_FLAGS.items():
@@ -48,23 +48,25 @@ class BuildExtension(build_ext):
         super().build_extension(ext)
 
 
-def compile_cuda(source: str, build_dir: Path) -> list[str]:
-    """Compile one .cu file; returns its object and the static CUDA runtime to link."""
+def compile_cuda(build_dir: Path) -> list[str]:
+    """Compile csrc/cuda/*.cu; returns the objects and the static CUDA runtime to link."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise RuntimeError("R1V3_BUILD_CUDA=1 needs nvcc on PATH; unset it for a CPU-only build")
     build_dir.mkdir(parents=True, exist_ok=True)
-    target = build_dir / (Path(source).stem + ".cuda.o")
     archs = [arch for arch in os.environ.get("R1V3_CUDA_ARCHS", "80;90;100").split(";") if arch]
-    command = [nvcc, "-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    command += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-    command += ["-c", source, "-o", str(target)]
-    subprocess.run(command, check=True)
+    options = ["-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    options += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    options += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    objects = []
+    for source in sorted(Path("csrc/cuda").glob("*.cu")):
+        objects.append(str(build_dir / f"{source.stem}.cuda.o"))
+        command = [nvcc, *options, "-c", str(source), "-o", objects[-1]]
+        subprocess.run(command, check=True)
     plan = subprocess.run([*command, "--dryrun"], check=True, capture_output=True, text=True)
     for folder in re.findall(r'"-L([^"]+)"', plan.stderr):
         if (Path(folder) / "libcudart_static.a").exists():
-            return [str(target), str(Path(folder) / "libcudart_static.a")]
+            return [*objects, str(Path(folder) / "libcudart_static.a")]
     raise RuntimeError(f"libcudart_static.a was not found near {nvcc}")
 
 

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -13,6 +14,7 @@
 #include "cpu/ops.h"
 #ifdef R1V3_WITH_CUDA
 #include "cuda/ban_tokens.h"
+#include "cuda/logits_grpo_loss.h"
 #endif
 
 namespace py = pybind11;
@@ -118,6 +120,36 @@ void ban_tokens_cuda(Address logits, int dtype, int64_t n_rows, int64_t row_stri
       at<const uint8_t>(enabled), vocab_start, at<void>(stream));
   if (error) throw std::runtime_error(std::string("ban_tokens_cuda: ") + error);
 }
+
+int logits_grpo_loss_cluster(int dtype, int64_t vocab) {
+  require(dtype >= 0 && dtype <= 2, "dtype", dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
+  return r1v3::logits_grpo_loss_cluster(dtype, vocab);
+}
+
+void logits_grpo_loss_cuda(Address logits, std::array<int64_t, 3> logits_layout, Address gradient,
+                           std::array<int64_t, 3> gradient_layout, int dtype, int64_t n_rows,
+                           int64_t width, int64_t vocab, Address token_ids, Address shares,
+                           Address inverse, Address old_logprobs, Address advantages,
+                           Address weights, Address ref_logprobs, double temperature,
+                           double clip_low, double clip_high, double dual_clip, double kl_coef,
+                           int kl, Address logprobs, Address entropy, int blocks, Address stream) {
+  require(dtype >= 0 && dtype <= 2, "dtype", dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
+  require(temperature > 0.0, "temperature", temperature, "> 0");
+  require(kl >= 0 && kl <= 2, "kl", kl, "0 (k1), 1 (k2) or 2 (k3)");
+  require(vocab >= 0 && vocab <= width, "vocab", static_cast<double>(vocab), "in [0, width]");
+  require(blocks >= 1, "blocks", blocks, ">= 1");
+  const auto layout = [](Address data, const std::array<int64_t, 3>& strides) {
+    return r1v3::RowLayout{at<void>(data), strides[0], strides[1], strides[2]};
+  };
+  const char* error = r1v3::logits_grpo_loss_cuda(
+      layout(logits, logits_layout), layout(gradient, gradient_layout), dtype, n_rows, width, vocab,
+      {at<const int64_t>(token_ids), at<const float>(shares), at<const float>(inverse),
+       at<const float>(old_logprobs), at<const float>(advantages), at<const float>(weights),
+       at<const float>(ref_logprobs)},
+      {temperature, clip_low, clip_high, dual_clip, kl_coef, kl}, at<float>(logprobs),
+      at<float>(entropy), blocks, at<void>(stream));
+  if (error) throw std::runtime_error(std::string("logits_grpo_loss_cuda: ") + error);
+}
 #endif
 
 }  // namespace
@@ -153,6 +185,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("ban_tokens_cuda", &ban_tokens_cuda, WithoutGil(), arg("logits"), arg("dtype"),
         arg("n_rows"), arg("row_stride"), arg("vocab"), arg("ids"), arg("n_ids"), arg("enabled"),
         arg("vocab_start"), arg("stream"));
+  m.def("logits_grpo_loss_cluster", &logits_grpo_loss_cluster, WithoutGil(), arg("dtype"),
+        arg("vocab"),
+        "Blocks per cluster that hold such a row on the current device, 0 where none do.");
+  m.def("logits_grpo_loss_cuda", &logits_grpo_loss_cuda, WithoutGil(), arg("logits"),
+        arg("logits_layout"), arg("gradient"), arg("gradient_layout"), arg("dtype"), arg("n_rows"),
+        arg("width"), arg("vocab"), arg("token_ids"), arg("shares"), arg("inverse"),
+        arg("old_logprobs"), arg("advantages"), arg("weights"), arg("ref_logprobs"),
+        arg("temperature"), arg("clip_low"), arg("clip_high"), arg("dual_clip"), arg("kl_coef"),
+        arg("kl"), arg("logprobs"), arg("entropy"), arg("blocks"), arg("stream"));
   m.attr("built_with_cuda") = true;
 #else
   m.attr("built_with_cuda") = false;

@@ -1,5 +1,6 @@
 """The build: what it needs, what it leaves out, and what its objects may contain."""
 
+import ctypes.util
 import os
 import shutil
 import subprocess
@@ -18,6 +19,17 @@ from r1v3.doctor import read_pins
 ROOT = Path(__file__).resolve().parent.parent
 HAS_NVCC = shutil.which("nvcc") is not None
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+# One row of one logit at address 0, or no row.
+SINGLE_READ = (
+    "_C.logits_grpo_loss_cuda(0, [1, 1, 1], 0, [1, 1, 1], 1, {rows}, 1, 1, 0, 0, 0, 0, 0, 0, 0, "
+    "1.0, 0.2, 0.2, 0.0, 0.0, 0, 0, 0, 1, 0)"
+)
+
+
+def has_cuda_driver() -> bool:
+    return ctypes.util.find_library("cuda") is not None
 
 
 def run_build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -69,6 +81,17 @@ def test_build_needs_neither_torch_nor_a_gpu(built: Path) -> None:
     if HAS_NVCC:
         # No rows: nothing may be launched, so this works without a device.
         ask_extension(built, "_C.ban_tokens_cuda(0, 0, 0, 1, 1, 0, 0, 0, 0, 0)")
+        ask_extension(built, SINGLE_READ.format(rows=0))
+
+
+@pytest.mark.skipif(not HAS_NVCC or has_cuda_driver(), reason="needs nvcc and no CUDA driver")
+def test_cuda_functions_without_a_device_say_so(built: Path) -> None:
+    """Fails if a launch without a driver is silent, or asking whether a row fits raises."""
+    assert ask_extension(built, "print(_C.logits_grpo_loss_cluster(1, 152064))") == "0"
+    for call in (SINGLE_READ.format(rows=1), "_C.ban_tokens_cuda(0, 0, 1, 1, 1, 0, 1, 0, 0, 0)"):
+        with pytest.raises(subprocess.CalledProcessError) as stop:
+            ask_extension(built, call)
+        assert "RuntimeError: " in stop.value.stderr and "CUDA driver" in stop.value.stderr
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm from binutils")
@@ -101,6 +124,7 @@ def test_cuda_build_without_nvcc_says_so(tmp_path: Path) -> None:
 def test_the_installed_extension_is_the_one_described() -> None:
     """Fails if the flag and the function disagree: callers choose the CUDA kernel by the flag."""
     assert _C.built_with_cuda == hasattr(_C, "ban_tokens_cuda")
+    assert _C.built_with_cuda == hasattr(_C, "logits_grpo_loss_cuda")
 
 
 def test_build_isolation_fetches_no_torch() -> None:
