@@ -11,11 +11,15 @@ import torch
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from r1v3.data.builders import questions
-from r1v3.data.encoding import Example, ImageShape
+from r1v3.data.encoding import Example, ImageShape, model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import IMAGE_CONTEXT, THINK_CLOSE, render_prompt, train_tokenizer
 from r1v3.engine.hf import HFEngine
+from r1v3.engine.hf_decoder import HFDecoder
+from r1v3.evaluation.sampling import Policy
 from r1v3.model.internvl import build_model, internvl_config
+from r1v3.rollout.contract import TokenRules
+from r1v3.rollout.local_sampler import LocalSampler
 
 IMAGE_SIZE, PATCH_SIZE = 32, 8
 TOKENS_PER_TILE = (IMAGE_SIZE // PATCH_SIZE // 2) ** 2
@@ -97,3 +101,9 @@ def save(folder: Path, seed: int = 0) -> Path:
     sharpen(net, 5.0)
     HFEngine(net, tokenizer(), modules={}).save(folder)
     return folder
+
+
+def policy(net: InternVLForConditionalGeneration) -> Policy:
+    """A model that answers samples."""
+    sampler = LocalSampler(HFDecoder(net), TokenRules.of(tokenizer()))
+    return Policy(sampler, tokenizer(), model_image_shape(net.config, 1))

@@ -128,7 +128,7 @@ class PolicyLoss(Section):
         "sequence-mean"
     )
     old_logprobs: Literal["current", "rollout"] = "current"
-    importance_cap: Annotated[float, Field(gt=0)] | None = None
+    importance_cap: Annotated[float, Field(ge=1)] | None = None
 
 
 class GRPO(Stage):

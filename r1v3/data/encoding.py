@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import InternVLConfig, PreTrainedTokenizerFast
 
 from r1v3.data.images import load_image, normalise, tile_image
 from r1v3.data.sample import Sample
@@ -24,10 +24,10 @@ class ImageShape:
     tokens_per_tile: int
 
 
-def model_image_shape(model: InternVLForConditionalGeneration, max_tiles: int) -> ImageShape:
+def model_image_shape(config: InternVLConfig, max_tiles: int) -> ImageShape:
     """How a model wants its pictures."""
-    vision: Any = model.config.vision_config
-    return ImageShape(vision.image_size[0], max_tiles, model.config.image_seq_length)
+    vision: Any = config.vision_config
+    return ImageShape(vision.image_size[0], max_tiles, config.image_seq_length)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,17 @@
 """What an engine is: the batch it takes and the calls a trainer makes."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from transformers import InternVLConfig, PreTrainedTokenizerFast
+
+from r1v3.engine.head import Head
+from r1v3.engine.ranks import Ranks
+from r1v3.model.internvl import PARTS
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,15 @@ class Batch:
                 f"{tuple(self.response_ids.shape)}"
             )
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
     def slice(self, start: int, stop: int) -> "Batch":
         """Prompts start to stop with their responses, trimmed to the longest of each."""
         g = self.group_size
@@ -65,26 +80,92 @@ class Batch:
         )
 
 
-# loss_fn(logprobs [N, R], entropy [N, R], index of the micro-batch) -> scalar loss, already divided
-# by the global normaliser, so that micro-batch losses add up to the step's loss.
-LossFn = Callable[[Tensor, Tensor, int], Tensor]
+# loss_fn(head, index of the micro-batch) -> (scalar loss, tensors to hand back). The loss comes
+# divided by the global normaliser, so that micro-batch losses add up to the step's loss.
+LossFn = Callable[[Head, int], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Decoder(Protocol):
+    """Live weights that extend rows of prompts, one token at a time.
+
+    Logits are float32 [rows, V] over the true vocabulary, the same bits on every rank of a model.
+    """
+
+    def prefill(self, prompts: Batch, group_size: int, capacity: int) -> Tensor:
+        """Forget earlier rows and read prompts; logits of row p * group_size + g for prompt p.
+
+        Args:
+            prompts: a batch whose responses are not looked at.
+            capacity: most tokens that will follow a prompt.
+        """
+        ...
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Append one token to every row; logits of the next."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        ...
+
+
+class Writing(Protocol):
+    """Files being written in the background, by all ranks together."""
+
+    def done(self) -> bool:
+        """Whether all is written; the same on every rank."""
+        ...
+
+    def wait(self) -> None:
+        """Return once all is written."""
+        ...
 
 
 class Engine(Protocol):
-    """One model with its optimizer, wherever it runs."""
+    """One model with its optimizer, wherever it runs.
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    Every method is collective where the engine spans processes, and takes and gives the same
+    values on each of them.
+
+    Attributes:
+        config: the model's.
+        tokenizer: stored beside the weights.
+        temperature: of the distributions that log-probs and entropies are of.
+        ranks: all processes of the job; the first one writes files.
+        replicas: the processes that hold this rank's part of the weights, each in a replica of
+            the model of its own (data parallelism).
+    """
+
+    config: InternVLConfig
+    tokenizer: PreTrainedTokenizerFast
+    temperature: float
+    ranks: Ranks
+    replicas: Ranks
+
+    def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """Log-probs of the response tokens and entropies of the distributions that emitted them.
 
         Returns:
-            (logprobs, entropy), float32 [P * G, R] in nats; 0 where the mask is False.
+            (logprobs, entropy) of each micro-batch, float32 [P * G, R] in nats without gradient;
+            0 where the mask is False.
         """
         ...
 
     def train_step(
         self, micro_batches: Sequence[Batch], loss_fn: LossFn, *, learning_rate: float
-    ) -> dict[str, float]:
-        """One optimizer step; returns loss and gradient norms (total before clipping, per part)."""
+    ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
+        """One optimizer step.
+
+        Returns:
+            metrics: "loss", "learning_rate", "grad_norm" before clipping, "grad_norm_<part>".
+            outputs: what `loss_fn` handed back for each micro-batch, in their order.
+        Raises:
+            FloatingPointError: the gradient norm is not finite; the weights are as they were.
+        """
+        ...
+
+    def decoder(self) -> Decoder:
+        """The weights, as they are at each call, ready to decode."""
         ...
 
     def export_hf(self) -> Iterator[tuple[str, Tensor]]:
@@ -92,5 +173,41 @@ class Engine(Protocol):
         ...
 
     def save(self, directory: Path) -> None:
-        """Write a model folder that transformers loads."""
+        """Write a model folder that transformers loads into an existing directory."""
         ...
+
+    def optimizer_tensors(self) -> Mapping[str, Tensor]:
+        """Optimizer state for the checkpoint to store; empty where `save_state` writes it."""
+        ...
+
+    def save_state(self, directory: Path) -> Writing | None:
+        """Write what `save` does and whatever else `load_state` needs to go on bit for bit.
+
+        Returns:
+            None when all is written; otherwise what to wait for. The engine may train meanwhile.
+        """
+        ...
+
+    def load_state(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `save_state` wrote and `optimizer_tensors` gave."""
+        ...
+
+    def load_weights(self, directory: Path) -> None:
+        """Copy the weights of a model folder of the same configuration into the live model."""
+        ...
+
+
+def check_modules(modules: Mapping[str, bool] | None) -> dict[str, bool]:
+    """Whether each part of the model is trained; parts that are not named are, None trains none.
+
+    Raises:
+        ValueError: an unknown part, or no part left to train.
+    """
+    if modules is None:
+        return dict.fromkeys(PARTS, False)
+    if unknown := set(modules) - set(PARTS):
+        raise ValueError(f"modules names {sorted(unknown)}; parts are {', '.join(PARTS)}")
+    trained = {part: modules.get(part, True) for part in PARTS}
+    if not any(trained.values()):
+        raise ValueError("modules switches every part off: nothing is left to train")
+    return trained

@@ -10,15 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-from r1v3.engine.contract import Batch, LossFn
-from r1v3.kernels import linear_logprobs_and_entropy
-from r1v3.model.internvl import (
-    PARTS,
-    embed_prompts,
-    image_features,
-    load_model,
-    named_part_parameters,
-)
+from r1v3.engine.contract import Batch, LossFn, check_modules
+from r1v3.engine.head import Head
+from r1v3.engine.hf_decoder import HFDecoder, prefill
+from r1v3.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from r1v3.engine.ranks import ALONE
+from r1v3.model.internvl import PARTS, load_model, named_part_parameters
 
 
 class PrefixCache:
@@ -38,30 +35,6 @@ class PrefixCache:
         prefix_keys = self.keys[layer].repeat_interleave(self.group_size, 0)
         prefix_values = self.values[layer].repeat_interleave(self.group_size, 0)
         return torch.cat([prefix_keys, keys], 2), torch.cat([prefix_values, values], 2)
-
-
-def prefill(
-    model: InternVLForConditionalGeneration,
-    cache: object,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    pixel_values: Tensor | None,
-) -> Tensor:
-    """Run the prompts through the model, filling `cache`; final hidden states [P, L, H]."""
-    features = None if pixel_values is None else image_features(model, pixel_values)
-    length = prompt_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=prompt_ids.device).tril()
-    # Padding attends to itself, so that no row of the softmax is empty.
-    mask = causal & prompt_mask[:, None, None, :]
-    mask = mask | torch.eye(length, dtype=torch.bool, device=mask.device)
-    positions = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
-    return model.model.language_model(
-        inputs_embeds=embed_prompts(model, prompt_ids, features),
-        attention_mask={"full_attention": mask},
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
 
 
 def response_hidden(model: InternVLForConditionalGeneration, batch: Batch) -> Tensor:
@@ -104,7 +77,7 @@ class HFEngine:
     Args:
         model: transformers' InternVL, in the device and dtype it trains in.
         tokenizer: saved beside the weights.
-        modules: which of vision, connector and llm are trained.
+        modules: which of vision, connector and llm are trained; None only evaluates.
         weight_decay: of matrices; vectors are never decayed.
         max_grad_norm: total norm to clip to.
         temperature: of the distributions that log-probs and entropies are of.
@@ -115,27 +88,28 @@ class HFEngine:
         model: InternVLForConditionalGeneration,
         tokenizer: PreTrainedTokenizerFast,
         *,
-        modules: Mapping[str, bool],
+        modules: Mapping[str, bool] | None,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         max_grad_norm: float = 1.0,
         temperature: float = 1.0,
     ) -> None:
-        if unknown := set(modules) - set(PARTS):
-            raise ValueError(f"modules names {sorted(unknown)}; parts are {', '.join(PARTS)}")
+        trained = check_modules(modules)
         self.model = model
+        self.config = model.config
+        self.ranks = self.replicas = ALONE
         self.tokenizer = tokenizer
         self.max_grad_norm = max_grad_norm
         self.temperature = temperature
         self.trainable: dict[str, nn.Parameter] = {}
         self.parts: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
         for name, part, parameter in named_part_parameters(model):
-            parameter.requires_grad_(modules.get(part, True))
+            parameter.requires_grad_(trained[part])
             if parameter.requires_grad:
                 self.trainable[name] = parameter
                 self.parts[part].append(parameter)
-        if not self.trainable:
-            raise ValueError("modules switches every part off: nothing is left to train")
+        if modules is None:
+            return
         matrices = [p for p in self.trainable.values() if p.dim() >= 2]
         vectors = [p for p in self.trainable.values() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
@@ -148,32 +122,35 @@ class HFEngine:
             fused=True,
         )
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """See `contract.Engine.forward`; differentiable."""
-        hidden = response_hidden(self.model, batch)
-        return linear_logprobs_and_entropy(
-            hidden,
+    def head(self, batch: Batch) -> Head:
+        """The language head at the tokens of a batch that count; differentiable."""
+        batch = batch.to(self.model.device)
+        mask = batch.loss_mask
+        return Head(
+            response_hidden(self.model, batch)[mask],
             self.model.lm_head.weight,
-            batch.response_ids,
-            temperature=self.temperature,
-            loss_mask=batch.loss_mask,
+            batch.response_ids[mask],
+            mask,
+            self.temperature,
         )
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
+        """See `contract.Engine.evaluate`."""
+        found = [self.head(batch).logprobs_and_entropy() for batch in micro_batches]
+        return [(logprobs.cpu(), entropy.cpu()) for logprobs, entropy in found]
 
     def train_step(
         self, micro_batches: Sequence[Batch], loss_fn: LossFn, *, learning_rate: float
-    ) -> dict[str, float]:
-        """See `contract.Engine.train_step`.
-
-        Raises:
-            FloatingPointError: the gradient norm is not finite; the weights are left as they were.
-        """
+    ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
+        """See `contract.Engine.train_step`."""
         self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        total, outputs = 0.0, []
         for index, batch in enumerate(micro_batches):
-            logprobs, entropy = self.forward(batch)
-            loss = loss_fn(logprobs, entropy, index)
+            loss, output = loss_fn(self.head(batch), index)
             loss.backward()
             total += float(loss.detach())
+            outputs.append({name: tensor.detach().cpu() for name, tensor in output.items()})
         norms = {part: _norm(parameters) for part, parameters in self.parts.items()}
         norm = math.sqrt(sum(value**2 for value in norms.values()))
         if not math.isfinite(norm):
@@ -186,12 +163,17 @@ class HFEngine:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {
+        metrics = {
             "loss": total,
             "learning_rate": learning_rate,
             "grad_norm": norm,
             **{f"grad_norm_{part}": value for part, value in norms.items()},
         }
+        return metrics, outputs
+
+    def decoder(self) -> HFDecoder:
+        """See `contract.Engine.decoder`."""
+        return HFDecoder(self.model)
 
     def export_hf(self) -> Iterator[tuple[str, Tensor]]:
         """See `contract.Engine.export_hf`."""
@@ -205,6 +187,19 @@ class HFEngine:
         config = self.model.config.to_dict()
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.tokenizer.save_pretrained(str(directory))
+
+    def optimizer_tensors(self) -> Mapping[str, Tensor]:
+        """See `contract.Engine.optimizer_tensors`."""
+        return optimizer_tensors(self.optimizer, self.trainable)
+
+    def save_state(self, directory: Path) -> None:
+        """See `contract.Engine.save_state`."""
+        self.save(directory)
+
+    def load_state(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        """See `contract.Engine.load_state`."""
+        self.load_weights(directory)
+        load_optimizer_tensors(self.optimizer, self.trainable, tensors)
 
     def load_weights(self, directory: Path) -> None:
         """Copy the weights of a model folder of the same configuration into the live model."""

@@ -16,17 +16,22 @@ from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import load_tokenizer
 from r1v3.data.words import expand_words
+from r1v3.engine.hf_decoder import HFDecoder
 from r1v3.evaluation.sampling import Answers, Policy
 from r1v3.evaluation.statistics import score
 from r1v3.files import write_bytes, write_json
 from r1v3.model.internvl import load_model
+from r1v3.rollout.contract import TokenRules
 from r1v3.rollout.local import Sampling
+from r1v3.rollout.local_sampler import LocalSampler
 
 
 def load_policy(folder: Path, *, device: str = "cpu", max_tiles: int = 1) -> Policy:
     """The policy of a model folder."""
     model = load_model(folder, device=device)
-    return Policy(model, load_tokenizer(folder), model_image_shape(model, max_tiles))
+    tokenizer = load_tokenizer(folder)
+    sampler = LocalSampler(HFDecoder(model), TokenRules.of(tokenizer))
+    return Policy(sampler, tokenizer, model_image_shape(model.config, max_tiles))
 
 
 def mode_sampling(config: Evaluate, policy: Policy, mode: str) -> tuple[Sampling, bool]:

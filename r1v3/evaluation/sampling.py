@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from r1v3.data.encoding import Example, ImageShape, collate, encode_sample
+from r1v3.data.encoding import ImageShape, encode_sample
 from r1v3.data.sample import Sample
-from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END, token_id
+from r1v3.data.tokenizer import TURN_END, token_id
 from r1v3.rewards import accuracy_reward
-from r1v3.rollout.local import Rollout, Sampling, ThoughtClosing, decode_texts, generate
+from r1v3.rollout.contract import Request, Sampler
+from r1v3.rollout.local import Rollout, Sampling, decode_texts
 
 
 @dataclass(frozen=True)
@@ -25,54 +26,29 @@ class Answers:
 
 
 class Policy:
-    """A model with its tokenizer, ready to complete prompts.
+    """A sampler with its tokenizer, ready to complete and grade.
 
     Args:
-        model: live weights; every call uses them as they are then.
         shape: how pictures become tiles.
     """
 
     def __init__(
-        self,
-        model: InternVLForConditionalGeneration,
-        tokenizer: PreTrainedTokenizerFast,
-        shape: ImageShape,
+        self, sampler: Sampler, tokenizer: PreTrainedTokenizerFast, shape: ImageShape
     ) -> None:
-        self.model, self.tokenizer, self.shape = model, tokenizer, shape
-        self.closing = ThoughtClosing.of(tokenizer)
+        self.sampler, self.tokenizer, self.shape = sampler, tokenizer, shape
         self.stop_id = token_id(tokenizer, TURN_END)
-        # Only the end of the turn may be sampled among the special tokens: a sampled image token
-        # would stand for a picture that is not there.
-        self.never = tuple(
-            token_id(tokenizer, token) for token in SPECIAL_TOKENS if token != TURN_END
-        )
 
     def complete(
         self,
-        examples: Sequence[Example],
+        requests: Sequence[Request],
         sampling: Sampling,
         *,
         generator: torch.Generator,
         group_size: int = 1,
     ) -> tuple[Rollout, list[str]]:
         """Sample `group_size` completions per prompt; the rollout and its texts."""
-        batch = collate(examples, self.tokenizer.pad_token_id, responses=[()] * len(examples))
-        rollout = generate(
-            self.model,
-            batch.prompt_ids,
-            batch.prompt_mask,
-            batch.pixel_values,
-            sampling=Sampling(
-                sampling.temperature,
-                sampling.max_tokens,
-                (*self.never, *sampling.banned),
-                sampling.budget,
-            ),
-            closing=self.closing,
-            stop_id=self.stop_id,
-            pad_id=self.tokenizer.pad_token_id,
-            group_size=group_size,
-            generator=generator,
+        rollout = self.sampler.complete(
+            requests, sampling, group_size=group_size, generator=generator
         )
         return rollout, decode_texts(self.tokenizer, rollout, self.stop_id)
 
@@ -90,18 +66,22 @@ class Policy:
 
         Questions are batched in order of prompt length; the result is in the samples' order.
         """
-        encoded = [
-            encode_sample(sample, self.tokenizer, self.shape, thinking=thinking)
+        asked = [
+            Request(
+                encode_sample(sample, self.tokenizer, self.shape, thinking=thinking),
+                sample,
+                thinking,
+            )
             for sample in samples
         ]
-        by_length = sorted(range(len(samples)), key=lambda i: len(encoded[i].prompt_ids))
+        by_length = sorted(range(len(samples)), key=lambda i: len(asked[i].example.prompt_ids))
         texts: list[str] = [""] * (len(samples) * repeats)
         tokens = np.zeros((len(samples), repeats), dtype=np.int64)
         rollouts: list[Rollout | None] = [None] * len(samples)
         for start in range(0, len(samples), batch_prompts):
             chosen = by_length[start : start + batch_prompts]
             rollout, completed = self.complete(
-                [encoded[i] for i in chosen], sampling, generator=generator, group_size=repeats
+                [asked[i] for i in chosen], sampling, generator=generator, group_size=repeats
             )
             lengths = rollout.mask.sum(1).view(-1, repeats).numpy()
             for position, i in enumerate(chosen):

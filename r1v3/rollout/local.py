@@ -5,10 +5,9 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from transformers import InternVLForConditionalGeneration
 
 from r1v3.data.tokenizer import THINK_CLOSE
-from r1v3.engine.hf import prefill
+from r1v3.engine.contract import Batch, Decoder
 from r1v3.kernels import ban_tokens_, logprobs_and_entropy
 
 
@@ -75,32 +74,6 @@ class Rollout:
         return Rollout(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
 
-class DecodeCache:
-    """Preallocated keys and values [rows, heads, capacity, head size] of every layer."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Write the new positions after the cached ones; return everything so far."""
-        if layer == len(self.keys):
-            rows, heads, _, size = keys.shape
-            self.keys.append(keys.new_zeros(rows, heads, self.capacity, size))
-            self.values.append(values.new_zeros(rows, heads, self.capacity, size))
-        end = self.length + keys.shape[2]
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) rows."""
-        self.keys = [k.index_select(0, rows) for k in self.keys]
-        self.values = [v.index_select(0, rows) for v in self.values]
-
-
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     """Inverse-CDF sampling: one id per row of log-probs [N, V] from uniforms [N] in [0, 1).
 
@@ -117,18 +90,18 @@ class _State:
     """Bookkeeping of one generation call over all rows; decoding works on the active ones."""
 
     def __init__(self, rows: int, sampling: Sampling, pad: int, uniforms: Tensor) -> None:
-        width = sampling.max_tokens
-        self.ids = torch.full((rows, width), pad)
-        self.logprobs = torch.zeros(rows, width)
-        self.entropy = torch.zeros(rows, width)
-        self.mask = torch.zeros(rows, width, dtype=torch.bool)
-        self.sampled = torch.zeros(rows, width, dtype=torch.bool)
-        self.finished = torch.zeros(rows, dtype=torch.bool)
+        shape, device = (rows, sampling.max_tokens), uniforms.device
+        self.ids = torch.full(shape, pad, device=device)
+        self.logprobs = torch.zeros(shape, device=device)
+        self.entropy = torch.zeros(shape, device=device)
+        self.mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.sampled = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.uniforms = uniforms
-        self.closed = torch.zeros(rows, dtype=torch.bool)
+        self.closed = torch.zeros(rows, dtype=torch.bool, device=device)
         self.tails = [""] * rows
-        self.forcing = torch.full((rows,), -1)
-        self.active = torch.arange(rows)
+        self.forcing = torch.full((rows,), -1, device=device)
+        self.active = torch.arange(rows, device=device)
 
 
 def _forced_tokens(
@@ -140,7 +113,7 @@ def _forced_tokens(
         state.forcing[rows] = torch.where(state.closed[rows], -1, 0)
     position = state.forcing[rows]
     forced = position >= 0
-    table = torch.tensor([*closing.forced, 0])
+    table = torch.tensor([*closing.forced, 0], device=position.device)
     tokens = table[position.clamp(min=0)]
     done = position + 1 >= len(closing.forced)
     state.forcing[rows] = torch.where(forced & ~done, position + 1, -1)
@@ -160,60 +133,50 @@ def _note_closing(state: _State, step: int, closing: ThoughtClosing) -> None:
 
 @torch.no_grad()
 def generate(
-    model: InternVLForConditionalGeneration,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    pixel_values: Tensor | None,
+    decoder: Decoder,
+    prompts: Batch,
     *,
     sampling: Sampling,
     closing: ThoughtClosing,
     stop_id: int,
     pad_id: int,
     group_size: int = 1,
-    generator: torch.Generator,
+    uniforms: Tensor,
 ) -> Rollout:
     """Sample `group_size` completions of every prompt.
 
     Args:
-        prompt_ids: int64 [P, L], padded on the left; prompt_mask: bool [P, L].
-        pixel_values: float32 [tiles, 3, S, S] or None.
+        prompts: a batch whose responses are not looked at.
         stop_id: the end-of-turn token, kept as the completion's last token.
-        generator: source of the uniforms, one per row and position, drawn up front.
+        uniforms: float32 [rows, sampling.max_tokens] in [0, 1), one random number per token.
     """
-    rows = len(prompt_ids) * group_size
-    cache = DecodeCache(prompt_ids.shape[1] + sampling.max_tokens)
-    hidden = prefill(model, cache, prompt_ids, prompt_mask, pixel_values)[:, -1]
-    cache.length = prompt_ids.shape[1]
-    copies = torch.arange(len(prompt_ids)).repeat_interleave(group_size)
-    cache.select(copies)
-    hidden, key_mask = hidden[copies], prompt_mask[copies]
-    uniforms = torch.rand(rows, sampling.max_tokens, generator=generator)
-    state = _State(rows, sampling, pad_id, uniforms)
-    banned = torch.tensor(sorted(set(sampling.banned)), dtype=torch.int64)
+    logits = decoder.prefill(prompts, group_size, sampling.max_tokens)
+    uniforms = uniforms.to(logits.device)
+    state = _State(len(logits), sampling, pad_id, uniforms)
+    banned = torch.tensor(sorted(set(sampling.banned)), dtype=torch.int64, device=logits.device)
     for step in range(sampling.max_tokens):
-        tokens = _emit(model, hidden, state, step, sampling, closing, stop_id, banned)
+        tokens = _emit(logits, state, step, sampling, closing, stop_id, banned)
         live = ~state.finished[state.active]
         if not live.any() or step + 1 == sampling.max_tokens:
             break
         if live.sum() <= 0.8 * len(live):
             keep = live.nonzero().squeeze(1)
-            cache.select(keep)
-            state.active, key_mask, tokens = state.active[keep], key_mask[keep], tokens[keep]
-        hidden = _decode(model, cache, tokens, key_mask, step)
-    width = max(1, int(state.mask.sum(1).amax()) if rows else 1)
+            decoder.select(keep)
+            state.active, tokens = state.active[keep], tokens[keep]
+        logits = decoder.step(tokens)
+    width = max(1, int(state.mask.sum(1).amax()) if len(state.mask) else 1)
     return Rollout(
-        state.ids[:, :width],
-        state.mask[:, :width],
-        state.logprobs[:, :width],
-        state.entropy[:, :width],
-        state.sampled[:, :width],
-        state.finished,
+        state.ids[:, :width].cpu(),
+        state.mask[:, :width].cpu(),
+        state.logprobs[:, :width].cpu(),
+        state.entropy[:, :width].cpu(),
+        state.sampled[:, :width].cpu(),
+        state.finished.cpu(),
     )
 
 
 def _emit(
-    model: InternVLForConditionalGeneration,
-    hidden: Tensor,
+    logits: Tensor,
     state: _State,
     step: int,
     sampling: Sampling,
@@ -223,7 +186,6 @@ def _emit(
 ) -> Tensor:
     """Choose and record the next token of every active row."""
     rows = state.active
-    logits = model.lm_head(hidden).float()
     if len(banned):
         ban_tokens_(logits, banned)
     if sampling.temperature == 0:
@@ -248,25 +210,20 @@ def _emit(
     return tokens
 
 
-def _decode(
-    model: InternVLForConditionalGeneration,
-    cache: DecodeCache,
-    tokens: Tensor,
-    key_mask: Tensor,
-    step: int,
-) -> Tensor:
-    """One more position of every active row: hidden states [rows, H]."""
-    generated = torch.ones(len(tokens), step + 1, dtype=torch.bool)
-    mask = torch.cat([key_mask, generated], 1)[:, None, None, :]
-    hidden = model.model.language_model(
-        inputs_embeds=model.get_input_embeddings()(tokens[:, None]),
-        attention_mask={"full_attention": mask},
-        position_ids=(key_mask.sum(1, keepdim=True) + step),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    cache.length += 1
-    return hidden[:, -1]
+def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """Completions of different widths below each other."""
+    width = max(rollout.mask.shape[1] for rollout in rollouts)
+    joined = []
+    for field in fields(Rollout):
+        parts = [getattr(rollout, field.name) for rollout in rollouts]
+        if parts[0].dim() == 2:
+            value = pad_id if field.name == "response_ids" else 0
+            parts = [
+                torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value)
+                for part in parts
+            ]
+        joined.append(torch.cat(parts))
+    return Rollout(*joined)
 
 
 def decode_texts(tokenizer: object, rollout: Rollout, stop_id: int) -> list[str]:

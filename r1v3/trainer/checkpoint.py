@@ -4,7 +4,9 @@
 are), `trainer.safetensors` (optimizer moments and other tensors), `trainer.json` (seeds, counters)
 and `manifest.json`, which lists every other file with its size and SHA-256. A save fills a hidden
 temporary directory, writes the manifest last, fsyncs and renames, so kill -9 at any moment leaves
-the checkpoints that were there before. Nothing is ever unpickled. One process saves into a root.
+the checkpoints that were there before. Nothing is ever unpickled. One job saves into a root: with
+several ranks, all of them call what is here, all see the same file system, and each hashes its
+share of the files.
 """
 
 import errno
@@ -14,15 +16,17 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from r1v3.engine.contract import Writing
+from r1v3.engine.ranks import ALONE, Ranks
 from r1v3.files import (
     human_bytes,
     replace_directory,
@@ -36,9 +40,6 @@ TENSORS = "trainer.safetensors"
 STATE = "trainer.json"
 _FORMAT = "r1v3-checkpoint-1"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_PREFIX = "optimizer."
-_UNUSED = "unused"
-NamedParameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
 class CheckpointError(RuntimeError):
@@ -66,21 +67,52 @@ def save_checkpoint(
     *,
     tensors: Mapping[str, Tensor],
     state: dict[str, Any],
-    write_model: Callable[[Path], None],
+    write_model: Callable[[Path], Writing | None],
     keep: int | None = 2,
     protect: Collection[int] = (),
+    ranks: Ranks = ALONE,
 ) -> Path:
-    """Save step `step` below `root` and then remove checkpoints beyond the newest `keep`.
+    """`start_checkpoint`, finished at once.
+
+    Returns:
+        The directory. An existing checkpoint of the same step is replaced in one move.
+    """
+    return start_checkpoint(
+        root,
+        step,
+        tensors=tensors,
+        state=state,
+        write_model=write_model,
+        keep=keep,
+        protect=protect,
+        ranks=ranks,
+    ).finish()
+
+
+def start_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    write_model: Callable[[Path], Writing | None],
+    keep: int | None = 2,
+    protect: Collection[int] = (),
+    ranks: Ranks = ALONE,
+) -> "PendingCheckpoint":
+    """Save step `step` below `root`; `finish` then moves it into place.
+
+    `finish` also removes checkpoints beyond the newest `keep`.
 
     Args:
-        tensors: any device and layout; stored on its own, bit by bit.
+        tensors: any device and layout; stored on its own, bit by bit, by the first rank.
         state: JSON values with string keys and finite numbers (tuples come back as lists).
-        write_model: fills the directory it is given with the model's files.
+        write_model: fills the directory it is given with the model's files, or goes on doing so
+            in the background and returns what to wait for.
         keep: intact checkpoints to keep, the new one among them; None keeps all. There must be
             room for one more while saving: old ones go only after the new one is in place.
         protect: steps that are never removed.
-    Returns:
-        The directory. An existing checkpoint of the same step is replaced in one move.
+        ranks: the processes that save together.
     Raises:
         ValueError: a bad step, keep or state; nothing was written.
         OSError: no room (ENOSPC, found before or while writing); earlier checkpoints are intact.
@@ -89,35 +121,77 @@ def save_checkpoint(
         raise ValueError(f"step must be >= 0 and keep >= 1 or None, got {step} and {keep}")
     _check_state("state", state)
     root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".step-*.tmp"):
-        shutil.rmtree(leftover)
     needed = _estimate_bytes(root, tensors)
-    require_free_space(root, needed, f"the checkpoint of step {step}")
-    final = checkpoint_path(root, step)
-    temporary = temporary_sibling(final)
-    temporary.mkdir()
-    try:
-        write_model(temporary)
-        _write_own_files(temporary, step, tensors, state)
-        replace_directory(temporary, final)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if _disk_full(error):
-            free = shutil.disk_usage(root).free
-            raise OSError(
-                errno.ENOSPC,
-                f"the disk became full while saving the checkpoint of step {step} (estimate "
-                f"{human_bytes(needed)}, {human_bytes(free)} free without it; {error}); "
-                "earlier checkpoints are intact",
-                str(root),
-            ) from error
-        raise
-    _remove_old(root, step, keep, protect)
-    return final
+
+    def prepare() -> Path:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".step-*.tmp"):
+            shutil.rmtree(leftover)
+        require_free_space(root, needed, f"the checkpoint of step {step}")
+        temporary = temporary_sibling(checkpoint_path(root, step))
+        temporary.mkdir()
+        return temporary
+
+    pending = PendingCheckpoint(root, step, ranks.lead(prepare), needed, keep, protect, ranks)
+    with pending.cleaned_up():
+        pending.writing = write_model(pending.temporary)
+        ranks.lead(lambda: _write_own_files(pending.temporary, step, tensors, state))
+    return pending
 
 
-def load_checkpoint(path: Path) -> Loaded:
+@dataclass
+class PendingCheckpoint:
+    """A checkpoint whose files are written, or being written, under a temporary name."""
+
+    root: Path
+    step: int
+    temporary: Path
+    needed: int
+    keep: int | None
+    protect: Collection[int]
+    ranks: Ranks
+    writing: Writing | None = None
+
+    def written(self) -> bool:
+        """Whether `finish` would not have to wait; the same on every rank."""
+        return self.writing is None or self.writing.done()
+
+    def finish(self) -> Path:
+        """Wait for the files, write the manifest and move the checkpoint into place."""
+        final = checkpoint_path(self.root, self.step)
+
+        def place() -> None:
+            replace_directory(self.temporary, final)
+            _remove_old(self.root, self.step, self.keep, self.protect)
+
+        with self.cleaned_up():
+            if self.writing is not None:
+                self.writing.wait()
+            self.ranks.barrier()
+            _write_manifest(self.temporary, self.step, self.ranks)
+            self.ranks.lead(place)
+        return final
+
+    @contextmanager
+    def cleaned_up(self) -> Iterator[None]:
+        """Remove what was written if it cannot become a checkpoint; say so if the disk is full."""
+        try:
+            yield
+        except BaseException as error:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            if _disk_full(error):
+                free = shutil.disk_usage(self.root).free
+                raise OSError(
+                    errno.ENOSPC,
+                    f"the disk became full while saving the checkpoint of step {self.step} "
+                    f"(estimate {human_bytes(self.needed)}, {human_bytes(free)} free without it; "
+                    f"{error}); earlier checkpoints are intact",
+                    str(self.root),
+                ) from error
+            raise
+
+
+def load_checkpoint(path: Path, ranks: Ranks = ALONE) -> Loaded:
     """Verify every file of the checkpoint directory `path` against its manifest and read it.
 
     Raises:
@@ -125,20 +199,20 @@ def load_checkpoint(path: Path) -> Loaded:
             found size or hash), or the manifest is not one.
     """
     path = Path(path)
-    step, state = _verify(path)
+    step, state = _verify(path, ranks)
     # load_file maps the file: a copy gives aligned memory that outlives the file.
     tensors = {name: tensor.clone() for name, tensor in load_file(path / TENSORS).items()}
     return Loaded(step=step, tensors=tensors, state=state, path=path)
 
 
-def latest_checkpoint(root: Path) -> Path | None:
+def latest_checkpoint(root: Path, ranks: Ranks = ALONE) -> Path | None:
     """The newest checkpoint below `root` whose every file is intact, or None.
 
     Broken newer ones are named in a warning each and left where they are.
     """
     for _, path in sorted(_checkpoints(Path(root)), reverse=True):
         try:
-            _verify(path)
+            _verify(path, ranks)
         except CheckpointError as error:
             warnings.warn(f"checkpoint {path} is broken and is skipped: {error}", stacklevel=2)
         else:
@@ -154,15 +228,23 @@ def _write_own_files(
             raise ValueError(f"write_model wrote {name}, a name the checkpoint itself needs")
     save_file(_storable(tensors), directory / TENSORS)
     write_json(directory / STATE, {"step": step, "state": state})
+
+
+def _write_manifest(directory: Path, step: int, ranks: Ranks) -> None:
+    """Sizes and digests of all files, each rank's share hashed by it."""
     mode = (directory / STATE).stat().st_mode & 0o777
-    files = {}
-    for file in sorted(directory.rglob("*")):
-        if file.is_file():
-            # safetensors makes files that only their owner can read, whatever the umask.
-            file.chmod(mode)
-            size, digest = file.stat().st_size, _sha256(file)
-            files[file.relative_to(directory).as_posix()] = {"size": size, "sha256": digest}
-    write_json(directory / MANIFEST, {"format": _FORMAT, "step": step, "files": files})
+    names = sorted(
+        file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()
+    )
+    found = {}
+    for name in names[ranks.rank :: ranks.size]:
+        # safetensors makes files that only their owner can read, whatever the umask.
+        (directory / name).chmod(mode)
+        size, digest = (directory / name).stat().st_size, _sha256(directory / name)
+        found[name] = {"size": size, "sha256": digest}
+    files = dict(sorted(item for share in ranks.gather(found) for item in share.items()))
+    document = {"format": _FORMAT, "step": step, "files": files}
+    ranks.lead(lambda: write_json(directory / MANIFEST, document))
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -273,22 +355,15 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
     return step, files
 
 
-def _verify(path: Path) -> tuple[int, dict[str, Any]]:
-    """Check every file of a checkpoint; its step and state."""
+def _verify(path: Path, ranks: Ranks = ALONE) -> tuple[int, dict[str, Any]]:
+    """Check every file of a checkpoint, each rank its share; its step and state."""
     step, files = _read_manifest(path)
-    for name, (size, digest) in files.items():
-        file = path / name
-        try:
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing (expected {size} bytes, sha256 {digest})")
-            found_size = file.stat().st_size
-            if found_size != size:
-                raise CheckpointError(f"{file} has {found_size} bytes, expected {size}")
-            found = _sha256(file)
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-        if found != digest:
-            raise CheckpointError(f"{file} is altered: sha256 is {found}, expected {digest}")
+    problem = None
+    for name in sorted(files)[ranks.rank :: ranks.size]:
+        problem = problem or _problem(path / name, *files[name])
+    problems = [found for found in ranks.gather(problem) if found is not None]
+    if problems:
+        raise CheckpointError(problems[0])
     document = json.loads((path / STATE).read_text(encoding="utf-8"))
     if document["step"] != step:
         raise CheckpointError(
@@ -297,101 +372,20 @@ def _verify(path: Path) -> tuple[int, dict[str, Any]]:
     return step, document["state"]
 
 
+def _problem(file: Path, size: int, digest: str) -> str | None:
+    """What is wrong with a file of a checkpoint."""
+    try:
+        if not file.is_file():
+            return f"{file} is missing (expected {size} bytes, sha256 {digest})"
+        if (found_size := file.stat().st_size) != size:
+            return f"{file} has {found_size} bytes, expected {size}"
+        if (found := _sha256(file)) != digest:
+            return f"{file} is altered: sha256 is {found}, expected {digest}"
+    except OSError as error:
+        return f"{file} cannot be read: {error}"
+    return None
+
+
 def _sha256(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named_parameters: NamedParameters
-) -> dict[str, Tensor]:
-    """State of an AdamW-like optimizer by parameter name, for `save_checkpoint`.
-
-    Args:
-        named_parameters: `model.named_parameters()` or a dict; others than the optimizer's
-            are ignored.
-    Returns:
-        "optimizer.<field>.<parameter>" for each tensor of the state (AdamW: exp_avg, exp_avg_sq
-        and step), and an empty "optimizer.unused.<parameter>" where no step has used one yet.
-        The tensors are the optimizer's own, not copies. Learning rates are not part of it.
-    Raises:
-        ValueError: a parameter without a name, or a state that is not made of tensors.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, parameter, _ in _optimized(optimizer, named_parameters):
-        state = optimizer.state.get(parameter, {})
-        if not state:
-            tensors[f"{_PREFIX}{_UNUSED}.{name}"] = torch.empty(0, dtype=torch.uint8)
-        for field, value in state.items():
-            if not isinstance(value, Tensor) or "." in field:
-                raise ValueError(f"optimizer state {field!r} of {name} must be a tensor: {value!r}")
-            tensors[f"{_PREFIX}{field}.{name}"] = value
-    return tensors
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer,
-    named_parameters: NamedParameters,
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Put back what `optimizer_tensors` gave, bit for bit; keys of other things are ignored.
-
-    Raises:
-        ValueError: a parameter without saved state, saved state without its parameter, or a
-            shape that is not the parameter's; the optimizer is unchanged.
-    """
-    saved: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith(_PREFIX):
-            field, _, name = key.removeprefix(_PREFIX).partition(".")
-            saved.setdefault(name, {})[field] = tensor
-    optimized = _optimized(optimizer, named_parameters)
-    names = {name for name, _, _ in optimized}
-    missing, unknown = names - saved.keys(), saved.keys() - names
-    if missing:
-        raise ValueError(f"no saved optimizer state for {_some(missing)}")
-    if unknown:
-        raise ValueError(f"saved optimizer state for {_some(unknown)}, which it does not optimize")
-    restored = []
-    for name, parameter, group in optimized:
-        fields = saved[name]
-        for field, tensor in fields.items():
-            if field not in (_UNUSED, "step") and tensor.shape != parameter.shape:
-                raise ValueError(
-                    f"saved optimizer state {field!r} of {name} has shape {tuple(tensor.shape)}, "
-                    f"the parameter has {tuple(parameter.shape)}"
-                )
-        on_device = group.get("capturable") or group.get("fused")
-        state = {}
-        for field, tensor in fields.items():
-            if field != _UNUSED:
-                device = parameter.device if field != "step" or on_device else "cpu"
-                state[field] = tensor.detach().to(device, copy=True)
-        restored.append((parameter, state))
-    optimizer.state.clear()
-    for parameter, state in restored:
-        if state:
-            optimizer.state[parameter] = state
-
-
-def _optimized(
-    optimizer: torch.optim.Optimizer, named_parameters: NamedParameters
-) -> list[tuple[str, Tensor, dict[str, Any]]]:
-    names: dict[int, str] = {}
-    for name, parameter in dict(named_parameters).items():
-        names.setdefault(id(parameter), name)
-    optimized = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) not in names:
-                raise ValueError(
-                    f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is "
-                    "not in named_parameters"
-                )
-            optimized.append((names[id(parameter)], parameter, group))
-    return optimized
-
-
-def _some(names: set[str]) -> str:
-    first = ", ".join(sorted(names)[:5])
-    return first if len(names) <= 5 else f"{first} and {len(names) - 5} more"

@@ -17,29 +17,27 @@ from r1v3.data.encoding import Example, collate, model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.words import expand_words
-from r1v3.engine.contract import Batch
-from r1v3.engine.hf import HFEngine
+from r1v3.engine.contract import Batch, Engine
+from r1v3.engine.ranks import Ranks
 from r1v3.evaluation.sampling import Policy
 from r1v3.evaluation.statistics import score as score_interval
-from r1v3.kernels import group_advantages, grpo_loss
-from r1v3.model.internvl import load_model
+from r1v3.kernels import group_advantages
+from r1v3.model.internvl import PARTS
 from r1v3.rewards import LLMVerifier, Reward, score
-from r1v3.rollout.local import Rollout, Sampling
+from r1v3.rollout.contract import Request
+from r1v3.rollout.local import Rollout, Sampling, join
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
-from r1v3.trainer.interrupt import StageInterrupted, StopRequest
-from r1v3.trainer.metrics import MetricsLogger
+from r1v3.trainer.loop import run_steps
+from r1v3.trainer.policy_loss import PolicyLossFn, Targets, combine, normalizer
 from r1v3.trainer.stage import (
-    begin,
     build_engine,
+    build_sampler,
     encode_all,
     learning_rate,
+    open_stage,
     order,
-    progress_bar,
     publish,
-    require_fresh,
     resume,
-    save,
-    set_threads,
     torch_stream,
 )
 
@@ -84,26 +82,26 @@ class Trainer:
     """The GRPO stage, step by step."""
 
     def __init__(self, config: GRPO, *, resuming: bool) -> None:
-        self.config, self.run = config, Path(config.run)
-        require_fresh("grpo", self.run, resuming)
-        begin("grpo", config, self.run)
-        set_threads(config.threads)
+        self.name, self.config, self.run = "grpo", config, Path(config.run)
+        self.total = config.steps
+        ranks = open_stage("grpo", config, resuming=resuming)
         self.engine = build_engine(
             config,
             config.modules.model_dump(),
             config.optimizer,
+            ranks,
             temperature=config.decoding.temperature or 1.0,
         )
-        shape = model_image_shape(self.engine.model, config.max_tiles)
+        shape = model_image_shape(self.engine.config, config.max_tiles)
         tokenizer = self.engine.tokenizer
         self.samples = load_samples(config.train_data)
         self.examples = encode_all(config.train_data, self.samples, tokenizer, shape)
         self.validation = load_samples(config.validation_data)
         # A picture that cannot be decoded is to be found now, not when steps would be lost.
         encode_all(config.validation_data, self.validation, tokenizer, shape)
-        self.policy = Policy(self.engine.model, tokenizer, shape)
+        self.policy = Policy(build_sampler(config.rollout, self.engine), tokenizer, shape)
         self.verifier = make_verifier(config)
-        self.reference = self._reference() if config.loss.kl_coef > 0 else None
+        self.reference = self._reference(ranks) if config.loss.kl_coef > 0 else None
         self.monitor = CriticalTokenMonitor(
             expand_words(tokenizer, config.monitor.words),
             high_entropy_nats=config.monitor.high_entropy_nats,
@@ -114,12 +112,18 @@ class Trainer:
             self.step = loaded.step
         self.resume_after = loaded.step if loaded is not None else (0 if resuming else None)
 
-    def _reference(self) -> HFEngine:
-        assert self.config.model is not None
-        return HFEngine(
-            load_model(self.config.model, device=self.config.device),
-            self.engine.tokenizer,
-            modules={},
+    @property
+    def finished(self) -> bool:
+        """See `loop.Steps.finished`."""
+        return self.step >= self.total
+
+    def _reference(self, ranks: Ranks) -> Engine:
+        """The policy that training started from, for the KL term."""
+        return build_engine(
+            self.config,
+            None,
+            self.config.optimizer,
+            ranks,
             temperature=self.engine.temperature,
         )
 
@@ -135,7 +139,7 @@ class Trainer:
         """Completions and rewards of the prompts with these positions in the training data."""
         config = self.config
         rollout, texts = self.policy.complete(
-            [self.examples[i] for i in indices],
+            [Request(self.examples[i], self.samples[i]) for i in indices],
             Sampling(config.decoding.temperature, self.max_tokens()),
             group_size=config.group_size,
             generator=torch_stream(config.seed, "rollout", self.step, key),
@@ -174,7 +178,7 @@ class Trainer:
         )
         return Episode(
             [self.examples[index] for index, _, _ in chosen],
-            _join([rollout for _, rollout, _ in chosen], self.engine.tokenizer.pad_token_id),
+            join([rollout for _, rollout, _ in chosen], self.engine.tokenizer.pad_token_id),
             rewards,
             advantages,
             signal,
@@ -207,10 +211,10 @@ class Trainer:
             return None
         old = torch.zeros(whole.response_ids.shape)
         g = self.config.group_size
-        with torch.no_grad():
-            for i in range(0, len(whole.prompt_ids), size):
-                logprobs, _ = self.engine.forward(whole.slice(i, i + size))
-                old[i * g : i * g + len(logprobs), : logprobs.shape[1]] = logprobs
+        starts = range(0, len(whole.prompt_ids), size)
+        found = self.engine.evaluate([whole.slice(i, i + size) for i in starts])
+        for i, (logprobs, _) in zip(starts, found, strict=True):
+            old[i * g : i * g + len(logprobs), : logprobs.shape[1]] = logprobs
         return old
 
     def _gradient_step(
@@ -223,52 +227,35 @@ class Trainer:
         rate: float,
     ) -> dict[str, Any]:
         """One optimizer step over micro-batches; skipped when no reward differs in its group."""
-        loss_config, g = self.config.loss, self.config.group_size
-        collected: list[dict[str, Tensor]] = []
-        normalizer = float(sequences)
-        if loss_config.aggregation == "token-mean":
-            normalizer = float(sum(int(batch.loss_mask.sum()) for batch in batches))
-        elif loss_config.aggregation == "constant":
-            normalizer = float(sequences * self.config.decoding.max_tokens)
-        references = None
+        g = self.config.group_size
+        references: list[Tensor | None] = [None] * len(batches)
         if self.reference is not None:
-            with torch.no_grad():
-                references = [self.reference.forward(batch)[0] for batch in batches]
-        self.monitor.reset()
-
-        def loss_fn(logprobs: Tensor, entropy: Tensor, index: int) -> Tensor:
-            batch, first = batches[index], starts[index] * g
-            rows = slice(first, first + len(logprobs))
-            self.monitor.update(batch.response_ids, entropy.detach(), batch.loss_mask)
-            loss, metrics = grpo_loss(
-                logprobs,
-                None if old is None else old[rows, : logprobs.shape[1]],
-                episode.advantages[rows],
-                batch.loss_mask,
-                ref_logprobs=None if references is None else references[index],
-                clip_low=loss_config.clip_low,
-                clip_high=loss_config.clip_high,
-                dual_clip=loss_config.dual_clip,
-                kl_coef=loss_config.kl_coef,
-                kl=loss_config.kl,
-                aggregation=loss_config.aggregation,
-                normalizer=normalizer,
-            )
-            behaviour = episode.rollout.logprobs[rows, : logprobs.shape[1]]
-            gap = (logprobs.detach() - behaviour)[batch.loss_mask].abs().sum()
-            collected.append({**metrics, "rollout_gap": gap})
-            return loss
-
+            references = [logprobs for logprobs, _ in self.reference.evaluate(batches)]
+        targets = [
+            Targets.of(batch, start * g, episode.advantages, episode.rollout, old, reference)
+            for batch, start, reference in zip(batches, starts, references, strict=True)
+        ]
+        loss = PolicyLossFn(
+            self.config.loss,
+            targets,
+            normalizer(self.config.loss, batches, sequences, self.config.decoding.max_tokens),
+        )
         own = episode.advantages[starts[0] * g : starts[0] * g + sequences]
-        if float(own.abs().sum()) == 0 and references is None:
-            with torch.no_grad():
-                for index, batch in enumerate(batches):
-                    loss_fn(*self.engine.forward(batch), index)
-            zeros = {f"grad_norm_{part}": 0.0 for part in self.engine.parts}
+        if float(own.abs().sum()) == 0 and self.reference is None:
+            found = self.engine.evaluate(batches)
+            outputs = [loss.metrics(*values, i) for i, values in enumerate(found)]
+            zeros = {f"grad_norm_{part}": 0.0 for part in PARTS}
             step = {"loss": 0.0, "learning_rate": rate, "grad_norm": 0.0, **zeros}
         else:
-            step = self.engine.train_step(batches, loss_fn, learning_rate=rate)
-        return {**step, **_combine(collected), **self.monitor.result()}
+            step, outputs = self.engine.train_step(batches, loss, learning_rate=rate)
+        self.monitor.reset()
+        for batch, output in zip(batches, outputs, strict=True):
+            self.monitor.update(batch.response_ids, output["token_entropy"], batch.loss_mask)
+        return {
+            **step,
+            **combine(targets, outputs, self.config.loss.importance_cap),
+            **self.monitor.result(),
+        }
 
     def validate(self) -> dict[str, Any]:
         """Accuracy on the validation questions, by sampling as in training."""
@@ -313,73 +300,23 @@ class Trainer:
         """Answers left without a verdict so far in this process."""
         return 0 if self.verifier is None else self.verifier.failures.total()
 
-    def save(self) -> None:
-        """A checkpoint to resume from and to select from: all are kept."""
-        save("grpo", self.run, self.step, self.engine, {}, keep=None)
+    def state(self) -> dict[str, Any]:
+        """See `loop.Steps.state`: everything follows from the step."""
+        return {}
 
     def loop(self) -> None:
-        """Train to the last step; a stop request saves first."""
-        config = self.config
-        with (
-            StopRequest() as stop,
-            MetricsLogger(
-                self.run,
-                "grpo",
-                resume_after=self.resume_after,
-                histogram_edges={"entropy_histogram": self.monitor.bin_edges},
-            ) as log,
-            progress_bar("grpo", config.steps, self.step, _SHOWN) as bar,
-        ):
-            while self.step < config.steps:
-                metrics = self.take_step()
-                last = self.step == config.steps
-                if last or self.step % config.validate_every == 0:
-                    metrics |= self.validate()
-                log.log(self.step, metrics)
-                bar.update(self.step, metrics)
-                if last or stop.requested or self.step % config.checkpoint_every == 0:
-                    self.save()
-                if stop.requested:
-                    raise StageInterrupted(
-                        f"grpo stopped at step {self.step} of {config.steps} and was saved; "
-                        "go on with --resume"
-                    )
+        """Train to the last step; all checkpoints are kept, to select from."""
+        run_steps(
+            self,
+            validate_every=self.config.validate_every,
+            checkpoint_every=self.config.checkpoint_every,
+            keep=None,
+            shown=_SHOWN,
+        )
 
 
 def _has_signal(rewards: list[Reward]) -> bool:
     return len({reward.total for reward in rewards}) > 1
-
-
-def _join(rollouts: list[Rollout], pad: int) -> Rollout:
-    """Groups of different widths below each other."""
-    width = max(rollout.mask.shape[1] for rollout in rollouts)
-    joined = []
-    for name in Rollout.__dataclass_fields__:
-        parts = [getattr(rollout, name) for rollout in rollouts]
-        if parts[0].dim() == 2:
-            value = pad if name == "response_ids" else 0
-            parts = [
-                torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value)
-                for part in parts
-            ]
-        joined.append(torch.cat(parts))
-    return Rollout(*joined)
-
-
-def _combine(collected: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Loss metrics of a step from those of its micro-batches, weighted by their tokens."""
-    tokens = torch.stack([m["tokens"].double() for m in collected])
-    weights = tokens / tokens.sum().clamp(min=1)
-    result = {}
-    fractions = ("clip_low_fraction", "clip_high_fraction", "dual_clip_fraction")
-    for key in (*fractions, "approx_kl", "ref_kl", "ratio_mean"):
-        result[key] = float((torch.stack([m[key].double() for m in collected]) * weights).sum())
-    result["ratio_max"] = max(float(m["ratio_max"]) for m in collected)
-    result["tokens"] = int(tokens.sum())
-    result["nonfinite"] = int(sum(float(m["nonfinite"]) for m in collected))
-    gap = sum(float(m["rollout_gap"]) for m in collected)
-    result["rollout_logprob_gap"] = gap / max(1, result["tokens"])
-    return result
 
 
 def train(config: GRPO, *, resuming: bool = False) -> Path:

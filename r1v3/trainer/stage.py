@@ -13,31 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
-from r1v3.config import Architecture, Optimizer, Section, Stage, to_yaml
+from r1v3.config import Architecture, Optimizer, RolloutEngine, Section, Stage, to_yaml
 from r1v3.data.encoding import Example, ImageShape, encode_sample
 from r1v3.data.sample import Sample
+from r1v3.engine.contract import Engine
 from r1v3.engine.hf import HFEngine
+from r1v3.engine.ranks import ALONE, Ranks
 from r1v3.files import replace_directory, temporary_sibling, write_json, write_text
 from r1v3.model.internvl import build_model, internvl_config, load_model
+from r1v3.rollout.contract import Sampler, TokenRules
+from r1v3.rollout.local_sampler import LocalSampler
 from r1v3.trainer.checkpoint import (
     Loaded,
     latest_checkpoint,
     load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
 )
 
 
@@ -140,19 +132,58 @@ def _commit() -> str | None:
         return None
 
 
+def connect(config: Stage) -> Ranks:
+    """All processes of the job, of which torchrun started more than one or none.
+
+    Raises:
+        ValueError: there are several, and the engine is one process; or their number does not
+            fit the parallel layout.
+    """
+    if config.engine == "megatron":
+        from r1v3.engine.megatron_ranks import connect as connect_megatron
+
+        return connect_megatron(config.parallel, device=config.device)
+    if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"engine hf is one process, torchrun started {size}: use engine=megatron")
+    return ALONE
+
+
+def open_stage(name: str, config: Stage, *, resuming: bool) -> Ranks:
+    """Connect the ranks, refuse to start over an earlier run, and begin the run folder."""
+    ranks = connect(config)
+
+    def first() -> None:
+        require_fresh(name, Path(config.run), resuming)
+        begin(name, config, Path(config.run))
+
+    ranks.lead(first)
+    set_threads(config.threads)
+    return ranks
+
+
 def build_engine(
     config: Stage,
-    modules: dict[str, bool],
+    modules: dict[str, bool] | None,
     optimizer: Optimizer,
+    ranks: Ranks,
     *,
     architecture: Architecture | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     temperature: float = 1.0,
-) -> HFEngine:
+) -> Engine:
     """The engine of a stage, from a model folder or a fresh architecture with its tokenizer."""
     from r1v3.data.tokenizer import IMAGE_CONTEXT, load_tokenizer, token_id
 
+    settings: dict[str, Any] = {
+        "modules": modules,
+        "weight_decay": optimizer.weight_decay,
+        "betas": optimizer.betas,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "temperature": temperature,
+    }
     if architecture is not None:
+        if config.engine != "hf":
+            raise ValueError("a fresh `architecture` is trained with engine=hf")
         assert tokenizer is not None
         model = build_model(
             internvl_config(
@@ -167,19 +198,22 @@ def build_engine(
             config.seed,
             device=config.device,
         )
-    else:
-        assert config.model is not None
-        tokenizer = load_tokenizer(config.model)
-        model = load_model(config.model, device=config.device)
-    return HFEngine(
-        model,
-        tokenizer,
-        modules=modules,
-        weight_decay=optimizer.weight_decay,
-        betas=optimizer.betas,
-        max_grad_norm=optimizer.max_grad_norm,
-        temperature=temperature,
-    )
+        return HFEngine(model, tokenizer, **settings)
+    assert config.model is not None
+    tokenizer = load_tokenizer(config.model)
+    if config.engine == "megatron":
+        from r1v3.engine.megatron import MegatronEngine
+
+        return MegatronEngine(config.model, tokenizer, config, ranks, **settings)
+    return HFEngine(load_model(config.model, device=config.device), tokenizer, **settings)
+
+
+def build_sampler(config: RolloutEngine, engine: Engine) -> Sampler:
+    """What completes the prompts of a stage."""
+    rules = TokenRules.of(engine.tokenizer)
+    if config.engine == "local":
+        return LocalSampler(engine.decoder(), rules, engine.replicas)
+    raise NotImplementedError
 
 
 @contextmanager
@@ -202,7 +236,7 @@ def encode_all(
     return examples
 
 
-def resume(name: str, run: Path, engine: HFEngine, wanted: bool) -> Loaded | None:
+def resume(name: str, run: Path, engine: Engine, wanted: bool) -> Loaded | None:
     """Load the newest intact checkpoint of a stage into the engine, if resuming was asked for.
 
     None: there is none yet, and the stage starts from its beginning.
@@ -214,54 +248,41 @@ def resume(name: str, run: Path, engine: HFEngine, wanted: bool) -> Loaded | Non
     if not wanted or not root.exists():
         return None
     # What a kill left half written or half deleted; nothing else would remove it after the end.
-    for leftover in root.glob(".step-*.tmp"):
-        shutil.rmtree(leftover)
-    path = latest_checkpoint(root)
+    engine.ranks.lead(lambda: _remove_leftovers(root, ".step-*.tmp"))
+    path = latest_checkpoint(root, engine.ranks)
     if path is None:
         broken = sorted(root.glob("step-*"))
         if not broken:
             return None
         path = broken[-1]
-    loaded = load_checkpoint(path)
-    engine.load_weights(path)
-    load_optimizer_tensors(engine.optimizer, engine.trainable, loaded.tensors)
+    loaded = load_checkpoint(path, engine.ranks)
+    engine.load_state(path, loaded.tensors)
     return loaded
 
 
-def save(
-    name: str,
-    run: Path,
-    step: int,
-    engine: HFEngine,
-    state: dict[str, Any],
-    *,
-    keep: int | None = 2,
-) -> Path:
-    """Save a checkpoint that `resume` goes on from, step counting finished steps."""
-    return save_checkpoint(
-        run / "checkpoints" / name,
-        step,
-        tensors=optimizer_tensors(engine.optimizer, engine.trainable),
-        state=state,
-        write_model=engine.save,
-        keep=keep,
-    )
+def _remove_leftovers(folder: Path, pattern: str) -> None:
+    for leftover in folder.glob(pattern):
+        shutil.rmtree(leftover)
 
 
-def publish(engine: HFEngine, folder: Path) -> None:
+def publish(engine: Engine, folder: Path) -> None:
     """Write the engine's model folder in one move, replacing what was there.
 
     Raises:
         OSError: it cannot be written; what was there before is as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(leftover)
-    temporary = temporary_sibling(folder)
-    temporary.mkdir()
+
+    def prepare() -> Path:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent, f".{folder.name}.*.tmp")
+        temporary = temporary_sibling(folder)
+        temporary.mkdir()
+        return temporary
+
+    temporary = engine.ranks.lead(prepare)
     try:
         engine.save(temporary)
-        replace_directory(temporary, folder)
+        engine.ranks.lead(lambda: replace_directory(temporary, folder))
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError | OSError):
@@ -270,57 +291,3 @@ def publish(engine: HFEngine, folder: Path) -> None:
                 "with --resume"
             ) from error
         raise
-
-
-@contextmanager
-def progress_bar(
-    title: str, total: int, done: int, fields: Sequence[str]
-) -> Iterator["ProgressBar"]:
-    """A progress bar with the numbers that matter; a line now and then without a terminal."""
-    console = Console()
-    with Progress(
-        TextColumn("[bold]{task.description:<10}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[numbers]}"),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(title, total=total, completed=done, numbers="")
-        yield ProgressBar(bar, task, title, total, fields, console)
-
-
-class ProgressBar:
-    """See `progress_bar`."""
-
-    def __init__(
-        self,
-        bar: Progress,
-        task: Any,
-        title: str,
-        total: int,
-        fields: Sequence[str],
-        console: Console,
-    ) -> None:
-        self._bar, self._task, self._title, self._total = bar, task, title, total
-        self._fields, self._console = fields, console
-
-    def update(self, step: int, values: dict[str, Any]) -> None:
-        """Show the finished step count and the chosen numbers."""
-        shown = [
-            f"{key.replace('_', ' ')} {values[key]:.3g}"
-            for key in self._fields
-            if isinstance(values.get(key), int | float)
-        ]
-        text = "  ".join(shown)
-        self._bar.update(self._task, completed=step, numbers=text)
-        if not self._console.is_terminal and (step == self._total or step % 20 == 0):
-            self._console.print(
-                f"{self._title} {step}/{self._total}  {text}", highlight=False, soft_wrap=True
-            )
-
-    def note(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._bar.console.print(text, highlight=False, soft_wrap=True)

@@ -7,30 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from rich.console import Console
+from torch import Tensor
 
 from r1v3.config import Supervised
 from r1v3.data.encoding import Example, collate, encode_sample, model_image_shape
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import SYSTEM_PROMPT, THINK_OPEN, train_tokenizer
 from r1v3.data.words import expand_words
-from r1v3.engine.contract import Batch
-from r1v3.engine.hf import HFEngine
+from r1v3.engine.contract import Batch, Engine
+from r1v3.engine.head import Head
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
-from r1v3.trainer.interrupt import StageInterrupted, StopRequest
-from r1v3.trainer.metrics import MetricsLogger
+from r1v3.trainer.loop import run_steps
 from r1v3.trainer.stage import (
-    begin,
     build_engine,
     in_row,
     learning_rate,
+    open_stage,
     order,
-    progress_bar,
     publish,
-    require_fresh,
     resume,
-    save,
-    set_threads,
 )
 
 _SHOWN = ("loss", "validation_loss", "grad_norm")
@@ -53,13 +49,13 @@ class Best:
         return False
 
 
-def load_examples(path: Path, engine: HFEngine, max_tiles: int) -> list[Example]:
+def load_examples(path: Path, engine: Engine, max_tiles: int) -> list[Example]:
     """Encode the samples of a file, each in the template (thinking or not) it was written for.
 
     Raises:
         ValueError: a sample has no response to learn, named by file and row.
     """
-    shape = model_image_shape(engine.model, max_tiles)
+    shape = model_image_shape(engine.config, max_tiles)
     examples = []
     for row, sample in enumerate(load_samples(path)):
         thinking = bool(sample.extra_info.get("thinking", True))
@@ -70,7 +66,7 @@ def load_examples(path: Path, engine: HFEngine, max_tiles: int) -> list[Example]
     return examples
 
 
-def sum_loss(logprobs: torch.Tensor, tokens: int) -> torch.Tensor:
+def sum_loss(logprobs: Tensor, tokens: int) -> Tensor:
     """Cross-entropy: minus the mean log-prob over the `tokens` response tokens of the batch."""
     return -logprobs.sum() / tokens
 
@@ -80,15 +76,12 @@ def micro_batches(examples: list[Example], size: int, pad: int) -> list[Batch]:
     return [collate(examples[i : i + size], pad) for i in range(0, len(examples), size)]
 
 
-@torch.no_grad()
-def validation_loss(engine: HFEngine, examples: list[Example], size: int) -> float:
+def validation_loss(engine: Engine, examples: list[Example], size: int) -> float:
     """Mean cross-entropy per response token, in nats."""
-    total, tokens = 0.0, 0
-    for batch in micro_batches(examples, size, engine.tokenizer.pad_token_id):
-        logprobs, _ = engine.forward(batch)
-        total -= float(logprobs.sum())
-        tokens += int(batch.loss_mask.sum())
-    return total / max(1, tokens)
+    batches = micro_batches(examples, size, engine.tokenizer.pad_token_id)
+    total = sum(float(logprobs.sum()) for logprobs, _ in engine.evaluate(batches))
+    tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
+    return -total / max(1, tokens)
 
 
 class Trainer:
@@ -96,9 +89,7 @@ class Trainer:
 
     def __init__(self, name: str, config: Supervised, *, resuming: bool) -> None:
         self.name, self.config, self.run = name, config, Path(config.run)
-        require_fresh(name, self.run, resuming)
-        begin(name, config, self.run)
-        set_threads(config.threads)
+        ranks = open_stage(name, config, resuming=resuming)
         tokenizer = None
         if config.architecture is not None:
             tokenizer = train_tokenizer(
@@ -108,6 +99,7 @@ class Trainer:
             config,
             config.modules.model_dump(),
             config.optimizer,
+            ranks,
             architecture=config.architecture,
             tokenizer=tokenizer,
         )
@@ -145,13 +137,14 @@ class Trainer:
         tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
         self.monitor.reset()
 
-        def loss_fn(logprobs: torch.Tensor, entropy: torch.Tensor, index: int) -> torch.Tensor:
-            batch = batches[index]
-            self.monitor.update(batch.response_ids, entropy.detach(), batch.loss_mask)
-            return sum_loss(logprobs, tokens)
+        def loss_fn(head: Head, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs, entropy = head.logprobs_and_entropy()
+            return sum_loss(logprobs, tokens), {"entropy": entropy}
 
         rate = learning_rate(self.step, self.total, config.optimizer)
-        metrics = self.engine.train_step(batches, loss_fn, learning_rate=rate)
+        metrics, outputs = self.engine.train_step(batches, loss_fn, learning_rate=rate)
+        for batch, output in zip(batches, outputs, strict=True):
+            self.monitor.update(batch.response_ids, output["entropy"], batch.loss_mask)
         self.step += 1
         return {
             **metrics,
@@ -160,50 +153,35 @@ class Trainer:
             "seconds": time.perf_counter() - started,
         }
 
-    def validate(self) -> float:
+    def validate(self) -> dict[str, float]:
         """Validation loss; the weights are kept aside when it is the best so far."""
         loss = validation_loss(self.engine, self.validation, self.config.micro_batch_size)
         if not math.isfinite(loss):
             raise FloatingPointError(f"validation loss is {loss} at step {self.step}")
         if self.best.update(loss, self.step):
             publish(self.engine, self.run / "checkpoints" / f"{self.name}-best")
-        return loss
+        return {"validation_loss": loss}
 
-    def save(self) -> None:
-        """A checkpoint to resume from."""
-        save(self.name, self.run, self.step, self.engine, {"best": vars(self.best)})
+    def state(self) -> dict[str, Any]:
+        """See `loop.Steps.state`."""
+        return {"best": vars(self.best)}
 
     def loop(self) -> None:
-        """Train until finished; a stop request saves first."""
-        with (
-            StopRequest() as stop,
-            MetricsLogger(
-                self.run,
-                self.name,
-                resume_after=self.resume_after,
-                histogram_edges={"entropy_histogram": self.monitor.bin_edges},
-            ) as log,
-            progress_bar(self.name, self.total, self.step, _SHOWN) as bar,
-        ):
-            while not self.finished:
-                metrics = self.take_step()
-                last = self.step == self.total
-                if last or self.step % self.config.validate_every == 0:
-                    metrics["validation_loss"] = self.validate()
-                log.log(self.step, metrics)
-                bar.update(self.step, metrics)
-                if last or stop.requested or self.step % self.config.checkpoint_every == 0:
-                    self.save()
-                if stop.requested:
-                    raise StageInterrupted(
-                        f"{self.name} stopped at step {self.step} of {self.total} and was saved; "
-                        "go on with --resume"
-                    )
-            if self.best.stale and self.best.loss is not None:
-                bar.note(
-                    f"{self.name}: best validation loss {self.best.loss:.4f} at step "
-                    f"{self.best.step} of {self.step}; those weights are kept"
-                )
+        """Train until finished."""
+        run_steps(
+            self,
+            validate_every=self.config.validate_every,
+            checkpoint_every=self.config.checkpoint_every,
+            keep=2,
+            shown=_SHOWN,
+        )
+        if self.best.stale and self.best.loss is not None and self.engine.ranks.leads:
+            Console().print(
+                f"{self.name}: best validation loss {self.best.loss:.4f} at step "
+                f"{self.best.step} of {self.step}; those weights are kept",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def corpus(files: Sequence[Path]) -> list[str]:

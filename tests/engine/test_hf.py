@@ -12,6 +12,7 @@ from transformers import InternVLForConditionalGeneration
 
 from r1v3.data.encoding import Example, collate
 from r1v3.engine.contract import Batch
+from r1v3.engine.head import Head
 from r1v3.engine.hf import HFEngine
 from r1v3.model.internvl import PARTS, load_model, part_of
 from tests import tiny
@@ -77,7 +78,7 @@ def plain(
 def test_logprobs_and_entropies_are_those_of_a_plain_forward(case: str, temperature: float) -> None:
     engine, batch = an_engine(temperature=temperature), a_batch(case)
     with torch.no_grad():
-        logprobs, entropy = engine.forward(batch)
+        logprobs, entropy = engine.head(batch).logprobs_and_entropy()
         wanted, wanted_entropy = plain(engine.model, batch, temperature)
     assert logprobs.shape == batch.response_ids.shape and logprobs.dtype == torch.float32
     assert (logprobs - wanted).abs().max() < 1e-5
@@ -99,7 +100,10 @@ def test_every_gradient_is_that_of_a_plain_forward(case: str) -> None:
         named = engine.model.named_parameters()
         return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
-    found, wanted = gradients(engine.forward(batch)), gradients(plain(engine.model, batch))
+    found, wanted = (
+        gradients(engine.head(batch).logprobs_and_entropy()),
+        gradients(plain(engine.model, batch)),
+    )
     assert set(found) == set(wanted) == {name for name, _ in engine.model.named_parameters()}
     for name, gradient in wanted.items():
         # A key's bias shifts all scores of a row alike: its true gradient is zero.
@@ -111,9 +115,9 @@ def test_every_gradient_is_that_of_a_plain_forward(case: str) -> None:
 def test_padding_does_not_change_a_row() -> None:
     engine, batch = an_engine(), a_batch("padded")
     with torch.no_grad():
-        whole, _ = engine.forward(batch)
+        whole, _ = engine.head(batch).logprobs_and_entropy()
         for i in range(3):
-            alone, _ = engine.forward(batch.slice(i, i + 1))
+            alone, _ = engine.head(batch.slice(i, i + 1)).logprobs_and_entropy()
             assert (whole[i, : alone.shape[1]] - alone[0]).abs().max() < 1e-5
 
 
@@ -121,7 +125,7 @@ def test_responses_without_tokens_do_not_break_a_batch() -> None:
     """A stopped-at-once completion has no length to attend over."""
     engine, batch = an_engine(), a_batch("group")
     empty = replace(batch, response_ids=batch.response_ids[:, :0], loss_mask=batch.loss_mask[:, :0])
-    logprobs, entropy = engine.forward(empty)
+    logprobs, entropy = engine.head(empty).logprobs_and_entropy()
     assert logprobs.shape == entropy.shape == (4, 0)
 
 
@@ -132,22 +136,26 @@ def test_an_image_token_inside_a_response_is_text() -> None:
     with_token = replace(batch, response_ids=batch.response_ids.clone())
     with_token.response_ids[0, 1] = image
     with torch.no_grad():
-        first, second = engine.forward(batch)[0], engine.forward(with_token)[0]
+        first, second = (
+            engine.head(batch).logprobs_and_entropy()[0],
+            engine.head(with_token).logprobs_and_entropy()[0],
+        )
     assert second.isfinite().all()
     assert torch.allclose(first[0, 0], second[0, 0])
 
 
 def nll(total: int) -> object:
-    return lambda logprobs, entropy, index: -logprobs.sum() / total
+    return lambda head, index: (-head.logprobs_and_entropy()[0].sum() / total, {})
 
 
 def steps(engine: HFEngine, batches: Sequence[Batch], **kwargs: float) -> dict[str, float]:
     total = sum(int(b.loss_mask.sum()) for b in batches)
-    return engine.train_step(
+    metrics, _ = engine.train_step(
         batches,
         nll(total),  # type: ignore[arg-type]
         learning_rate=kwargs.get("learning_rate", 1e-3),
     )
+    return metrics
 
 
 def weights_of(engine: HFEngine) -> dict[str, Tensor]:
@@ -272,7 +280,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were() -> None
     for bad in (float("nan"), float("inf")):
         with pytest.raises(FloatingPointError, match="the step was not taken"):
             engine.train_step(
-                [batch], lambda logprobs, e, i, bad=bad: logprobs.sum() * bad, learning_rate=1e-3
+                [batch],
+                lambda head, i, bad=bad: (head.logprobs_and_entropy()[0].sum() * bad, {}),
+                learning_rate=1e-3,
             )
         assert all(torch.equal(before[name], tensor) for name, tensor in engine.export_hf())
     clean = an_engine(weight_decay=0.1)
@@ -285,11 +295,13 @@ def test_the_loss_function_is_told_which_micro_batch_it_has() -> None:
     engine, batch = an_engine(), a_batch("groups")
     seen = []
 
-    def loss(logprobs: Tensor, entropy: Tensor, index: int) -> Tensor:
+    def loss(head: Head, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, entropy = head.logprobs_and_entropy()
         seen.append((index, tuple(logprobs.shape), tuple(entropy.shape)))
-        return logprobs.sum()
+        return logprobs.sum(), {"index": torch.tensor(index)}
 
-    engine.train_step([batch.slice(0, 1), batch.slice(1, 2)], loss, learning_rate=0.0)
+    _, outputs = engine.train_step([batch.slice(0, 1), batch.slice(1, 2)], loss, learning_rate=0.0)
+    assert [int(output["index"]) for output in outputs] == [0, 1]
     assert seen == [(0, (3, 4), (3, 4)), (1, (3, 5), (3, 5))]
 
 
@@ -317,7 +329,7 @@ def test_saved_weights_load_bit_for_bit_here_and_in_transformers(tmp_path: Path)
     batch = a_batch("groups")
     with torch.no_grad():
         wanted, _ = plain(theirs.eval(), batch)
-        assert (fresh.forward(batch)[0] - wanted).abs().max() < 1e-5
+        assert (fresh.head(batch).logprobs_and_entropy()[0] - wanted).abs().max() < 1e-5
 
 
 def test_exported_tensors_are_not_part_of_the_graph() -> None:

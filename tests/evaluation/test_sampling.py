@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from r1v3.data.encoding import ImageShape, encode_sample, model_image_shape
+from r1v3.data.encoding import ImageShape, encode_sample
 from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END
 from r1v3.evaluation.sampling import Answers, Policy
 from r1v3.rewards import accuracy_reward
 from r1v3.rollout import local
+from r1v3.rollout.contract import TokenRules
 from r1v3.rollout.local import Sampling
 from tests import tiny
 
@@ -21,7 +22,7 @@ SETTINGS = Sampling(1.0, 10)
 def policy() -> Policy:
     net = tiny.model(1)
     tiny.sharpen(net, 5.0)
-    return Policy(net, tiny.tokenizer(), model_image_shape(net, 1))
+    return tiny.policy(net)
 
 
 def answered(policy: Policy, samples: list[Sample] = QUESTIONS, **kwargs: object) -> Answers:
@@ -98,17 +99,17 @@ def test_the_template_follows_the_mode(
     monkeypatch.setattr(
         policy,
         "complete",
-        lambda examples, *a, **k: prompts.extend(examples) or complete(examples, *a, **k),
+        lambda requests, *a, **k: prompts.extend(requests) or complete(requests, *a, **k),
     )
     answered(policy, QUESTIONS[:1], thinking=thinking)
     wanted = encode_sample(QUESTIONS[0], policy.tokenizer, policy.shape, thinking=thinking)
-    assert prompts[0].prompt_ids == wanted.prompt_ids
+    assert prompts[0].example.prompt_ids == wanted.prompt_ids
     assert policy.tokenizer.decode(wanted.prompt_ids).endswith("<think>\n") is thinking
 
 
 def test_special_tokens_are_never_sampled_and_further_bans_are_added(policy: Policy) -> None:
     special = set(policy.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))) - {policy.stop_id}
-    assert set(policy.never) == special
+    assert set(TokenRules.of(policy.tokenizer).never) == special
     free = answered(policy, repeats=8)
     seen = {int(i) for r in free.rollouts for i in r.response_ids[r.mask]}
     banned = tuple(sorted(seen - {policy.stop_id}))
@@ -122,7 +123,7 @@ def test_the_policy_uses_the_weights_as_they_are_now(policy: Policy) -> None:
     """Training changes the live model between two calls."""
     greedy = Sampling(0.0, 6)
     before = answered(policy, sampling=greedy).texts
-    weight = policy.model.lm_head.weight
+    weight = policy.sampler.decoder.model.lm_head.weight  # type: ignore[attr-defined]
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.copy_(kept.flip(0))

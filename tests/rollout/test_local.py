@@ -13,6 +13,7 @@ from r1v3.data.encoding import Example, collate
 from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END
 from r1v3.engine.contract import Batch
 from r1v3.engine.hf import HFEngine, response_hidden
+from r1v3.engine.hf_decoder import DecodeCache, HFDecoder, prefill
 from r1v3.rollout import local
 from r1v3.rollout.local import Rollout, Sampling, ThoughtClosing, decode_texts, draw, generate
 from tests import tiny
@@ -53,17 +54,17 @@ def rollout(
 ) -> Rollout:
     settings: dict[str, object] = {"max_tokens": 24, "banned": NEVER, **sampling}
     batch = collate(examples, 0, responses=[()] * len(examples))
+    chosen = Sampling(**settings)  # type: ignore[arg-type]
+    generator = generator or torch.Generator().manual_seed(seed)
     return generate(
-        NET,
-        batch.prompt_ids,
-        batch.prompt_mask,
-        batch.pixel_values,
-        sampling=Sampling(**settings),  # type: ignore[arg-type]
+        HFDecoder(NET),
+        batch,
+        sampling=chosen,
         closing=CLOSING,
         stop_id=STOP,
         pad_id=0,
         group_size=group_size,
-        generator=generator or torch.Generator().manual_seed(seed),
+        uniforms=torch.rand(len(examples) * group_size, chosen.max_tokens, generator=generator),
     )
 
 
@@ -105,7 +106,7 @@ def test_recorded_logprobs_are_those_of_the_engine_that_trains(
         temperature=temperature,
     )  # fmt: skip
     with torch.no_grad():
-        logprobs, entropy = engine.forward(as_batch(found, group_size))
+        logprobs, entropy = engine.head(as_batch(found, group_size)).logprobs_and_entropy()
     assert (found.logprobs - logprobs).abs().max() < 1e-4
     assert (found.entropy - entropy).abs().max() < 1e-4
 
@@ -118,8 +119,8 @@ def test_banned_tokens_never_appear_and_take_no_probability() -> None:
     assert not {i for row in rows(found) for i in row} & set(banned)
     prompt = collate(EXAMPLES, 0, responses=[(STOP,)] * 4)
     with torch.no_grad():
-        hidden = local.prefill(
-            NET, local.DecodeCache(999), prompt.prompt_ids, prompt.prompt_mask, prompt.pixel_values
+        hidden = prefill(
+            NET, DecodeCache(999), prompt.prompt_ids, prompt.prompt_mask, prompt.pixel_values
         )
         logits = NET.lm_head(hidden[:, -1])
     logits[:, list(banned)] = -math.inf
@@ -185,7 +186,7 @@ def test_a_completion_may_be_the_end_of_turn_alone(
     assert rows(found) == [[STOP]] * 4 and found.finished.all()
     assert decode_texts(WORDS, found, STOP) == [""] * 4
     engine = HFEngine(NET, WORDS, modules={"connector": True})
-    logprobs, _ = engine.forward(as_batch(found, 1))
+    logprobs, _ = engine.head(as_batch(found, 1)).logprobs_and_entropy()
     assert torch.allclose(logprobs.detach(), found.logprobs, atol=1e-4)
 
 
@@ -216,7 +217,7 @@ def test_greedy_records_the_models_own_distribution() -> None:
     found = rollout(temperature=0.0, banned=())
     engine = HFEngine(NET, WORDS, modules={"connector": True})
     with torch.no_grad():
-        logprobs, entropy = engine.forward(as_batch(found, 1))
+        logprobs, entropy = engine.head(as_batch(found, 1)).logprobs_and_entropy()
     assert torch.allclose(found.logprobs, logprobs, atol=1e-4)
     assert torch.allclose(found.entropy, entropy, atol=1e-4)
 
@@ -280,7 +281,7 @@ def test_forced_tokens_have_the_logprobs_that_the_model_gives_them() -> None:
     found = rollout(banned=(), budget=3)
     engine = HFEngine(NET, WORDS, modules={"connector": True})
     with torch.no_grad():
-        logprobs, _ = engine.forward(as_batch(found, 1))
+        logprobs, _ = engine.head(as_batch(found, 1)).logprobs_and_entropy()
     assert torch.allclose(found.logprobs, logprobs, atol=1e-4)
     assert (~found.sampled & found.mask).any()
 

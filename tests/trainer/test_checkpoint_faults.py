@@ -66,10 +66,13 @@ FULL_DISK = """
     if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode != 0:
         sys.exit(77)
 
+    def write(file, data):
+        file.write_bytes(data)
+
     def save(step, model_bytes, numbers):
         save_checkpoint(
             root, step, tensors={"w": torch.full((numbers,), 1.0 * step)}, state={},
-            write_model=lambda d: (d / "model.safetensors").write_bytes(b"x" * model_bytes),
+            write_model=lambda d: write(d / "model.safetensors", b"x" * model_bytes),
         )
 
     save(1, 300_000, 100_000)
@@ -124,13 +127,16 @@ KILLS = """
     torch.set_num_threads(1)
     root, generator = Path(sys.argv[1]), random.Random(0)
 
+    def write(file, data):
+        file.write_bytes(data)
+
     def content(step):
         return bytes([step % 256]) * 300_000
 
     def save(step):
         save_checkpoint(
             root, step, tensors={"w": torch.full((100_000,), float(step))}, state={"n": [step]},
-            write_model=lambda d: (d / "model.safetensors").write_bytes(content(step)),
+            write_model=lambda d: write(d / "model.safetensors", content(step)),
         )
 
     start = time.monotonic()

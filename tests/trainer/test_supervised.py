@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from r1v3.config import SFT, load
@@ -129,8 +128,7 @@ def test_the_step_loss_is_the_mean_cross_entropy_of_response_tokens(tmp_path: Pa
     chosen = order(len(trainer.train), 0, 16, 0, "sft", "order")
     examples = [trainer.train[i] for i in chosen]
     batch = micro_batches(examples, 16, trainer.engine.tokenizer.pad_token_id)[0]
-    with torch.no_grad():
-        logprobs, _ = trainer.engine.forward(batch)
+    [(logprobs, _)] = trainer.engine.evaluate([batch])
     expected = -float(logprobs[batch.loss_mask].double().mean())
     assert validation_loss(trainer.engine, examples, 16) == pytest.approx(expected, rel=1e-5)
     assert trainer.take_step()["loss"] == pytest.approx(expected, rel=1e-5)

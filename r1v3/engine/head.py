@@ -1,0 +1,93 @@
+"""The language head at the tokens that count: what a loss is made from, without logits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from r1v3.kernels import linear_grpo_loss, linear_logprobs_and_entropy
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states and head weight of the M response tokens that count, row by row.
+
+    Attributes:
+        hidden: [M, H], the states that predict the tokens.
+        weight: [V, H], or this rank's shard of it.
+        token_ids: int64 [M].
+        loss_mask: bool [N, R] with M tokens set, which stand here in row-major order.
+        temperature: of the distributions.
+        vocab_size: the true one, where the weight is padded.
+        group: ranks over which V is sharded.
+        reduce_hidden_grad: whether the gradient of `hidden` is to be summed over the group here;
+            False where what produced `hidden` does it.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    token_ids: Tensor
+    loss_mask: Tensor
+    temperature: float = 1.0
+    vocab_size: int | None = None
+    group: ProcessGroup | None = None
+    reduce_hidden_grad: bool = True
+
+    def logprobs_and_entropy(self) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [N, R] in nats, 0 where the mask is False; differentiable."""
+        logprobs, entropy = linear_logprobs_and_entropy(
+            self.hidden, self.weight, self.token_ids, **self._sharding()
+        )
+        return self._spread(logprobs), self._spread(entropy)
+
+    def grpo_loss(
+        self,
+        old_logprobs: Tensor | None,
+        advantages: Tensor,
+        *,
+        ref_logprobs: Tensor | None = None,
+        weights: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`r1v3.kernels.linear_grpo_loss` of these tokens.
+
+        Args:
+            old_logprobs, ref_logprobs, weights: [N, R] or None.
+            advantages: [N].
+            options: as `grpo_loss`.
+
+        Returns:
+            loss and metrics; of these, "token_logprobs" and "token_entropy" are [N, R].
+        """
+        lengths = self.loss_mask.sum(1)
+        each = advantages.repeat_interleave(lengths, output_size=len(self.token_ids))
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        loss, metrics = linear_grpo_loss(
+            self.hidden,
+            self.weight,
+            self.token_ids,
+            None if old_logprobs is None else old_logprobs[self.loss_mask],
+            each,
+            torch.ones_like(self.token_ids, dtype=torch.bool),
+            ref_logprobs=None if ref_logprobs is None else ref_logprobs[self.loss_mask],
+            weights=None if weights is None else weights[self.loss_mask],
+            cu_seqlens=offsets,
+            **self._sharding(),
+            **options,
+        )
+        for name in ("token_logprobs", "token_entropy"):
+            metrics[name] = self._spread(metrics[name])
+        return loss, metrics
+
+    def _sharding(self) -> dict[str, Any]:
+        kwargs: dict[str, Any] = {"temperature": self.temperature, "vocab_size": self.vocab_size}
+        if self.group is not None:
+            kwargs |= {"group": self.group, "reduce_hidden_grad": self.reduce_hidden_grad}
+        return kwargs
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Values [M] at their places in [N, R]."""
+        whole = values.new_zeros(self.loss_mask.shape)
+        return whole.masked_scatter(self.loss_mask, values)

@@ -1,0 +1,137 @@
+"""The loop around the steps of a stage: validate, log, save and stop, on all ranks alike."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from r1v3.engine.contract import Engine
+from r1v3.trainer.checkpoint import PendingCheckpoint, start_checkpoint
+from r1v3.trainer.critical_tokens import CriticalTokenMonitor
+from r1v3.trainer.interrupt import StageInterrupted, StopRequest
+from r1v3.trainer.metrics import MetricsLogger
+from r1v3.trainer.progress import ProgressBar, progress_bar
+
+
+class Steps(Protocol):
+    """What a stage's trainer is to the loop.
+
+    Attributes:
+        step: finished steps; total: the steps there are; finished: no further step is wanted.
+        resume_after: see `MetricsLogger`.
+    """
+
+    name: str
+    run: Path
+    engine: Engine
+    monitor: CriticalTokenMonitor
+    step: int
+    total: int
+    resume_after: int | None
+
+    @property
+    def finished(self) -> bool: ...
+
+    def take_step(self) -> dict[str, Any]:
+        """One optimizer step; its metrics."""
+        ...
+
+    def validate(self) -> dict[str, Any]:
+        """Metrics of the validation data."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON values to go on from, besides the engine's state and the step."""
+        ...
+
+
+class Checkpoints:
+    """The checkpoints of a stage that `resume` goes on from, one at a time under way.
+
+    Args:
+        keep: how many to keep; None keeps all.
+    """
+
+    def __init__(self, root: Path, engine: Engine, *, keep: int | None) -> None:
+        self.root, self.engine, self.keep = root, engine, keep
+        self._pending: PendingCheckpoint | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Start to save, `step` counting finished steps; the one before is finished first."""
+        self.finish()
+        self._pending = start_checkpoint(
+            self.root,
+            step,
+            tensors=self.engine.optimizer_tensors(),
+            state=state,
+            write_model=self.engine.save_state,
+            keep=self.keep,
+            ranks=self.engine.ranks,
+        )
+        self.poll()
+
+    def poll(self) -> None:
+        """Put in place what is completely written by now."""
+        if self._pending is not None and self._pending.written():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until what was started is in place."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.finish()
+
+
+def run_steps(
+    trainer: Steps,
+    *,
+    validate_every: int,
+    checkpoint_every: int,
+    keep: int | None,
+    shown: Sequence[str],
+) -> None:
+    """Train until finished.
+
+    Args:
+        keep: checkpoints to keep; None keeps all.
+        shown: the metrics that the progress bar shows.
+
+    Raises:
+        StageInterrupted: a signal asked some rank to stop; the steps taken are saved.
+    """
+    ranks, name, total = trainer.engine.ranks, trainer.name, trainer.total
+    checkpoints = Checkpoints(trainer.run / "checkpoints" / name, trainer.engine, keep=keep)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        log = stack.enter_context(_log(trainer)) if ranks.leads else None
+        bar: ProgressBar = stack.enter_context(
+            progress_bar(name, total, trainer.step, shown, shown=ranks.leads)
+        )
+        while not trainer.finished:
+            metrics = trainer.take_step()
+            last = trainer.step == total
+            if last or trainer.step % validate_every == 0:
+                metrics |= trainer.validate()
+            if log is not None:
+                log.log(trainer.step, metrics)
+            bar.update(trainer.step, metrics)
+            stopping = any(ranks.gather(stop.requested))
+            if last or stopping or trainer.step % checkpoint_every == 0:
+                checkpoints.save(trainer.step, trainer.state())
+            checkpoints.poll()
+            if stopping:
+                checkpoints.finish()
+                raise StageInterrupted(
+                    f"{name} stopped at step {trainer.step} of {total} and was saved; "
+                    "go on with --resume"
+                )
+        checkpoints.finish()
+
+
+def _log(trainer: Steps) -> MetricsLogger:
+    return MetricsLogger(
+        trainer.run,
+        trainer.name,
+        resume_after=trainer.resume_after,
+        histogram_edges={"entropy_histogram": trainer.monitor.bin_edges},
+    )
