@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from r1v3.model.conversion import Checkpoint, load_config, weights
+from r1v3.model.conversion.match import require_match
 
 PARTS = ("vision", "connector", "llm")
 _PREFIXES = {
@@ -15,20 +17,6 @@ _PREFIXES = {
     "model.language_model.": "llm",
     "lm_head.": "llm",
 }
-# How published checkpoints, and transformers' own save_pretrained, still name the same tensors.
-_STORED_PREFIXES = {
-    "vision_tower.": "model.vision_tower.",
-    "multi_modal_projector.": "model.multi_modal_projector.",
-    "language_model.model.": "model.language_model.",
-    "language_model.lm_head.": "lm_head.",
-}
-
-
-def _native_name(stored: str) -> str:
-    for prefix, native in _STORED_PREFIXES.items():
-        if stored.startswith(prefix):
-            return native + stored.removeprefix(prefix)
-    return stored
 
 
 def part_of(name: str) -> str:
@@ -108,43 +96,27 @@ def build_model(
 def load_model(
     directory: Path | str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> InternVLForConditionalGeneration:
-    """Load a model folder (config.json and model.safetensors) into memory.
+    """Load a model folder (config.json and safetensors) into memory.
 
-    The tensors have the names of `InternVLForConditionalGeneration`'s parameters, or those that
-    its `save_pretrained` writes.
+    The weights may be in one file or in shards, under native or original names; see
+    `r1v3.model.conversion`.
 
     Raises:
         ValueError: a file is missing, cut short or does not fit the configuration; the message
-            names it.
+            names it and all tensors that are wrong.
     """
-    folder = Path(directory)
-    for required in ("config.json", "model.safetensors"):
-        if not (folder / required).is_file():
-            raise ValueError(f"model folder {folder} has no {required}")
-    weights = folder / "model.safetensors"
+    config = load_config(directory)
+    config._attn_implementation = "sdpa"
     try:
-        config = InternVLConfig.from_pretrained(folder)
-        config._attn_implementation = "sdpa"
         model = InternVLForConditionalGeneration(config)
     except Exception as error:  # transformers raises many types on values it cannot use
-        raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from error
-    try:
-        with safe_open(weights, framework="pt") as stored:
-            state = {_native_name(name): stored.get_tensor(name) for name in stored.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{weights} cannot be read: {error}") from error
+        raise ValueError(f"{Path(directory) / 'config.json'} cannot be used: {error}") from error
     nn.Module.to(model, device=torch.device(device), dtype=dtype)
-    own = dict(model.named_parameters())
-    if missing := sorted(set(own) - set(state)) or sorted(set(state) - set(own)):
-        raise ValueError(f"{weights} does not fit its config.json: tensor {missing[0]}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            if parameter.shape != state[name].shape:
-                raise ValueError(
-                    f"{weights}: {name} has shape {tuple(state[name].shape)}, "
-                    f"config.json says {tuple(parameter.shape)}"
-                )
-            parameter.copy_(state[name])
+    with Checkpoint(directory) as checkpoint, torch.no_grad():
+        sources, _ = require_match(checkpoint, weights(config))
+        for name, parameter in model.named_parameters():
+            source = sources[name]
+            checkpoint.copy_into(parameter, source.stored.name, start=source.row)
     return model
 
 

@@ -1,5 +1,7 @@
 """Converting InternVL between HF checkpoints, in either naming, and Megatron's layouts."""
 
+from r1v3.model.conversion.config import load_config
+from r1v3.model.conversion.disk import Converted, convert
 from r1v3.model.conversion.match import CheckpointError, Report, match
 from r1v3.model.conversion.parallel import export_hf, load_hf
 from r1v3.model.conversion.reader import Checkpoint
@@ -9,8 +11,11 @@ from r1v3.model.conversion.table import native_shapes, parameter_name, saved_nam
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Converted",
     "Report",
+    "convert",
     "export_hf",
+    "load_config",
     "load_hf",
     "match",
     "native_shapes",

@@ -43,7 +43,7 @@ class Report:
     def lines(self) -> list[str]:
         """One line per fault, at most a dozen of a kind, and how many more there are."""
         shapes = [
-            f"{name} in {Path(file).name} has shape {found}, config.json says {expected}"
+            f"{Path(file).name}: {name} has shape {found}, config.json says {expected}"
             for name, file, expected, found in self.misshapen
         ]
         return [

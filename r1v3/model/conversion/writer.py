@@ -74,7 +74,7 @@ class ShardWriter:
             self.files = [SINGLE_FILE]
         self._entries = {entry.name: entry for entry in entries}
         self._places: dict[str, tuple[str, int]] = {}
-        self._waiting = set(self._entries)
+        self._waiting = {entry.name: entry.bytes for entry in entries}
         for file, shard in zip(self.files, shards, strict=True):
             self._begin(file, shard)
 
@@ -113,39 +113,39 @@ class ShardWriter:
                 f"{entry.shape}"
             )
         values = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
-        with self._place(name) as (target, place):
+        with self._place(name, 0, entry.bytes) as (target, place):
             _write_at(target, values.numpy().data, place)
 
-    def copy(self, name: str, source: int, begin: int) -> None:
-        """Copy a tensor's bytes from byte `begin` of the file descriptor `source`.
+    def copy(self, name: str, source: int, begin: int, size: int, *, at: int = 0) -> None:
+        """Copy `size` bytes from byte `begin` of the file descriptor `source` to byte `at` of it.
 
         Holes of a sparse source stay holes.
 
         Raises:
-            ValueError: it was written before.
+            ValueError: they are more than is left to write of the tensor.
             OSError: the disk is full, or the source ends too early.
         """
-        end = begin + self._entries[name].bytes
-        with self._place(name) as (target, place):
+        end = begin + size
+        with self._place(name, at, size) as (target, place):
             shift = place - begin
             while (extent := _data_extent(source, begin, end)) is not None:
-                at, begin = extent
-                while at < begin:
-                    chunk = os.pread(source, min(_CHUNK_BYTES, begin - at), at)
+                data, begin = extent
+                while data < begin:
+                    chunk = os.pread(source, min(_CHUNK_BYTES, begin - data), data)
                     if not chunk:
                         raise OSError(errno.EIO, f"the file of {name} ended while it was read")
-                    _write_at(target, memoryview(chunk), at + shift)
-                    at += len(chunk)
+                    _write_at(target, memoryview(chunk), data + shift)
+                    data += len(chunk)
 
     @contextmanager
-    def _place(self, name: str) -> Iterator[tuple[int, int]]:
-        """The open file of a tensor that was not written yet, and the byte it begins at."""
-        if name not in self._waiting:
-            raise ValueError(f"{name} was written before")
-        self._waiting.remove(name)
+    def _place(self, name: str, at: int, size: int) -> Iterator[tuple[int, int]]:
+        """The open file of a tensor and the place of its byte `at`; `size` bytes are then done."""
+        if size > self._waiting.get(name, 0) or at + size > self._entries[name].bytes:
+            raise ValueError(f"{name} was written before, or has no {size} bytes from {at}")
         file, place = self._places[name]
         with open(self.folder / file, "r+b", buffering=0) as opened:
-            yield opened.fileno(), place
+            yield opened.fileno(), place + at
+        self._waiting[name] -= size
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -160,10 +160,8 @@ class ShardWriter:
             self._finish()
 
     def _finish(self) -> None:
-        if self._waiting:
-            raise ValueError(
-                f"{len(self._waiting)} tensors were not written, such as {min(self._waiting)}"
-            )
+        if unwritten := [name for name, left in self._waiting.items() if left]:
+            raise ValueError(f"{len(unwritten)} tensors were not written, such as {unwritten[0]}")
         for file in self.files:
             with open(self.folder / file, "rb") as opened:
                 os.fsync(opened.fileno())
