@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from r1v3.model.megatron.decoding import KeyValueCache
 
 
-def _flash_attention(tensor: Tensor) -> ModuleType | None:
+def flash_attention(tensor: Tensor) -> ModuleType | None:
     """The flash-attn package, where it is installed and takes this tensor."""
     if not tensor.is_cuda or tensor.dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -102,7 +102,7 @@ class PackedLayout(Layout):
         index = self.packed.key_index
         if len(index) > len(query):
             key, value = (_GatherKeys.apply(rows, index, self.keys) for rows in (key, value))
-        if (flash := _flash_attention(query)) is not None:
+        if (flash := flash_attention(query)) is not None:
             return flash.flash_attn_varlen_func(
                 query,
                 key,
@@ -126,10 +126,10 @@ class PackedLayout(Layout):
 def _tile_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Full attention within each tile; everything is [tokens, tiles, heads, d]."""
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-    if (flash := _flash_attention(q)) is not None:
+    if (flash := flash_attention(q)) is not None:
         return flash.flash_attn_func(q, k, v).transpose(0, 1)
-    mixed = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-    return mixed.permute(2, 0, 1, 3)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3)
 
 
 class CoreAttention(nn.Module):

@@ -43,9 +43,9 @@ def enable() -> None:
         setattr(torch.cuda, name, stand_in)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
-    torch.nn.Module.cuda = lambda module, *_, **__: module
-    torch.Tensor.type = _cuda_type_names(torch.Tensor.type)
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda module, *_, **__: module  # type: ignore[method-assign]
+    torch.Tensor.type = _cuda_type_names(torch.Tensor.type)  # type: ignore[method-assign,assignment]
     _keep_random_states_on_cpu()
 
 

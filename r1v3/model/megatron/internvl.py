@@ -17,7 +17,12 @@ from transformers import InternVLConfig
 
 from r1v3.model.megatron.attention import Layout, PackedLayout
 from r1v3.model.megatron.layers import language_block
-from r1v3.model.megatron.options import ModelOptions, check, language_transformer
+from r1v3.model.megatron.options import (
+    ModelOptions,
+    check,
+    language_transformer,
+    towers,
+)
 from r1v3.model.megatron.packing import Packed
 from r1v3.model.megatron.rotary import Rotary
 from r1v3.model.megatron.vision import Connector, InternViT, clear_padded_heads, pixel_shuffle
@@ -82,19 +87,20 @@ class InternVL(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.hf_config, self.options = config, options
         self.pre_process, self.post_process = pre_process, post_process
-        self.vocab_size = config.text_config.vocab_size
+        vision, text = towers(config)
+        self.vocab_size = text.vocab_size
         self.padded_vocab_size = options.padded_vocab(config)
         self.share_embeddings_and_output_weights = bool(config.tie_word_embeddings)
-        self.rotary = Rotary(config.text_config)
+        self.rotary = Rotary(text)
         if pre_process:
             self.vision_model = InternViT(config, options)
             self.vision_projection = Connector(config, options)
-            clear_padded_heads(self.vision_model, config.vision_config.num_attention_heads)
+            clear_padded_heads(self.vision_model, vision.num_attention_heads)
         self.language_model = GPTModel(
             transformer,
             language_block(get_num_layers_to_build(transformer)),
             vocab_size=self.padded_vocab_size,
-            max_sequence_length=config.text_config.max_position_embeddings,
+            max_sequence_length=text.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
@@ -103,8 +109,11 @@ class InternVL(MegatronModule):
         )
         self._clear_padded_rows()
 
-    def forward(self, packed: Packed) -> Tensor:
+    def forward(self, packed: Packed, layout: Layout | None = None) -> Tensor:
         """Run this stage on a packed micro-batch that lies on the model's device.
+
+        Args:
+            layout: what its rows attend to, where that is more than `PackedLayout(packed)`.
 
         Returns:
             [T, 1, H], or [T / ranks, 1, H] with sequence parallelism: the activation for the next
@@ -114,7 +123,8 @@ class InternVL(MegatronModule):
             ValueError: image tokens and image features differ in number.
         """
         embedded = self._embed(packed) if self.pre_process else None
-        return self.run_layers(embedded, packed.position_ids, packed.longest, PackedLayout(packed))
+        layout = layout or PackedLayout(packed)
+        return self.run_layers(embedded, packed.position_ids, packed.longest, layout)
 
     def run_layers(
         self, embedded: Tensor | None, position_ids: Tensor, longest: int, layout: Layout

@@ -1,7 +1,7 @@
 """How InternVL is laid out on megatron-core: the options, and the configs they result in."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -37,11 +37,16 @@ class ModelOptions:
 
     def padded_heads(self, config: InternVLConfig) -> int:
         """Vision heads, padding included."""
-        return _round_up(config.vision_config.num_attention_heads, self.head_multiple)
+        return _round_up(towers(config)[0].num_attention_heads, self.head_multiple)
 
     def padded_vocab(self, config: InternVLConfig) -> int:
         """Vocabulary rows, padding included."""
-        return _round_up(config.text_config.vocab_size, self.vocab_multiple)
+        return _round_up(towers(config)[1].vocab_size, self.vocab_multiple)
+
+
+def towers(config: InternVLConfig) -> tuple[Any, Any]:
+    """The configurations of the vision tower and of the language model."""
+    return config.vision_config, config.text_config
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -50,7 +55,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 def check(config: InternVLConfig, options: ModelOptions) -> None:
     """Raise a ValueError that names what this model cannot be or how it cannot be split."""
-    vision, text = config.vision_config, config.text_config
+    vision, text = towers(config)
     for name, value, allowed in (
         ("text_config.model_type", text.model_type, ("qwen2",)),
         ("text_config.hidden_act", text.hidden_act, ("silu",)),
@@ -91,7 +96,7 @@ def check(config: InternVLConfig, options: ModelOptions) -> None:
         )
 
 
-def _common(options: ModelOptions) -> dict[str, object]:
+def _common(options: ModelOptions) -> dict[str, Any]:
     """What the three configs share: no dropout, and no fusion that needs CUDA extensions."""
     return {
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
@@ -110,7 +115,7 @@ def _common(options: ModelOptions) -> dict[str, object]:
     }
 
 
-def _recompute(options: ModelOptions) -> dict[str, object]:
+def _recompute(options: ModelOptions) -> dict[str, Any]:
     if options.recompute == "none":
         return {}
     return {
@@ -122,7 +127,7 @@ def _recompute(options: ModelOptions) -> dict[str, object]:
 
 def language_transformer(config: InternVLConfig, options: ModelOptions) -> TransformerConfig:
     """Qwen2: grouped queries, QKV bias, gated SiLU, RMS norm."""
-    text = config.text_config
+    _, text = towers(config)
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
@@ -151,7 +156,7 @@ def language_transformer(config: InternVLConfig, options: ModelOptions) -> Trans
 
 def vision_transformer(config: InternVLConfig, options: ModelOptions) -> TransformerConfig:
     """InternViT with padded heads, all of it on the first pipeline stage."""
-    vision = config.vision_config
+    vision, _ = towers(config)
     heads = options.padded_heads(config)
     return TransformerConfig(
         num_layers=vision.num_hidden_layers,
@@ -173,7 +178,7 @@ def vision_transformer(config: InternVLConfig, options: ModelOptions) -> Transfo
 
 def connector_transformer(config: InternVLConfig, options: ModelOptions) -> TransformerConfig:
     """The two linears of the connector; layers and heads are not used."""
-    text = config.text_config
+    _, text = towers(config)
     return TransformerConfig(
         num_layers=1,
         hidden_size=text.hidden_size,

@@ -7,6 +7,7 @@ of the concatenated sequence, while the prompt (and its images) is computed once
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Packed:
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)

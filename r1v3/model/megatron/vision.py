@@ -20,6 +20,7 @@ from r1v3.model.megatron.layers import mlp_submodules, vision_block
 from r1v3.model.megatron.options import (
     ModelOptions,
     connector_transformer,
+    towers,
     vision_transformer,
 )
 
@@ -30,7 +31,7 @@ class InternViT(MegatronModule):
     def __init__(self, config: InternVLConfig, options: ModelOptions) -> None:
         transformer = vision_transformer(config, options)
         super().__init__(config=transformer)
-        vision = config.vision_config
+        vision, _ = towers(config)
         width, dtype = vision.hidden_size, options.dtype
         self.image_size, self.patch_size = vision.image_size[0], vision.patch_size[0]
         patches = (self.image_size // self.patch_size) ** 2
@@ -92,7 +93,7 @@ class Connector(MegatronModule):
     def __init__(self, config: InternVLConfig, options: ModelOptions) -> None:
         transformer = connector_transformer(config, options)
         super().__init__(config=transformer)
-        width = 4 * config.vision_config.hidden_size
+        width = 4 * towers(config)[0].hidden_size
         self.norm = nn.LayerNorm(width, dtype=options.dtype)
         self.encoder = MLP(
             transformer,
