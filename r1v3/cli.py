@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -180,6 +180,54 @@ def generate(
             max_tokens=max_tokens,
             seed=seed,
         )
+
+
+@app.command(
+    epilog="Example: r1v3 convert Skywork-R1V3-38B r1v3-38b-native --to native    "
+    "Back: r1v3 convert runs/mine/models/grpo out --to original --max-shard-size 2GB"
+)
+def convert(
+    source: Annotated[Path, typer.Argument(help="Model folder in either layout.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    to: Annotated[
+        Literal["native", "original"],
+        typer.Option(
+            help="native: transformers' InternVLForConditionalGeneration; "
+            "original: the remote code's InternVLChatModel and SkyworkR1VChatModel."
+        ),
+    ],
+    max_shard_size: Annotated[
+        str, typer.Option(help="Of a weight file, such as 4GiB or 500MB.")
+    ] = "4GiB",
+) -> None:
+    """Convert a checkpoint between key layouts, bit for bit, in constant memory."""
+    with _friendly():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+        from r1v3.files import human_bytes, parse_bytes
+        from r1v3.model.conversion import convert as run_conversion
+
+        limit = parse_bytes(max_shard_size)
+        columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        terminal = Console().is_terminal
+        with Progress(*columns, transient=True, disable=not terminal) as bars:
+            task = bars.add_task("converting", total=None)
+            done = run_conversion(
+                source,
+                target,
+                to,
+                max_shard_bytes=limit,
+                progress=lambda written, total: bars.update(task, completed=written, total=total),
+            )
+        typer.echo(
+            f"{target}: {done.tensors} tensors, {human_bytes(done.bytes)}, "
+            f"weight files: {len(done.files)}"
+        )
+        for name in done.ignored:
+            typer.echo(f"left out: {name} (the model computes it)")
+        for note in done.notes:
+            typer.echo(f"note: {note}")
 
 
 @app.command(epilog="Example: r1v3 report runs/demo-1")

@@ -11,6 +11,7 @@ import json
 import math
 import numbers
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -148,6 +149,23 @@ def human_bytes(count: int) -> str:
             return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as "4GiB", "500 MB" or "1048576" (GB is 10^9, GiB is 2^30).
+
+    Raises:
+        ValueError: it is no such size, or not positive.
+    """
+    matched = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B)?", text.strip(), re.IGNORECASE)
+    if not matched:
+        raise ValueError(f"{text!r} is no size; write it as 4GiB, 500MB or a number of bytes")
+    number, prefix, binary = matched.groups()
+    power = " KMGT".index(prefix.upper()) if prefix else 0
+    size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size <= 0:
+        raise ValueError(f"{text!r} is not a positive size")
+    return size
 
 
 def temporary_sibling(path: str | Path) -> Path:
