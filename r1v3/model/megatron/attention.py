@@ -5,13 +5,12 @@ layers and the micro-batches that a pipeline keeps in flight therefore each see 
 """
 
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -40,21 +39,22 @@ class _GatherKeys(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, index: Tensor, starts: list[int]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, index: Tensor, lengths: list[int]) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.shape, ctx.starts = rows.shape, starts  # type: ignore[attr-defined]
+        ctx.shape, ctx.lengths = rows.shape, lengths
         return rows.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (index,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        starts = ctx.starts  # type: ignore[attr-defined]
-        total = gradient.new_zeros(ctx.shape, dtype=torch.float32)  # type: ignore[attr-defined]
-        if gradient.dtype == torch.float64:
-            total = total.double()
-        for start, stop in zip(starts, starts[1:], strict=False):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        total = torch.zeros(
+            ctx.shape,
+            dtype=torch.promote_types(gradient.dtype, torch.float32),
+            device=gradient.device,
+        )
+        for rows, part in zip(index.split(ctx.lengths), gradient.split(ctx.lengths), strict=True):
             # Rows are distinct within a segment, so that nothing is added concurrently.
-            total.index_add_(0, index[start:stop], gradient[start:stop].to(total.dtype))
+            total.index_add_(0, rows, part.to(total.dtype))
         return total.to(gradient.dtype), None, None
 
 
@@ -93,15 +93,15 @@ class PackedLayout(Layout):
         super().__init__()
         self.packed = packed
         self.cache = cache
-        self.queries: list[int] = packed.query_starts.tolist()
-        self.keys: list[int] = packed.key_starts.tolist()
+        queries, keys = zip(*packed.segments, strict=True)
+        self.query_lengths, self.key_lengths = list(queries), list(keys)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.cache is not None:
             self.cache.fill(layer, key, value, self.packed.prompt_starts)
         index = self.packed.key_index
         if len(index) > len(query):
-            key, value = (_GatherKeys.apply(rows, index, self.keys) for rows in (key, value))
+            key, value = (_GatherKeys.apply(x, index, self.key_lengths) for x in (key, value))
         if (flash := flash_attention(query)) is not None:
             return flash.flash_attn_varlen_func(
                 query,
@@ -109,18 +109,17 @@ class PackedLayout(Layout):
                 value,
                 self.packed.query_starts,
                 self.packed.key_starts,
-                self.packed.longest_query,
-                self.packed.longest_key,
+                max(self.query_lengths),
+                max(self.key_lengths),
                 causal=True,
             )
-        return torch.cat(
-            [
-                _segment_attention(query[a:b], key[c:d], value[c:d])
-                for a, b, c, d in zip(
-                    self.queries, self.queries[1:], self.keys, self.keys[1:], strict=False
-                )
-            ]
+        segments = zip(
+            query.split(self.query_lengths),
+            key.split(self.key_lengths),
+            value.split(self.key_lengths),
+            strict=True,
         )
+        return torch.cat([_segment_attention(*segment) for segment in segments])
 
 
 def _tile_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

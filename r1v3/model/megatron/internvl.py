@@ -1,5 +1,7 @@
 """InternVL as a megatron-core model: one pipeline stage of it, on one tensor-parallel rank."""
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -12,7 +14,6 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from transformers import InternVLConfig
 
 from r1v3.model.megatron.attention import Layout, PackedLayout
@@ -42,13 +43,13 @@ class _Touch(torch.autograd.Function):
     """The first argument, whose backward also hands zero gradients to all others."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(*parameters)
         return hidden.clone()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        parameters = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        parameters = ctx.saved_tensors
         return (gradient, *(torch.zeros_like(parameter) for parameter in parameters))
 
 

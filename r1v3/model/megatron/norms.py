@@ -1,12 +1,13 @@
 """Norms of the layer specs: megatron-core's own refuse sequence parallelism or a split width."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 
@@ -38,13 +39,13 @@ class _SumOverRanks(torch.autograd.Function):
     """A sum that every rank uses: its gradient is the sum of the gradients of all ranks."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, partial: Tensor) -> Tensor:
+    def forward(ctx: Any, partial: Tensor) -> Tensor:
         total = partial.clone()
         dist.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
         return total
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         return _SumOverRanks.forward(ctx, gradient)
 
 

@@ -33,8 +33,8 @@ class Packed:
         token_ids: int64 [M], those tokens.
         places: int64 [M], their flat places in [P * G, R].
         shape: (P * G, R).
+        segments: (rows, keys) of each segment, on the host.
         image_tokens: how many rows are image slots.
-        longest_query, longest_key: rows and keys of the longest segments.
         longest: tokens of the longest prompt + response.
     """
 
@@ -50,9 +50,8 @@ class Packed:
     token_ids: Tensor
     places: Tensor
     shape: tuple[int, int]
+    segments: tuple[tuple[int, int], ...]
     image_tokens: int
-    longest_query: int
-    longest_key: int
     longest: int
 
     def to(self, device: torch.device | str) -> "Packed":
@@ -137,9 +136,8 @@ def pack(batch: Batch, *, image_token_id: int, multiple_of: int = 1) -> Packed:
         token_ids=batch.response_ids[batch.loss_mask],
         places=batch.loss_mask.flatten().nonzero().flatten(),
         shape=(rows, width),
+        segments=tuple(zip(segments.queries.tolist(), segments.keys.tolist(), strict=True)),
         image_tokens=int(slots.sum()),
-        longest_query=int(segments.queries.amax()),
-        longest_key=int(segments.keys.amax()),
         longest=int((before + inputs).amax()),
     )
 
