@@ -173,10 +173,11 @@ class Checkpoint(Mapping[str, Stored]):
         stored = self[name]
         whole = stored.shape or (1,)
         target = target if stored.shape else target.view(1)
-        expected = list(whole)
-        if target.dim() == len(whole) and dim < 2:
-            expected[dim] = target.shape[dim]
-        if list(target.shape) != expected or start + expected[dim] > whole[dim]:
+        fits = target.dim() == len(whole) > dim <= 1
+        if fits:
+            sliced = (*whole[:dim], target.shape[dim], *whole[dim + 1 :])
+            fits = target.shape == sliced and 0 <= start <= whole[dim] - target.shape[dim]
+        if not fits:
             raise ValueError(
                 f"{stored.file}: {name} has shape {stored.shape}; a slice of "
                 f"{tuple(target.shape)} from {start} of dimension {dim} is not within it"
