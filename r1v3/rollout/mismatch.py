@@ -70,7 +70,7 @@ class Mismatch:
         """Measured on the tokens of a mask; arguments and errors as `importance_weights`."""
         if not cap >= 1:
             raise ValueError(f"cap {cap!r} must be at least 1")
-        ratio = _log_ratio(train_logprobs, rollout_logprobs, mask).double()
+        ratio = _log_ratio(train_logprobs.double(), rollout_logprobs.double(), mask)
         bounded = ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         # KL(rollout || train) under the rollout's own samples: unbiased and never negative.
         kl = torch.expm1(bounded) - bounded

@@ -20,6 +20,9 @@ Answer = TypeVar("Answer")
 # A request is late when most have been answered and it has run this many times as long as the
 # slowest of them, and at least this many seconds.
 LATE_FACTOR, LATE_SECONDS = 2.0, 1.0
+# How long the first requests wait for servers whose check has not ended, so that not all of them
+# go to the first one that has passed.
+_GRACE_SECONDS = 2.0
 _TICK = 0.02
 
 
@@ -34,7 +37,7 @@ class Server:
         retry_at: when to check it again (monotonic seconds).
         failures: failed checks and attempts in a row.
         trouble: the last failure, in words.
-        running: attempts under way.
+        running: attempts under way. checking: its check is under way.
     """
 
     url: str
@@ -45,6 +48,7 @@ class Server:
     failures: int = 0
     trouble: str = "not tried yet"
     running: int = 0
+    checking: bool = False
 
     def fail(self, reason: str, pause_seconds: float) -> None:
         """Take it out for a while that grows with its failures in a row."""
@@ -96,6 +100,8 @@ class Pool(Generic[Task, Answer]):
             NoServers: a task failed on every attempt, or no server was live for too long.
         """
         self._durations, self._open = [], len(tasks)
+        for server in self.servers:
+            server.retry_at = 0.0  # much may have happened since the last run
         slots = asyncio.Semaphore(self.concurrency)
 
         async def one(task: Task) -> Answer:
@@ -103,6 +109,7 @@ class Pool(Generic[Task, Answer]):
                 return await self._answer(task)
 
         async def all_of_them() -> list[Answer]:
+            await self._settle()
             async with asyncio.TaskGroup() as group:
                 running = [group.create_task(one(task)) for task in tasks]
             return [task.result() for task in running]
@@ -139,6 +146,19 @@ class Pool(Generic[Task, Answer]):
                 raise no_servers(what, self.servers)
             await asyncio.sleep(_TICK)
 
+    async def _settle(self) -> None:
+        """Wait until every server is live or out; not long once one is live."""
+        since = time.monotonic()
+        while any(
+            not s.live and (s.checking or time.monotonic() >= s.retry_at) for s in self.servers
+        ):
+            late = time.monotonic() - since > _GRACE_SECONDS
+            if late and any(server.live for server in self.servers):
+                return
+            if time.monotonic() - since > self.patience_seconds:
+                return
+            await asyncio.sleep(_TICK)
+
     async def _watch(self) -> None:
         """Check servers that are out, when their time has come."""
         checks: dict[str, asyncio.Task[None]] = {}
@@ -159,12 +179,15 @@ class Pool(Generic[Task, Answer]):
             await asyncio.gather(*checks.values(), return_exceptions=True)
 
     async def _check(self, server: Server) -> None:
+        server.checking = True
         try:
             await self.check(server)
         except RequestFailed as failure:
             server.fail(failure.reason, self.pause_seconds)
         else:
             server.live, server.failures = True, 0
+        finally:
+            server.checking = False
 
     async def _answer(self, task: Task) -> Answer:
         reasons: list[str] = []
@@ -198,7 +221,7 @@ class Pool(Generic[Task, Answer]):
         """Ask a server, and a second one if the first is late; the first valid answer."""
         began = time.monotonic()
         asked = [server]
-        attempts = {asyncio.create_task(self._ask(server, task))}
+        attempts = {self._start(server, task)}
         failure: RequestFailed | None = None
         try:
             while attempts:
@@ -217,7 +240,7 @@ class Pool(Generic[Task, Answer]):
                     others = [s for s in self.servers if s.live and s is not server]
                     if others:
                         asked.append(min(others, key=lambda other: other.running))
-                        attempts.add(asyncio.create_task(self._ask(asked[1], task)))
+                        attempts.add(self._start(asked[1], task))
                         self.resent += 1
         finally:
             for attempt in attempts:
@@ -226,8 +249,18 @@ class Pool(Generic[Task, Answer]):
         assert failure is not None
         raise failure
 
-    async def _ask(self, server: Server, task: Task) -> Answer:
+    def _start(self, server: Server, task: Task) -> asyncio.Task[Answer]:
+        """Begin an attempt; the server counts as busier at once, before the attempt runs."""
+
+        def ended(_: object) -> None:
+            server.running -= 1
+
         server.running += 1
+        attempt = asyncio.create_task(self._ask(server, task))
+        attempt.add_done_callback(ended)
+        return attempt
+
+    async def _ask(self, server: Server, task: Task) -> Answer:
         try:
             answer = await self.ask(server, task)
         except RequestFailed as failure:
@@ -237,8 +270,6 @@ class Pool(Generic[Task, Answer]):
             else:
                 server.trouble = failure.reason
             raise
-        finally:
-            server.running -= 1
         server.failures = 0
         return answer
 

@@ -1,6 +1,7 @@
 """Rollouts from vLLM servers over their OpenAI-compatible API.
 
-One process of a job drives the servers; the engines run elsewhere, so nothing here imports vLLM.
+The first process of a job talks to the servers and the others are told the outcome; the engines
+run elsewhere, so nothing here imports vLLM.
 Start each server on the folder that the trainer publishes its weights to:
 
     VLLM_SERVER_DEV_MODE=1 vllm serve WEIGHTS/current --logprobs-mode processed_logprobs
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from r1v3.engine.ranks import ALONE, Ranks
 from r1v3.http import (
     CLIENT_OPTIONS,
     IDENTITY,
@@ -66,6 +68,7 @@ class VLLMServers:
         rules: of the tokenizer of the model they serve.
         weights_folder: what weights are published to; None for servers whose weights stay.
         model_folder: configuration and tokenizer of what is published.
+        ranks: processes that make every call together; the first one talks to the servers.
         dtype: that weights are published in; None leaves them as they come.
         api_key: sent as a bearer token; never logged.
         timeout_seconds: of one attempt at one request.
@@ -85,6 +88,7 @@ class VLLMServers:
         *,
         weights_folder: Path | None = None,
         model_folder: Path | None = None,
+        ranks: Ranks = ALONE,
         dtype: torch.dtype | None = None,
         api_key: str | None = None,
         timeout_seconds: float = 600.0,
@@ -113,6 +117,7 @@ class VLLMServers:
         plain = dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in urls)
         self.servers = [Server(url) for url in plain]
         self.rules = rules
+        self.ranks = ranks
         self.step: int | None = None
         self._folders = (weights_folder, model_folder)
         self._dtype = dtype
@@ -161,23 +166,26 @@ class VLLMServers:
                 f"budget {budget}: vLLM's chat endpoint cannot continue token ids, so a thought "
                 "over pictures cannot be closed there; sample locally or colocated"
             )
-        if not requests:
-            return assemble([], self.rules.pad_id)
-        seeds = _seeds(len(requests), generator)
         # The completions of greedy decoding are one, and vLLM wants to be asked for one.
         count = group_size if sampling.temperature > 0 else 1
-        length = sampling.max_tokens if budget is None else budget
-        if length == 0:
-            found = [Completion() for _ in range(len(requests) * count)]
-        else:
-            calls = [
-                self._call(request, sampling, count, length, seed)
-                for request, seed in zip(requests, seeds, strict=True)
-            ]
-            found = [row for rows in self._run(self._pool_run(calls)) for row in rows]
-        if budget is not None:
-            prompts = [request.example.prompt_ids for request in requests for _ in range(count)]
-            found = self._go_on(prompts, found, sampling, generator)
+        seeds = _seeds(len(requests), generator)
+        later_seeds = _seeds(0 if budget is None else len(requests) * count, generator)
+
+        def sample() -> list[Completion]:
+            length = sampling.max_tokens if budget is None else budget
+            found = [Completion()] * (len(requests) * count)
+            if length:
+                calls = [
+                    self._call(request, sampling, count, length, seed)
+                    for request, seed in zip(requests, seeds, strict=True)
+                ]
+                found = [row for rows in self._answers(calls) for row in rows]
+            if budget is not None:
+                prompts = [request.example.prompt_ids for request in requests for _ in range(count)]
+                found = self._go_on(prompts, found, sampling, later_seeds)
+            return found
+
+        found = self.ranks.lead(sample)
         if count < group_size:
             found = [row for row in found for _ in range(group_size)]
         return assemble(found, self.rules.pad_id)
@@ -206,11 +214,10 @@ class VLLMServers:
         prompts: Sequence[tuple[int, ...]],
         first: list[Completion],
         sampling: Sampling,
-        generator: torch.Generator,
+        seeds: Sequence[int],
     ) -> list[Completion]:
         """Completions cut at the thought budget, closed and completed."""
         begun = close_thoughts(first, sampling, self.rules)
-        seeds = _seeds(len(first), generator)
         rows, calls = [], []
         for row, completion in begun.items():
             first[row] = completion
@@ -223,8 +230,7 @@ class VLLMServers:
                         ids, sampling, self.rules, count=1, max_tokens=left, seed=seeds[row]
                     )
                 )
-        answers = self._run(self._pool_run(calls)) if calls else []
-        for row, (later,) in zip(rows, answers, strict=True):
+        for row, (later,) in zip(rows, self._answers(calls), strict=True):
             first[row] = first[row].followed_by(later)
         return first
 
@@ -235,14 +241,30 @@ class VLLMServers:
             ValueError: there is no folder to publish to.
             OSError: writing failed. NoServers: no server has loaded them.
         """
+        failure: Exception | None = None
+        if self.ranks.leads:
+            try:
+                self._publish(tensors, step)
+            except Exception as error:
+                failure = error
+        for _ in tensors:  # gathering weights takes all ranks, to the last one
+            pass
+        self.step = step
+
+        def load() -> None:
+            if failure is not None:
+                raise failure
+            for server in self.servers:
+                server.live, server.retry_at = False, 0.0
+            self._run(self._pool.ready())
+
+        self.ranks.lead(load)
+
+    def _publish(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
         weights_folder, model_folder = self._folders
         if weights_folder is None or model_folder is None:
             raise ValueError("no weights_folder was given: the weights of these servers stay")
         publish(weights_folder, model_folder, tensors, step, dtype=self._dtype)
-        self.step = step
-        for server in self.servers:
-            server.live, server.retry_at = False, 0.0
-        self._run(self._pool.ready())
 
     def sleep(self) -> None:
         """Nothing: servers have accelerators of their own."""
@@ -261,8 +283,8 @@ class VLLMServers:
             "rollout_resent": self._pool.resent,
         }
 
-    def _pool_run(self, calls: Sequence[Call]) -> Coroutine[Any, Any, list[list[Completion]]]:
-        return self._pool.run(calls)
+    def _answers(self, calls: Sequence[Call]) -> list[list[Completion]]:
+        return self._run(self._pool.run(calls)) if calls else []
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         import httpx
