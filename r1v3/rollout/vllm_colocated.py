@@ -1,0 +1,348 @@
+"""Rollouts from vLLM in the training processes, asleep while they train.
+
+Every process of the job holds one worker; each `tensor` consecutive ranks hold one copy of the
+model and complete a share of the prompts. The order of a step is
+
+    update_weights -> wake -> complete ... -> sleep -> train
+
+Read from the documentation of vLLM 0.32 and its source of September 2026 (`v1/executor/
+uniproc_executor.py`, `config/parallel.py`, `v1/worker/gpu_worker.py`, `sampling_params.py`,
+`inputs/llm.py`, `model_executor/models/interns1.py`, the sleep mode page):
+
+- `distributed_executor_backend="external_launcher"` makes one worker per process of a torchrun
+  job, with tensor-parallel groups of consecutive ranks, and runs it in this process
+  (VLLM_ENABLE_V1_MULTIPROCESSING=0 is set by vLLM), so that `collective_rpc` takes a function and
+  tensors travel by reference. All ranks of a group must be given the same prompts and seeds.
+- `sleep(2)` drops weights and KV cache, `sleep(1)` keeps the weights in host memory; after either,
+  `wake_up(tags=["weights"])` before loading and `wake_up(tags=["kv_cache"])` after it keeps the
+  peak low. Cached KV of old weights is dropped by sleep and by `reset_prefix_cache`.
+- A prompt is token ids with one `<IMG_CONTEXT>` per picture, which vLLM expands; the expanded ids
+  come back and must be the trainer's.
+- The output of the vision tower is cached by the picture's uuid, which therefore names the step.
+
+vLLM has not been run by the tests of this file: they use a stand-in with the signatures above.
+"""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from r1v3.data.images import load_image
+from r1v3.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, token_id
+from r1v3.engine.ranks import ALONE, Ranks
+from r1v3.rollout.completions import (
+    Completion,
+    assemble,
+    ban_list,
+    check_completion,
+    check_prompt,
+    close_thoughts,
+)
+from r1v3.rollout.contract import Request, TokenRules
+from r1v3.rollout.local import Rollout, Sampling
+from r1v3.rollout.vllm_protocol import check_sampling, picture_name
+from r1v3.rollout.weights import buckets
+
+_BAN = -100.0
+
+
+def load_bucket(worker: Any, tensors: list[tuple[str, Tensor]]) -> None:
+    """Run on a vLLM worker: copy tensors, under their HF-native names, into its model's shards."""
+    worker.get_model().load_weights(tensors)
+
+
+def collapse_pictures(
+    prompt_ids: Sequence[int], start: int, context: int, end: int
+) -> tuple[list[int], int]:
+    """A prompt with each `<img><IMG_CONTEXT>...</img>` as one `<IMG_CONTEXT>`, and their number."""
+    collapsed: list[int] = []
+    pictures, i = 0, 0
+    while i < len(prompt_ids):
+        stop = i + 1
+        if prompt_ids[i] == start:
+            while stop < len(prompt_ids) and prompt_ids[stop] == context:
+                stop += 1
+        if stop > i + 1 and stop < len(prompt_ids) and prompt_ids[stop] == end:
+            collapsed.append(context)
+            pictures, i = pictures + 1, stop + 1
+        else:
+            collapsed.append(prompt_ids[i])
+            i += 1
+    return collapsed, pictures
+
+
+class ColocatedVLLM:
+    """`Sampler` in the training processes.
+
+    Args:
+        model_folder: a model folder with the files of its image processor.
+        tokenizer: of that folder.
+        max_length: longest prompt and completion together, in tokens.
+        ranks: all processes of the job, each with an accelerator; they make every call together.
+        tensor: ranks that hold one copy; divides their number.
+        memory_share: of an accelerator's memory that vLLM may use when awake.
+        dtype: of weights and activations.
+        sleep_level: 2 drops the weights, which are then to be updated before every wake; 1 keeps
+            them in host memory.
+        bucket_bytes: of weights that are handed over at a time.
+    Raises:
+        ImportError: vLLM is not installed. ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model_folder: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_length: int,
+        ranks: Ranks = ALONE,
+        tensor: int = 1,
+        memory_share: float = 0.5,
+        dtype: str = "bfloat16",
+        sleep_level: Literal[1, 2] = 2,
+        bucket_bytes: int = 1 << 30,
+    ) -> None:
+        if tensor < 1 or ranks.size % tensor:
+            raise ValueError(f"tensor {tensor} does not divide the {ranks.size} processes")
+        if not 0 < memory_share <= 1:
+            raise ValueError(f"memory_share {memory_share} must be above 0 and at most 1")
+        try:
+            from vllm import LLM, SamplingParams
+        except ImportError as error:
+            raise ImportError(
+                f"rollouts by vLLM in the training processes need it: pip install 'r1v3[vllm]' "
+                f"({error})"
+            ) from error
+        self.rules = TokenRules.of(tokenizer)
+        self.ranks, self.tensor = ranks, tensor
+        self.step: int | None = None
+        self._marks = tuple(token_id(tokenizer, t) for t in (IMAGE_START, IMAGE_CONTEXT, IMAGE_END))
+        self._params = SamplingParams
+        self._level, self._bucket_bytes = sleep_level, bucket_bytes
+        self._state: Literal["awake", "asleep", "weights"] = "awake"
+        if ranks.size == 1:
+            _stand_alone()
+        self._llm: Any = LLM(
+            model=str(model_folder),
+            distributed_executor_backend="external_launcher",
+            tensor_parallel_size=tensor,
+            gpu_memory_utilization=memory_share,
+            max_model_len=max_length,
+            dtype=dtype,
+            seed=0,
+            enable_sleep_mode=True,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+        )
+
+    def complete(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        group_size: int = 1,
+        generator: torch.Generator,
+    ) -> Rollout:
+        """See `contract.Sampler.complete`. Entropies are NaN: vLLM does not compute them.
+
+        Raises:
+            ValueError: a setting vLLM cannot keep, or it completed another prompt than the
+                trainer's. RuntimeError: asleep, or its completions cannot be true.
+        """
+        if self._state != "awake":
+            raise RuntimeError("vLLM is asleep: update_weights and wake come before complete")
+        check_sampling(sampling)
+        # The completions of greedy decoding are one, and vLLM wants to be asked for one.
+        count = group_size if sampling.temperature > 0 else 1
+        seeds = torch.randint(0, 2**48, (len(requests), 1 + count), generator=generator).tolist()
+        mine = self._share(len(requests))
+        found: list[Completion] = []
+        failure: Exception | None = None
+        try:
+            if len(mine):
+                found = self._sample(
+                    [requests[i] for i in mine], sampling, count, seeds[mine.start :]
+                )
+        except Exception as error:
+            failure = error
+        outcomes = self.ranks.gather((found, failure))
+        for _, error_there in outcomes:
+            if error_there is not None:
+                raise error_there
+        rows = [row for rows, _ in outcomes[:: self.tensor] for row in rows]
+        if count < group_size:
+            rows = [row for row in rows for _ in range(group_size)]
+        return assemble(rows, self.rules.pad_id)
+
+    def _share(self, count: int) -> range:
+        """The prompts of this rank's copy: contiguous, the earlier copies one larger."""
+        copies, copy = self.ranks.size // self.tensor, self.ranks.rank // self.tensor
+        base, extra = divmod(count, copies)
+        start = copy * base + min(copy, extra)
+        return range(start, start + base + (copy < extra))
+
+    def _sample(
+        self, requests: Sequence[Request], sampling: Sampling, count: int, seeds: list[list[int]]
+    ) -> list[Completion]:
+        budget = sampling.budget
+        if budget is not None and budget >= sampling.max_tokens:
+            budget = None
+        length = sampling.max_tokens if budget is None else budget
+        nothing = Completion()
+        found = [nothing] * (len(requests) * count)
+        if length:
+            given = [
+                (request, nothing, row[0]) for request, row in zip(requests, seeds, strict=False)
+            ]
+            found = self._generate(given, sampling, count, length)
+        if budget is None:
+            return found
+        for row, begun in close_thoughts(found, sampling, self.rules).items():
+            found[row] = begun
+        rows = [
+            row
+            for row, completion in enumerate(found)
+            if not completion.finished and len(completion.token_ids) < sampling.max_tokens
+        ]
+        given = [
+            (requests[row // count], found[row], seeds[row // count][1 + row % count])
+            for row in rows
+        ]
+        later = self._generate(given, sampling, 1, None) if rows else []
+        for row, completion in zip(rows, later, strict=True):
+            found[row] = found[row].followed_by(completion)
+        return found
+
+    def _generate(
+        self,
+        given: Sequence[tuple[Request, Completion, int]],
+        sampling: Sampling,
+        count: int,
+        max_tokens: int | None,
+    ) -> list[Completion]:
+        """`count` continuations of every prompt with its beginning; None: all that is left."""
+        lengths = [
+            max_tokens or sampling.max_tokens - len(begun.token_ids) for _, begun, _ in given
+        ]
+        banned = ban_list(sampling, self.rules)
+        outputs = self._llm.generate(
+            [self._prompt(request, begun) for request, begun, _ in given],
+            [
+                self._params(
+                    n=count,
+                    seed=seed,
+                    temperature=sampling.temperature,
+                    max_tokens=length,
+                    top_p=1.0,
+                    top_k=0,
+                    min_p=0.0,
+                    logprobs=0,
+                    ignore_eos=True,
+                    stop_token_ids=[self.rules.stop_id],
+                    logit_bias=dict.fromkeys(banned, _BAN),
+                    detokenize=False,
+                )
+                for (_, _, seed), length in zip(given, lengths, strict=True)
+            ],
+            use_tqdm=False,
+        )
+        found = []
+        for (request, begun, _), length, output in zip(given, lengths, outputs, strict=True):
+            wanted = request.example.prompt_ids + begun.token_ids
+            check_prompt(list(output.prompt_token_ids), wanted, "vLLM")
+            found += self._read(output.outputs, count, length, frozenset(banned))
+        return found
+
+    def _prompt(self, request: Request, begun: Completion) -> dict[str, Any]:
+        ids, pictures = collapse_pictures(request.example.prompt_ids, *self._marks)
+        images = request.sample.images
+        if pictures != len(images):
+            raise ValueError(f"the prompt shows {pictures} pictures, its sample has {len(images)}")
+        prompt: dict[str, Any] = {"prompt_token_ids": ids + list(begun.token_ids)}
+        if images:
+            step = -1 if self.step is None else self.step
+            prompt["multi_modal_data"] = {"image": [load_image(data) for data in images]}
+            prompt["multi_modal_uuids"] = {"image": [picture_name(data, step) for data in images]}
+        return prompt
+
+    def _read(
+        self, outputs: Sequence[Any], count: int, max_tokens: int, banned: frozenset[int]
+    ) -> list[Completion]:
+        if [output.index for output in outputs] != list(range(count)):
+            raise RuntimeError(f"vLLM gave {len(outputs)} completions instead of {count}")
+        found = []
+        for output in outputs:
+            ids = [int(token) for token in output.token_ids]
+            logprobs = [
+                float(entry[token].logprob)
+                for token, entry in zip(ids, output.logprobs, strict=True)
+            ]
+            try:
+                found.append(
+                    check_completion(
+                        ids,
+                        logprobs,
+                        output.finish_reason,
+                        rules=self.rules,
+                        banned=banned,
+                        max_tokens=max_tokens,
+                    )
+                )
+            except ValueError as error:
+                raise RuntimeError(f"impossible completion by vLLM: {error}") from error
+        return found
+
+    def update_weights(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
+        """See `contract.Sampler.update_weights`; wakes the weights' memory, not the KV cache."""
+        if self._state == "asleep":
+            self._llm.wake_up(tags=["weights"])
+            self._state = "weights"
+        for bucket in buckets(tensors, self._bucket_bytes):
+            self._llm.collective_rpc(load_bucket, args=(bucket,))
+        if self._state == "awake":
+            self._llm.reset_prefix_cache()
+        self.step = step
+
+    def sleep(self) -> None:
+        """See `contract.Sampler.sleep`."""
+        if self._state == "weights":
+            self.wake()
+        if self._state == "awake":
+            self._llm.sleep(level=self._level)
+            self._state = "asleep"
+
+    def wake(self) -> None:
+        """See `contract.Sampler.wake`.
+
+        Raises:
+            RuntimeError: the weights were dropped and have not been updated.
+        """
+        if self._state == "asleep" and self._level == 2:
+            raise RuntimeError(
+                "the weights were dropped by sleep: update_weights comes before wake"
+            )
+        if self._state == "asleep":
+            self._llm.wake_up()
+        elif self._state == "weights":
+            self._llm.wake_up(tags=["kv_cache"])
+        self._state = "awake"
+
+    def close(self) -> None:
+        """Let go of the engine; its memory is freed with the process."""
+        self._llm = None
+
+
+def _stand_alone() -> None:
+    """What torchrun would have told a job of one process; vLLM reads it from the environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,283 @@
+"""vLLM in the training processes, with a stand-in for `vllm.LLM` that a tiny model answers for.
+
+The stand-in takes the arguments that vLLM documents and refuses any other; it shows what this
+side asks for and makes of the answers, not that vLLM does as documented.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from r1v3.data.encoding import Example, encode_sample
+from r1v3.data.images import tile_image
+from r1v3.data.sample import make_sample
+from r1v3.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, token_id
+from r1v3.engine.hf import HFEngine
+from r1v3.engine.ranks import Ranks
+from r1v3.model.internvl import load_model
+from r1v3.rollout.contract import Request, TokenRules
+from r1v3.rollout.local import Rollout, Sampling
+from r1v3.rollout.vllm_colocated import ColocatedVLLM, collapse_pictures
+from tests import tiny
+from tests.rollout.speaking_server import local
+
+WORDS = tiny.tokenizer()
+RULES = TokenRules.of(WORDS)
+START, CONTEXT, END = (token_id(WORDS, t) for t in (IMAGE_START, IMAGE_CONTEXT, IMAGE_END))
+
+
+class SamplingParams:
+    def __init__(
+        self,
+        *,
+        n: int,
+        seed: int,
+        temperature: float,
+        max_tokens: int,
+        top_p: float,
+        top_k: int,
+        min_p: float,
+        logprobs: int,
+        ignore_eos: bool,
+        stop_token_ids: list[int],
+        logit_bias: dict[int, float],
+        detokenize: bool,
+    ) -> None:
+        assert n == 1 or temperature > 0, "n must be 1 when using greedy sampling"
+        assert (top_p, top_k, min_p, ignore_eos) == (1.0, 0, 0.0, True)
+        assert stop_token_ids == [RULES.stop_id] and set(logit_bias.values()) == {-100.0}
+        self.n, self.seed, self.banned = n, seed, tuple(logit_bias)
+        self.temperature, self.max_tokens = temperature, max_tokens
+
+
+class LLM:
+    """Answers from its own copy of the model; memory that is not there makes it fail."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        distributed_executor_backend: str,
+        tensor_parallel_size: int,
+        gpu_memory_utilization: float,
+        max_model_len: int,
+        dtype: str,
+        seed: int,
+        enable_sleep_mode: bool,
+        logprobs_mode: str,
+        generation_config: str,
+    ) -> None:
+        assert distributed_executor_backend == "external_launcher" and enable_sleep_mode
+        assert logprobs_mode == "processed_logprobs" and generation_config == "vllm"
+        self.net = load_model(Path(model)).eval()
+        self.resident = {"weights", "kv_cache"}
+        self.calls: list[str] = []
+        self.buckets: list[int] = []
+        self.uuids: list[str] = []
+        self.prompt_hook: Callable[[list[int]], list[int]] = lambda ids: ids
+
+    def generate(
+        self, prompts: list[dict[str, Any]], params: list[SamplingParams], *, use_tqdm: bool
+    ) -> list[Any]:
+        assert self.resident == {"weights", "kv_cache"}
+        return [self._one(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+
+    def _one(self, prompt: dict[str, Any], params: SamplingParams) -> Any:
+        images = iter(prompt.get("multi_modal_data", {}).get("image", ()))
+        self.uuids += prompt.get("multi_modal_uuids", {}).get("image", ())
+        ids: list[int] = []
+        size = tiny.IMAGE_SIZE
+        tiles: list[np.ndarray] = []
+        for token in prompt["prompt_token_ids"]:
+            if token != CONTEXT:
+                ids.append(token)
+                continue
+            image = next(images)
+            assert isinstance(image, Image.Image) and image.mode == "RGB"
+            cut = [np.asarray(t) for t in tile_image(image, tile_size=size, max_tiles=1)]
+            ids += [START, *[CONTEXT] * len(cut) * tiny.TOKENS_PER_TILE, END]
+            tiles += cut
+        assert next(images, None) is None
+        stacked = np.stack(tiles) if tiles else np.zeros((0, size, size, 3), dtype=np.uint8)
+        example = Example(tuple(ids), stacked)
+        sampling = Sampling(params.temperature, params.max_tokens, params.banned)
+        found = local(self.net, example, sampling, params.n, params.seed)
+        outputs = []
+        for i in range(params.n):
+            tokens = found.response_ids[i][found.mask[i]].tolist()
+            values = found.logprobs[i][found.mask[i]].tolist()
+            outputs.append(
+                SimpleNamespace(
+                    index=i,
+                    token_ids=tokens,
+                    logprobs=[
+                        {t: SimpleNamespace(logprob=v)} for t, v in zip(tokens, values, strict=True)
+                    ],
+                    finish_reason="stop" if found.finished[i] else "length",
+                )
+            )
+        return SimpleNamespace(prompt_token_ids=self.prompt_hook(ids), outputs=outputs)
+
+    def collective_rpc(self, method: Callable[..., Any], *, args: tuple[Any, ...]) -> list[Any]:
+        assert "weights" in self.resident
+        own = dict(self.net.named_parameters())
+
+        def load_weights(tensors: list[tuple[str, torch.Tensor]]) -> None:
+            self.buckets.append(len(tensors))
+            with torch.no_grad():
+                for name, tensor in tensors:
+                    own[name].copy_(tensor)
+
+        worker = SimpleNamespace(get_model=lambda: SimpleNamespace(load_weights=load_weights))
+        return [method(worker, *args)]
+
+    def sleep(self, *, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+        self.resident = set()
+        if level == 2:
+            with torch.no_grad():
+                for parameter in self.net.parameters():
+                    parameter.fill_(float("nan"))
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        self.calls.append(f"wake {tags}")
+        self.resident |= set(tags or ("weights", "kv_cache"))
+
+    def reset_prefix_cache(self) -> None:
+        self.calls.append("reset")
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, SamplingParams  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.save(tmp_path / "model")
+
+
+def requests() -> list[Request]:
+    text = make_sample(question="3+4?", ground_truth="7", data_source="t", index=0)
+    samples = [*tiny.some_questions(2), text]
+    return [Request(encode_sample(s, WORDS, tiny.SHAPE), s) for s in samples]
+
+
+def complete(sampler: ColocatedVLLM, sampling: Sampling, g: int = 2) -> Rollout:
+    generator = torch.Generator().manual_seed(3)
+    return sampler.complete(requests(), sampling, group_size=g, generator=generator)
+
+
+def test_completions_are_those_of_the_weights_that_were_handed_over(
+    stand_in: None, folder: Path
+) -> None:
+    """Sleep, update in buckets, wake, complete: tokens and log-probs of the new weights."""
+    sampler = ColocatedVLLM(folder, WORDS, max_length=400, bucket_bytes=20_000)
+    new = tiny.model(7)
+    sampler.sleep()
+    sampler.update_weights(HFEngine(new, WORDS, modules={}).export_hf(), 4)
+    sampler.wake()
+    llm = sampler._llm
+    assert llm.calls == ["sleep 2", "wake ['weights']", "wake ['kv_cache']"]
+    assert len(llm.buckets) > 3 and max(llm.buckets) > 1
+    assert sum(llm.buckets) == len(list(new.parameters()))
+    sampling = Sampling(0.8, 6, (50, 51))
+    found = complete(sampler, sampling)
+    seeds = torch.randint(0, 2**48, (3, 3), generator=torch.Generator().manual_seed(3))
+    banned = Sampling(0.8, 6, (*RULES.never, 50, 51))
+    for p, request in enumerate(requests()):
+        true = local(new, request.example, banned, 2, int(seeds[p, 0]))
+        for i in range(2):
+            row = 2 * p + i
+            assert torch.equal(
+                found.response_ids[row][found.mask[row]], true.response_ids[i][true.mask[i]]
+            )
+            torch.testing.assert_close(
+                found.logprobs[row][found.mask[row]], true.logprobs[i][true.mask[i]]
+            )
+    assert found.entropy[found.mask].isnan().all()
+    assert {uuid.rpartition("-")[2] for uuid in llm.uuids} == {"4"} and len(set(llm.uuids)) == 2
+
+
+def test_a_spent_thought_over_a_picture_is_closed_and_goes_on(stand_in: None, folder: Path) -> None:
+    sampler = ColocatedVLLM(folder, WORDS, max_length=400)
+    found = complete(sampler, Sampling(1.0, 16, (RULES.stop_id,), 3))
+    forced = RULES.closing.forced
+    tag = slice(3, 3 + len(forced))
+    assert found.mask.all() and found.response_ids.shape == (6, 16)
+    assert (found.response_ids[:, tag] == torch.tensor(forced)).all()
+    assert (~found.sampled[:, tag]).all() and found.sampled[:, tag.stop :].all()
+    greedy = complete(sampler, Sampling(0.0, 5))
+    assert torch.equal(greedy.response_ids[::2], greedy.response_ids[1::2])
+
+
+def test_calls_out_of_order_are_refused(stand_in: None, folder: Path) -> None:
+    """Fails if completions could come from weights that are not there."""
+    sampler = ColocatedVLLM(folder, WORDS, max_length=400)
+    sampler.sleep()
+    sampler.sleep()
+    with pytest.raises(RuntimeError, match="update_weights comes before wake"):
+        sampler.wake()
+    with pytest.raises(RuntimeError, match="asleep"):
+        complete(sampler, Sampling(1.0, 4))
+    gentle = ColocatedVLLM(folder, WORDS, max_length=400, sleep_level=1)
+    gentle.sleep()
+    gentle.wake()
+    assert gentle._llm.calls == ["sleep 1", "wake None"]
+    complete(gentle, Sampling(1.0, 2))
+
+
+def test_another_prompt_than_the_trainers_is_an_error(stand_in: None, folder: Path) -> None:
+    sampler = ColocatedVLLM(folder, WORDS, max_length=400)
+    sampler._llm.prompt_hook = lambda ids: ids[:-1]
+    with pytest.raises(ValueError, match="vLLM completed another prompt"):
+        complete(sampler, Sampling(1.0, 4))
+
+
+def test_copies_share_the_prompts(stand_in: None, folder: Path) -> None:
+    """Two copies of two ranks: every prompt belongs to exactly one copy."""
+
+    class Four(Ranks):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.rank, self.size = rank, 4
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value if rank == self.rank else ([], None) for rank in range(4)]
+
+    whole = complete(ColocatedVLLM(folder, WORDS, max_length=400), Sampling(1.0, 4))
+    parts = []
+    for rank in (0, 2):
+        sampler = ColocatedVLLM(folder, WORDS, max_length=400, ranks=Four(rank), tensor=2)
+        parts.append(complete(sampler, Sampling(1.0, 4)).response_ids)
+    assert [len(part) for part in parts] == [4, 2]
+    assert torch.equal(torch.cat(parts), whole.response_ids)
+
+
+def test_pictures_collapse_to_one_token_each() -> None:
+    ids = [5, START, CONTEXT, CONTEXT, END, 6, START, CONTEXT, END, START, 7, CONTEXT, START]
+    wanted = [5, CONTEXT, 6, CONTEXT, START, 7, CONTEXT, START]
+    assert collapse_pictures(ids, START, CONTEXT, END) == (wanted, 2)
+
+
+def test_without_vllm_the_error_says_how_to_get_it(folder: Path) -> None:
+    with pytest.raises(ImportError, match=r"pip install 'r1v3\[vllm\]'"):
+        ColocatedVLLM(folder, WORDS, max_length=400)
+
+
+def test_bad_settings_are_named(folder: Path) -> None:
+    with pytest.raises(ValueError, match="tensor 2 does not divide the 1 processes"):
+        ColocatedVLLM(folder, WORDS, max_length=400, tensor=2)
+    with pytest.raises(ValueError, match="memory_share 0.0 must be above 0"):
+        ColocatedVLLM(folder, WORDS, max_length=400, memory_share=0.0)
