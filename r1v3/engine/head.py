@@ -84,7 +84,9 @@ class Head:
     def _sharding(self) -> dict[str, Any]:
         kwargs: dict[str, Any] = {"temperature": self.temperature, "vocab_size": self.vocab_size}
         if self.group is not None:
-            kwargs |= {"group": self.group, "reduce_hidden_grad": self.reduce_hidden_grad}
+            kwargs["group"] = self.group
+        if not self.reduce_hidden_grad:
+            kwargs["reduce_hidden_grad"] = False
         return kwargs
 
     def _spread(self, values: Tensor) -> Tensor:

@@ -1,0 +1,65 @@
+"""Weights and optimizer state of a Megatron model as megatron-core's distributed checkpoint.
+
+It is written in the background while training goes on, and loads in any tensor-, pipeline- and
+data-parallel layout. The format holds pickled metadata: load what a job of your own has saved; to
+pass a model on, use the safetensors beside it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from r1v3.engine.megatron_optimizer import MegatronAdamW
+from r1v3.engine.ranks import Ranks
+from r1v3.model.megatron.internvl import InternVL
+
+FOLDER = "megatron"
+# Moments and main parameters are stored by parameter, so that every layout can read them.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class AsyncWriting:
+    """See `contract.Writing`."""
+
+    def __init__(self, queue: AsyncCallsQueue) -> None:
+        self._queue = queue
+
+    def done(self) -> bool:
+        """See `contract.Writing.done`."""
+        self._queue.maybe_finalize_async_calls(blocking=False)
+        return self._queue.get_num_unfinalized_calls() == 0
+
+    def wait(self) -> None:
+        """See `contract.Writing.wait`."""
+        self._queue.maybe_finalize_async_calls(blocking=True)
+
+
+def save_sharded(
+    directory: Path, model: InternVL, optimizer: MegatronAdamW, ranks: Ranks
+) -> AsyncWriting:
+    """Start to write model and optimizer below an existing directory."""
+    folder = directory / FOLDER
+    ranks.lead(folder.mkdir)
+    request = dist_checkpointing.save(
+        _state(model, optimizer, loading=False), str(folder), async_sharded_save=True
+    )
+    queue = AsyncCallsQueue()
+    queue.schedule_async_request(request)
+    return AsyncWriting(queue)
+
+
+def load_sharded(directory: Path, model: InternVL, optimizer: MegatronAdamW) -> None:
+    """Go on from what `save_sharded` wrote."""
+    state = dist_checkpointing.load(_state(model, optimizer, loading=True), str(directory / FOLDER))
+    model.load_state_dict(state["model"])
+    optimizer.optimizer.load_state_dict(state["optimizer"])
+
+
+def _state(model: InternVL, optimizer: MegatronAdamW, *, loading: bool) -> dict[str, Any]:
+    weights = model.sharded_state_dict(prefix="")
+    moments = optimizer.optimizer.sharded_state_dict(
+        weights, is_loading=loading, metadata=_METADATA
+    )
+    return {"model": weights, "optimizer": moments}
