@@ -51,14 +51,16 @@ class Stage(Section):
 class Supervised(Stage):
     """Supervised tuning on responses: cold-start SFT, connector-only tuning, pre-training.
 
-    early_stopping: validations without a better loss after which the stage ends; null trains to
-    the end. The weights of the best validation loss are what the stage hands on.
+    max_length: samples of more tokens than this, prompt and response together, are left out; null
+    keeps all. early_stopping: validations without a better loss after which the stage ends; null
+    trains to the end. The weights of the best validation loss are what the stage hands on.
     """
 
     architecture: Architecture | None = None
     modules: Modules = Modules()
     train_data: Path
     validation_data: Path
+    max_length: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] = 2.0
     batch_size: Positive = 64
     micro_batch_size: Positive = 64
@@ -192,6 +194,7 @@ class Evaluate(Stage):
     samples: Positive = 5
     mode_samples: Positive = 1
     decoding: Decoding = Decoding()
+    rollout: RolloutEngine = RolloutEngine()
     batch_prompts: Positive = 64
     transcripts: Annotated[int, Field(ge=0)] = 12
     monitor: Monitor = Monitor()

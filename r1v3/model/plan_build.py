@@ -137,7 +137,7 @@ def _count(config: Any, layout: Layout, stage: int) -> dict[str, Any]:
         )
     parameters = dict.fromkeys(("vision", "connector", "llm"), 0)
     whole = dict(parameters)
-    padding = _Padding(config, options, layout.tensor)
+    padding = _Padding(config, options)
     tensors = 0
     for name, parameter in model.named_parameters():
         split = getattr(parameter, "tensor_model_parallel", False)
@@ -160,13 +160,11 @@ def _count(config: Any, layout: Layout, stage: int) -> dict[str, Any]:
 class _Padding:
     """Elements of a whole tensor that no checkpoint has."""
 
-    def __init__(self, config: Any, options: Any, tensor: int) -> None:
+    def __init__(self, config: Any, options: Any) -> None:
         vision, text = config.vision_config, config.text_config
         size = vision.hidden_size // vision.num_attention_heads
         heads = (options.padded_heads(config) - vision.num_attention_heads) * size
         rows = options.padded_vocab(config) - text.vocab_size
-        key_values = max(tensor, text.num_key_value_heads) - text.num_key_value_heads
-        extra = 2 * key_values * (text.hidden_size // text.num_attention_heads)
         self.vision = {
             "linear_qkv.weight": 3 * heads * vision.hidden_size,
             "linear_qkv.bias": 3 * heads,
@@ -177,9 +175,6 @@ class _Padding:
         self.language = {
             "word_embeddings.weight": rows * text.hidden_size,
             "output_layer.weight": rows * text.hidden_size,
-            # More ranks than key-value heads: a head stands on several of them.
-            "linear_qkv.weight": extra * text.hidden_size,
-            "linear_qkv.bias": extra,
         }
 
     def of(self, name: str) -> int:

@@ -113,8 +113,9 @@ def stage_parameters(dims: Dimensions, shards: Shards, stage: int) -> dict[str, 
     vision_layer = inner // tp + (2 * norm + 4) * w
     wide, h = dims.connector_in, dims.hidden
     connector = 2 * wide + h * (wide + 1) // tp + h * h // tp + h
-    kv = max(dims.kv_heads // tp, 1) * tp  # a rank has at least one
-    attention = (dims.heads + 2 * kv) * dims.head_dim * (h + 1) + dims.heads * dims.head_dim * h
+    attention = (dims.heads + 2 * dims.kv_heads) * dims.head_dim * (
+        h + 1
+    ) + dims.heads * dims.head_dim * h
     layer = (attention + 3 * h * dims.ffn) // tp + 2 * h
     rows = shards.padded_vocab * h // tp
     tables = (first or (last and dims.tied)) + (last and not dims.tied)

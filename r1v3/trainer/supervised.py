@@ -49,8 +49,12 @@ class Best:
         return False
 
 
-def load_examples(path: Path, engine: Engine, max_tiles: int) -> list[Example]:
+def load_examples(
+    path: Path, engine: Engine, max_tiles: int, max_length: int | None = None
+) -> list[Example]:
     """Encode the samples of a file, each in the template (thinking or not) it was written for.
+
+    Those of more than `max_length` tokens are left out.
 
     Raises:
         ValueError: a sample has no response to learn, named by file and row.
@@ -62,7 +66,10 @@ def load_examples(path: Path, engine: Engine, max_tiles: int) -> list[Example]:
         with in_row(path, row):
             if not sample.response:
                 raise ValueError("extra_info.response is empty; there is no target")
-            examples.append(encode_sample(sample, engine.tokenizer, shape, thinking=thinking))
+            example = encode_sample(sample, engine.tokenizer, shape, thinking=thinking)
+        length = len(example.prompt_ids) + len(example.response_ids)
+        if max_length is None or length <= max_length:
+            examples.append(example)
     return examples
 
 
@@ -103,8 +110,9 @@ class Trainer:
             architecture=config.architecture,
             tokenizer=tokenizer,
         )
-        self.train = load_examples(config.train_data, self.engine, config.max_tiles)
-        self.validation = load_examples(config.validation_data, self.engine, config.max_tiles)
+        limits = config.max_tiles, config.max_length
+        self.train = load_examples(config.train_data, self.engine, *limits)
+        self.validation = load_examples(config.validation_data, self.engine, *limits)
         self.total = max(1, round(len(self.train) * config.epochs / config.batch_size))
         words = expand_words(self.engine.tokenizer, config.monitor.words)
         self.monitor = CriticalTokenMonitor(
