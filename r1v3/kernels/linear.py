@@ -1,21 +1,31 @@
-"""lm_head to log-probability, entropy and GRPO loss, one chunk of logits at a time.
+"""Language head to log-probability, entropy and GRPO loss, a part of the logits at a time.
 
-Rows that do not count are dropped before any matrix product, the logits of a chunk are float32
-whatever the weight's dtype, and the backward computes them again instead of keeping them.
+Rows that do not count are dropped before any matrix product. Logits are float32 whatever the
+weight's dtype, and so are the sums of every gradient, which is rounded once.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1v3.kernels import reference, softmax_rows, vocab_parallel
-from r1v3.kernels.arguments import as_scalar, check_logits, check_shape, check_token_ids
-from r1v3.kernels.grpo_loss import grpo_loss
-
-CHUNK_ELEMENTS = 2**27
-CHUNK_ROWS = 4096
+from r1v3.kernels import linear_tokens, reference, vocab_parallel
+from r1v3.kernels.arguments import (
+    KL_ESTIMATORS,
+    as_scalar,
+    check_logits,
+    check_rows,
+    check_shape,
+    check_token_ids,
+)
+from r1v3.kernels.grpo_loss import (
+    _check_options,
+    _normalizer,
+    _per_sequence_or_token,
+    _sequence_offsets,
+    grpo_loss,
+)
+from r1v3.kernels.linear_grpo import linear_grpo, with_gradient
+from r1v3.kernels.linear_logprobs import linear_logprobs_and_entropy as logprobs_op
 
 
 def linear_logprobs_and_entropy(
@@ -27,54 +37,79 @@ def linear_logprobs_and_entropy(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     loss_mask: Tensor | None = None,
+    rows: Tensor | None = None,
     group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    reduce_hidden_grad: bool = True,
+    weight_grad_accumulator: Tensor | None = None,
+    row_tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`logprobs_and_entropy(hidden @ weight.T + bias, token_ids)` without all the logits.
 
-    At most 512 MiB of float32 logits exist at a time. Run to run the bits are equal; across
-    batch sizes they are as equal as those of the matrix product underneath. On CUDA, dropping
-    the rows that do not count needs their number on the host: one synchronisation.
+    The backward computes the logits again, a tile at a time. What is allocated besides results
+    and gradients is a tile and, for a backward, the float32 gradient of hidden: nothing grows
+    with rows times vocabulary. A gradient that is not required costs no product.
 
     Args:
         hidden: [..., H].
         weight: [V, H], or this rank's [V_local, H] with `group`; hidden is then the same on
-            every rank, and its gradient is summed over the group in the backward.
+            every rank.
         token_ids: [...] integers in [0, vocabulary) or -100.
         bias: [V] or None.
         temperature, vocab_size, group: as in `logprobs_and_entropy`.
         loss_mask: [...], not 0 where a row counts, or None. A row that does not count, or has
-            label -100, gives 0 for both results and no gradient.
+            label -100, gives 0 for both results and no gradient. On CUDA, finding the rows is one
+            synchronisation with the host; with `rows` there is none.
+        rows: int64 [n] into the flattened leading dimensions, without repetition, instead of a
+            loss_mask: only these rows are computed, and the results are [n].
+        sequence_parallel: with `group` of k ranks: hidden holds this rank's 1/k of the flattened
+            rows, in rank order. They are gathered inside (in the backward once more), and each
+            rank gets the gradient of its own. token_ids, loss_mask, rows and the results are
+            about all rows.
+        reduce_hidden_grad: with `group`: sum the gradient of hidden over the ranks, while the
+            last products for the weight run. False leaves each rank its own part, for a caller
+            who sums it.
+        weight_grad_accumulator: float32 [V, H] (float64 for float64 hidden), such as Megatron's
+            `main_grad`, to which the backward adds the weight's gradient; weight.grad is then
+            left alone. Used only where weight requires a gradient.
+        row_tile: if given, every product is of exactly this many rows, padded with zeros, so that
+            a row's result has the same bits in any batch, as far as the BLAS treats the rows of
+            one shape alike. Without it, matrix libraries choose kernels by the number of rows.
 
     Returns:
-        logprobs and entropy, [...] float32 (float64 for float64 hidden), differentiable in
-        hidden, weight and bias.
+        logprobs and entropy, [...] or [n], float32 (float64 for float64 hidden), differentiable
+        in hidden, weight and bias. Run to run the bits are equal, and equal on all ranks.
 
     Raises:
         ValueError: for a shape, dtype or value that makes no sense.
     """
-    shape = tuple(hidden.shape[:-1])
-    check_token_ids(token_ids, shape)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight must be [V, {hidden.shape[-1]}] for hidden {list(hidden.shape)}, "
-            f"got {list(weight.shape)}"
-        )
+    shape = _check_head(hidden, weight, token_ids, group, sequence_parallel, reduce_hidden_grad)
+    check_logits(weight.T, temperature, vocab_size if group is None else None)
+    _check_buffers(weight, hidden, weight_grad_accumulator, row_tile)
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
     if loss_mask is not None:
+        if rows is not None:
+            raise ValueError("rows already say what counts: give rows or loss_mask, not both")
         check_shape("loss_mask", loss_mask, shape)
         loss_mask = (loss_mask != 0).reshape(-1)
-    check_logits(weight.T, temperature, vocab_size if group is None else None)
-    logprobs, entropy, _, _ = _linear(
+    check_rows(rows)
+    logprobs, entropy, _, _ = logprobs_op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         token_ids.reshape(-1),
         loss_mask,
+        rows,
+        weight_grad_accumulator,
         as_scalar(temperature),
         vocab_size,
         vocab_parallel.group_name(group),
+        sequence_parallel,
+        reduce_hidden_grad,
+        row_tile or 0,
     )
+    shape = shape if rows is None else tuple(rows.shape)
     return logprobs.view(shape), entropy.view(shape)
 
 
@@ -98,14 +133,33 @@ def linear_grpo_loss(
     weights: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    rows: Tensor | None = None,
     group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    reduce_hidden_grad: bool = True,
+    weight_grad_accumulator: Tensor | None = None,
+    row_tile: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`grpo_loss` of the log-probabilities of `hidden @ weight.T`, without all the logits.
+    """`grpo_loss` of the log-probabilities of `hidden @ weight.T`, in one pass over the head.
+
+    Where a gradient is required, it is computed together with the loss: three matrix products
+    instead of the four of a recomputing backward, which then only multiplies by the upstream
+    gradient (in place: a second backward raises). As many rows at a time as `HOST_WORKSPACE` or
+    `DEVICE_WORKSPACE` of `linear_rows` allow.
+
+    If that is more than one chunk, the gradient of a 16-bit weight is summed in a float32 [V, H]
+    of its own, unless there is a weight_grad_accumulator.
 
     Args:
         hidden: [B, T, H], or [N, H] with cu_seqlens.
-        weight, token_ids, temperature, vocab_size, group: as in `linear_logprobs_and_entropy`.
-        The rest: as in `grpo_loss`.
+        weight, token_ids, temperature, vocab_size, group, sequence_parallel, reduce_hidden_grad,
+            row_tile: as in `linear_logprobs_and_entropy`.
+        old_logprobs ... weights: as in `grpo_loss`. Without old_logprobs the policy is the one
+            that sampled, and its own log-probabilities take their place, detached.
+        rows: int64 [n], where the flattened loss_mask is not 0, to spare CUDA a synchronisation.
+        weight_grad_accumulator: as in `linear_logprobs_and_entropy`, but added to right away, in
+            this call; the upstream gradient of the loss must then be 1, else the backward raises.
+            What the loss has to be scaled with belongs into normalizer.
 
     Returns:
         loss and metrics of `grpo_loss`, and besides, detached: "entropy", the mean over valid
@@ -115,205 +169,163 @@ def linear_grpo_loss(
     Raises:
         ValueError: for a shape, dtype or value that makes no sense.
     """
-    logprobs, entropy = linear_logprobs_and_entropy(
-        hidden,
-        weight,
-        token_ids,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        loss_mask=loss_mask,
-        group=group,
-    )
+    shape = _check_head(hidden, weight, token_ids, group, sequence_parallel, reduce_hidden_grad)
+    check_logits(weight.T, temperature, vocab_size if group is None else None)
+    _check_buffers(weight, hidden, weight_grad_accumulator, row_tile)
+    _check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
+    mask, per_token = _per_token(
+        shape, reference.accumulation_dtype(hidden), loss_mask, cu_seqlens, aggregation,
+        normalizer, advantages, old_logprobs, ref_logprobs, weights,
+    )  # fmt: skip
+    _check_rows_are_the_mask(rows, mask)
+    grad = torch.is_grad_enabled()
+    needed = [grad and hidden.requires_grad, grad and weight.requires_grad]
+    states, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
+    where = (
+        as_scalar(temperature), vocab_size, vocab_parallel.group_name(group), sequence_parallel,
+        reduce_hidden_grad, row_tile or 0,
+    )  # fmt: skip
+    if any(needed):
+        logprobs, entropy, *gradients = linear_grpo(
+            states.detach(), weight.detach(), ids, mask, rows, *per_token,
+            weight_grad_accumulator, *where, needed, clip_low, clip_high, dual_clip or 0.0,
+            kl_coef, KL_ESTIMATORS.index(kl),
+        )  # fmt: skip
+    else:
+        logprobs, entropy = _without_gradient(states, weight, ids, mask, rows, where)
     loss, metrics = grpo_loss(
-        logprobs,
-        old_logprobs,
-        advantages,
-        loss_mask,
-        ref_logprobs=ref_logprobs,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
-        kl=kl,
-        aggregation=aggregation,
-        cu_seqlens=cu_seqlens,
-        normalizer=normalizer,
-        weights=weights,
-    )
-    token_entropy = entropy.detach()
-    metrics["entropy"] = token_entropy.sum() / metrics["tokens"].clamp(min=1)
-    metrics["token_entropy"] = token_entropy
-    metrics["token_logprobs"] = logprobs.detach()
+        logprobs.view(shape), old_logprobs, advantages, loss_mask, ref_logprobs=ref_logprobs,
+        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef, kl=kl,
+        aggregation=aggregation, cu_seqlens=cu_seqlens, normalizer=normalizer, weights=weights,
+    )  # fmt: skip
+    if any(needed):
+        accumulated = needed[1] and weight_grad_accumulator is not None
+        loss = with_gradient(loss, states, weight, *gradients, accumulated)
+    metrics["entropy"] = entropy.sum() / metrics["tokens"].clamp(min=1)
+    metrics["token_entropy"] = entropy.view(shape)
+    metrics["token_logprobs"] = logprobs.view(shape)
     return loss, metrics
 
 
-@torch.library.custom_op("r1v3::linear_logprobs_and_entropy", mutates_args=())
-def _linear(
-    hidden: Tensor,
+def _without_gradient(
+    states: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    loss_mask: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int | None,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = reference.accumulation_dtype(hidden)
-    n = hidden.shape[0]
-    results = hidden.new_zeros(n, 5, dtype=dtype)
-    product = _Product(weight, hidden.dtype)
-    shard = torch.zeros(2 if group else 0, dtype=torch.int64, device=hidden.device)
-    for rows in _chunks(token_ids, loss_mask, weight.shape[0]):
-        logits = product.logits(hidden[rows], bias)
-        logprobs, entropy, saved, shard = softmax_rows.forward(
-            logits, token_ids[rows], None, float(temperature), vocab_size, group
-        )
-        results[rows] = torch.cat([logprobs[:, None], entropy[:, None], saved], dim=1)
-    return results[:, 0].clone(), results[:, 1].clone(), results[:, 2:].clone(), shard
-
-
-@_linear.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    loss_mask: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int | None,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logprobs = hidden.new_empty(hidden.shape[0], dtype=reference.accumulation_dtype(hidden))
-    shard = hidden.new_empty(2 if group else 0, dtype=torch.int64)
-    return logprobs, torch.empty_like(logprobs), logprobs.new_empty(hidden.shape[0], 3), shard
-
-
-@torch.library.custom_op("r1v3::linear_gradient", mutates_args=())
-def _linear_gradient(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    loss_mask: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int | None,
-    group: str,
-    shard: Tensor,
-    saved: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = saved.dtype
-    need_hidden, need_weight, need_bias = needed
-    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=dtype)
-    grad_weight = weight.new_zeros(weight.shape if need_weight else (0,), dtype=dtype)
-    grad_bias = weight.new_zeros(weight.shape[:1] if need_bias else (0,), dtype=dtype)
-    product = _Product(weight, hidden.dtype)
-    for rows in _chunks(token_ids, loss_mask, weight.shape[0]):
-        chunk = hidden[rows]
-        logits = product.logits(chunk, bias)
-        softmax_rows.backward(
-            logits, logits, token_ids[rows], None, float(temperature), vocab_size, shard,
-            saved[rows], None if grad_logprobs is None else grad_logprobs[rows],
-            None if grad_entropy is None else grad_entropy[rows],
-        )  # fmt: skip
-        if need_bias:
-            grad_bias += logits.sum(0)
-        if need_hidden:
-            grad_hidden[rows] = product.gradient_of_hidden(logits)
-        if need_weight:
-            product.add_gradient_of_weight(logits, chunk, grad_weight)
-    if group and need_hidden:
-        vocab_parallel.all_reduce_(grad_hidden, group)
-    bias_dtype = weight.dtype if bias is None else bias.dtype
-    return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
-
-
-@_linear_gradient.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    loss_mask: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int | None,
-    group: str,
-    shard: Tensor,
-    saved: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    bias_dtype = weight.dtype if bias is None else bias.dtype
-    return (
-        hidden.new_empty(hidden.shape if needed[0] else (0,)),
-        weight.new_empty(weight.shape if needed[1] else (0,)),
-        weight.new_empty(weight.shape[:1] if needed[2] else (0,), dtype=bias_dtype),
+    ids: Tensor,
+    mask: Tensor,
+    rows: Tensor | None,
+    where: tuple[Tensor, int | None, str, bool, bool, int],
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropy of all tokens, 0 where the mask is."""
+    loss_mask = mask if rows is None else None
+    logprobs, entropy, _, _ = logprobs_op(
+        states.detach(), weight.detach(), None, ids, loss_mask, rows, None, *where
     )
+    if rows is None:
+        return logprobs, entropy
+    zero = logprobs.new_zeros(ids.shape[0])
+    return zero.index_copy(0, rows, logprobs), zero.index_copy(0, rows, entropy)
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, bias, token_ids, loss_mask, temperature, ctx.vocab_size, ctx.group = inputs
-    _, _, saved, shard = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, token_ids, loss_mask, temperature, shard, saved)
+def _per_token(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    loss_mask: Tensor,
+    cu_seqlens: Tensor | None,
+    aggregation: str,
+    normalizer: Tensor | float | None,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Mask [N], and per token [N]: share, advantages, old and reference log-probabilities, weights.
 
-
-def _backward(ctx, grad_logprobs, grad_entropy, _saved, _shard):  # type: ignore[no-untyped-def]
-    needed = list(ctx.needs_input_grad[:3])
-    rest = (None,) * 5
-    if (grad_logprobs is None and grad_entropy is None) or not any(needed):
-        return None, None, None, *rest
-    *inputs, shard, saved = ctx.saved_tensors
-    gradients = _linear_gradient(
-        *inputs, ctx.vocab_size, ctx.group, shard, saved, grad_logprobs, grad_entropy, needed
-    )
-    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *rest
-
-
-_linear.register_autograd(_backward, setup_context=_save)
-
-
-def _chunks(token_ids: Tensor, loss_mask: Tensor | None, width: int) -> Iterator[Tensor]:
-    """Indices of the rows that count, as many at a time as logits may exist."""
-    keep = token_ids != reference.IGNORED_TOKEN
-    if loss_mask is not None:
-        keep = keep & loss_mask
-    rows = keep.nonzero().squeeze(-1)
-    size = CHUNK_ELEMENTS // max(width, 1)
-    size = min(size // 128 * 128 if size >= 128 else max(size, 1), CHUNK_ROWS)
-    for start in range(0, rows.shape[0], size):
-        yield rows[start : start + size]
-
-
-class _Product:
-    """Matrix products with one lm_head weight, accumulated and returned in float32 (or float64).
-
-    On CUDA, bfloat16 goes through bfloat16 tensor cores with float32 results; elsewhere the
-    operands are converted. float16 is always converted, so that small gradients do not underflow.
+    Tokens in no sequence are masked out.
     """
+    check_shape("loss_mask", loss_mask, shape)
+    for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
+        if tensor is not None:
+            check_shape(name, tensor, shape)
+    offsets = _sequence_offsets(torch.empty(shape, device=loss_mask.device), cu_seqlens)
+    sequences = offsets.shape[0] - 1
+    mask = (loss_mask != 0).reshape(-1)
+    sequence, inside = linear_tokens.sequence_of_tokens(offsets, mask.shape[0])
+    mask = mask & inside
+    share = linear_tokens.share_of_tokens(
+        mask, sequence, sequences, aggregation, _normalizer(normalizer), dtype
+    )
+    expanded: list[Tensor | None] = [share]
+    for name, values in (
+        ("advantages", advantages),
+        ("old_logprobs", old_logprobs),
+        ("ref_logprobs", ref_logprobs),
+        ("weights", weights),
+    ):
+        if values is not None:
+            if name in ("advantages", "weights"):
+                values = _per_sequence_or_token(name, values, shape, sequences)
+            values = linear_tokens.per_token(values, sequence, dtype)
+        expanded.append(values)
+    return mask, expanded
 
-    def __init__(self, weight: Tensor, hidden_dtype: torch.dtype) -> None:
-        self.dtype = torch.float64 if hidden_dtype == torch.float64 else torch.float32
-        self.tensor_cores = weight.is_cuda and weight.dtype == hidden_dtype == torch.bfloat16
-        self.weight = weight if self.tensor_cores else weight.to(self.dtype)
 
-    def logits(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
-        logits = self._multiply(hidden, self.weight.T)
-        return logits if bias is None else logits.add_(bias)
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    group: ProcessGroup | None,
+    sequence_parallel: bool,
+    reduce_hidden_grad: bool,
+) -> tuple[int, ...]:
+    """The shape of the results; raises ValueError unless the three fit together."""
+    if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be [V, {hidden.shape[-1] if hidden.dim() else 'H'}] for hidden "
+            f"{list(hidden.shape)}, got {list(weight.shape)}"
+        )
+    if not sequence_parallel:
+        check_token_ids(token_ids, tuple(hidden.shape[:-1]))
+        return tuple(hidden.shape[:-1])
+    if group is None:
+        raise ValueError("sequence_parallel needs the group whose ranks hold the rows, got None")
+    if not reduce_hidden_grad:
+        raise ValueError(
+            "sequence_parallel returns the gradient of this rank's rows, which needs the sum over "
+            "the group: reduce_hidden_grad must be True"
+        )
+    check_token_ids(token_ids, tuple(token_ids.shape))
+    rows = hidden.shape[:-1].numel() * torch.distributed.get_world_size(group)
+    if token_ids.numel() != rows:
+        raise ValueError(
+            f"with sequence_parallel, token_ids must be about the {rows} rows of all ranks, "
+            f"got {list(token_ids.shape)} for hidden {list(hidden.shape)}"
+        )
+    return tuple(token_ids.shape)
 
-    def gradient_of_hidden(self, grad_logits: Tensor) -> Tensor:
-        return self._multiply(grad_logits, self.weight)
 
-    def add_gradient_of_weight(self, grad_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
-        if self.tensor_cores:
-            out += self._multiply(grad_logits.T, hidden)
-        else:
-            out.addmm_(grad_logits.T, hidden.to(self.dtype))
+def _check_buffers(
+    weight: Tensor, hidden: Tensor, weight_grad_accumulator: Tensor | None, row_tile: int | None
+) -> None:
+    """Raises ValueError for an accumulator that cannot be added to, or a row_tile below 1."""
+    if row_tile is not None and row_tile < 1:
+        raise ValueError(f"row_tile must be >= 1 or None, got {row_tile}")
+    if weight_grad_accumulator is None:
+        return
+    check_shape("weight_grad_accumulator", weight_grad_accumulator, tuple(weight.shape))
+    dtype = reference.accumulation_dtype(hidden)
+    if weight_grad_accumulator.dtype != dtype or weight_grad_accumulator.device != weight.device:
+        raise ValueError(
+            f"weight_grad_accumulator must be {dtype} on {weight.device}, got "
+            f"{weight_grad_accumulator.dtype} on {weight_grad_accumulator.device}"
+        )
 
-    def _multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.tensor_cores:
-            return torch.mm(a.to(torch.bfloat16), b, out_dtype=torch.float32)
-        return a.to(self.dtype) @ b.to(self.dtype)
+
+def _check_rows_are_the_mask(rows: Tensor | None, mask: Tensor) -> None:
+    check_rows(rows)
+    if rows is None or rows.is_cuda or torch.compiler.is_compiling():
+        return
+    if not torch.equal(rows.sort().values, mask.nonzero().squeeze(-1)):
+        raise ValueError(
+            f"rows must be the {int(mask.sum())} places where loss_mask is not 0, "
+            f"got {rows.shape[0]}: {rows[:8].tolist()}"
+        )

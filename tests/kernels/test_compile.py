@@ -14,8 +14,6 @@ from r1v3.kernels import (
     entropy_from_logits,
     group_advantages,
     grpo_loss,
-    linear_grpo_loss,
-    linear_logprobs_and_entropy,
     logprobs_and_entropy,
     selective_log_softmax,
 )
@@ -40,7 +38,6 @@ def op_cases() -> dict[str, tuple[Any, ...]]:
     ids, rows = torch.randint(0, 9, (6,)), torch.tensor([4, 0])
     tokens = torch.randn(6, requires_grad=True)
     flat = tokens.detach() + 0.1
-    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
     return {
         "logprobs_and_entropy": (x, ids, None, scalar(0.7), 9, "", False),
         "logprobs_and_entropy of rows": (x, ids[rows], rows, scalar(1.0), None, "", False),
@@ -53,9 +50,6 @@ def op_cases() -> dict[str, tuple[Any, ...]]:
             torch.tensor([0, 2, 6]), scalar(3.0), 0.2, 0.2, 0.0, 0.1, 2, 0,
         ),
         "ban_tokens_": (x.detach(), ids, None, 0),
-        "linear_logprobs_and_entropy": (
-            hidden, weight, None, ids, torch.ones(6, dtype=torch.bool), scalar(0.7), None, "",
-        ),
     }  # fmt: skip
 
 
@@ -83,17 +77,7 @@ def training_step(x: Tensor, ids: Tensor, temperature: float) -> Tensor:
     return loss + entropy.sum() + metrics["ratio_mean"]
 
 
-def linear_step(x: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    weight = x[:8]
-    logprobs, entropy = linear_logprobs_and_entropy(x, weight, ids % 8, temperature=temperature)
-    loss, metrics = linear_grpo_loss(
-        x[None], weight, ids[None] % 8, logprobs.detach()[None], torch.ones(1),
-        (ids > 3)[None], temperature=temperature,
-    )  # fmt: skip
-    return loss + logprobs.sum() + entropy.sum() + metrics["entropy"]
-
-
-@pytest.mark.parametrize("step", [logits_step, training_step, linear_step])
+@pytest.mark.parametrize("step", [logits_step, training_step])
 def test_full_graph_equals_eager_and_compiles_few_times(step: Any) -> None:
     """Fails on a graph break, a wrong gradient, or a compile per length or temperature."""
     counter = CompileCounterWithBackend("aot_eager")

@@ -1,4 +1,4 @@
-"""lm_head to log-probability, entropy and loss, on every implementation this process can run."""
+"""lm_head to log-probability and entropy, on every implementation this process can run."""
 # mypy: disable-error-code="arg-type,union-attr,index"
 
 import math
@@ -8,20 +8,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1v3.kernels import (
-    grpo_loss,
-    linear,
-    linear_grpo_loss,
-    linear_logprobs_and_entropy,
-    logprobs_and_entropy,
-)
+from r1v3.kernels import linear_logprobs_and_entropy, linear_products, linear_rows
 from tests.kernels.budget import assert_within_budget
+from tests.kernels.conftest import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("backend")
+NAMES = ("logprobs", "entropy", "hidden", "weight", "bias")
 
 
-def make(dtype: torch.dtype = torch.float32, vocab: int = 211) -> dict[str, Any]:
-    ids = torch.randint(0, 200, (3, 8))
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 128 columns and 5 rows, chunks of 5 rows: several of each in the tests' problem."""
+    monkeypatch.setattr(linear_products, "TILE_BYTES", 1)
+    monkeypatch.setattr(linear_rows, "HOST_BLOCK_ROWS", 5)
+    monkeypatch.setattr(linear_rows, "HOST_WORKSPACE", 5 * 300 * 4)
+
+
+def make(dtype: torch.dtype = torch.float32, vocab: int = 300) -> dict[str, Any]:
+    ids = torch.randint(0, 290, (3, 8))
     ids[0, 2] = -100
     return {
         "hidden": torch.randn(3, 8, 24).to(dtype),
@@ -33,13 +42,14 @@ def make(dtype: torch.dtype = torch.float32, vocab: int = 211) -> dict[str, Any]
 
 
 def run(
-    function: Any, inputs: dict[str, Any], dtype: torch.dtype, upstream: Tensor
+    function: Any, inputs: dict[str, Any], dtype: torch.dtype, upstream: Tensor, **options: Any
 ) -> list[Tensor]:
+    """Both outputs and three gradients."""
     leaves = {
         name: inputs[name].to(dtype).clone().requires_grad_()
         for name in ("hidden", "weight", "bias")
     }
-    outputs = function(**{**inputs, **leaves}, temperature=0.8, vocab_size=200)
+    outputs = function(**{**inputs, **leaves}, temperature=0.8, vocab_size=290, **options)
     sum((value * u).sum() for value, u in zip(outputs, upstream, strict=True)).backward()
     return [*(value.detach() for value in outputs), *(leaf.grad for leaf in leaves.values())]
 
@@ -60,38 +70,42 @@ def plain(
     return [torch.where(keep, v, 0.0) for v in (picked, -(log_p.exp() * log_p).sum(-1))]
 
 
-@pytest.mark.parametrize("rows_per_chunk", [1, 5, 4096])
+@pytest.mark.parametrize("tiles", ["small", "whole"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_matches_float64(
-    dtype: torch.dtype, rows_per_chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_matches_float64(dtype: torch.dtype, tiles: str, request: pytest.FixtureRequest) -> None:
     """Fails if an output or one of three gradients is worse than the usual computation's."""
-    monkeypatch.setattr(linear, "CHUNK_ELEMENTS", 211 * rows_per_chunk)
+    if tiles == "small":
+        request.getfixturevalue("small_tiles")
     inputs, upstream = make(dtype), torch.randn(2, 3, 8)
     truth = run(plain, inputs, torch.float64, upstream)
     baseline = run(plain, inputs, dtype, upstream)
     got = run(linear_logprobs_and_entropy, inputs, dtype, upstream)
-    names = ("logprobs", "entropy", "hidden", "weight", "bias")
-    for name, g, t, b in zip(names, got, truth, baseline, strict=True):
+    for name, g, t, b in zip(NAMES, got, truth, baseline, strict=True):
         assert g.dtype == (dtype if name in ("hidden", "weight", "bias") else torch.float32)
         assert_within_budget(name, g, t, b, 2e-5)
+    assert (got[3][290:] == 0).all() and (got[4][290:] == 0).all(), "padded columns"
 
 
-def test_half_precision_does_not_touch_the_ratio() -> None:
-    """Fails if logits pass through bfloat16: then log-probabilities are off by more than 1e-2."""
-    inputs = make(torch.bfloat16)
-    inputs["hidden"] = inputs["hidden"] * 4
-    exact = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
-    options = dict(temperature=1.0, vocab_size=200)
-    got = linear_logprobs_and_entropy(**inputs, **options)
-    want = plain(**exact, **options)
-    rounded = plain(**inputs, **options)
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-4)
-    assert (rounded[0] - want[0]).abs().max() > 1e-2
+def test_logits_of_a_language_model_stay_exact() -> None:
+    """Fails if logits pass through bfloat16: then a log-probability is off by 5e-2, not 2e-4.
+
+    Rows of 20,000 logits whose largest are 20 to 30, as a language model's.
+    """
+    hidden = torch.randn(12, 256).bfloat16()
+    weight = (torch.randn(20_000, 256) * 6 / 16).bfloat16()
+    logits = hidden.double() @ weight.double().T
+    ids = logits.topk(4).indices[:, 3]
+    assert 20 < logits.amax(-1).median() < 30
+    exact = logits.log_softmax(-1)
+    truth = exact.gather(-1, ids[:, None]).squeeze(-1)
+    logprobs, entropy = linear_logprobs_and_entropy(hidden, weight, ids)
+    assert (logprobs - truth).abs().max() < 2e-4
+    assert (entropy + (exact.exp() * exact).sum(-1)).abs().max() < 2e-4
+    rounded = (hidden @ weight.T).float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+    assert (rounded - truth).abs().max() > 1e-2
 
 
-def test_gradcheck() -> None:
+def test_gradcheck(small_tiles: None) -> None:
     """Fails if the recomputed backward is not the derivative."""
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in make().items()}
     leaves = [inputs.pop(k)[..., :5].clone().requires_grad_() for k in ("hidden", "weight")]
@@ -99,23 +113,34 @@ def test_gradcheck() -> None:
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return linear_logprobs_and_entropy(
-            hidden, weight, bias=bias, temperature=0.7, vocab_size=200, **inputs
+            hidden, weight, bias=bias, temperature=0.7, vocab_size=290, **inputs
         )
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
-def test_dropped_rows_never_reach_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """The operands of every matrix product, as they are multiplied."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    multiply = linear_products.multiply
+
+    def watch(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+        seen.append((a.clone(), b))
+        multiply(a, b, out, add=add)
+
+    monkeypatch.setattr(linear_products, "multiply", watch)
+    monkeypatch.setattr("r1v3.kernels.linear_gradients.multiply", watch)
+    return seen
+
+
+def work(products: list[tuple[Tensor, Tensor]]) -> int:
+    """Multiplications."""
+    return sum(a.shape[0] * a.shape[1] * b.shape[1] for a, b in products)
+
+
+def test_dropped_rows_never_reach_a_product(products: list[tuple[Tensor, Tensor]]) -> None:
     """Fails if rows with loss_mask 0 or label -100 cost anything, or their NaN gets through."""
-    seen = []
-    logits = linear._Product.logits
-
-    def watch(self: Any, hidden: Tensor, bias: Tensor | None) -> Tensor:
-        seen.append(hidden.shape[0])
-        assert hidden.isfinite().all()
-        return logits(self, hidden, bias)
-
-    monkeypatch.setattr(linear._Product, "logits", watch)
     inputs = make()
     kept = inputs["loss_mask"] & (inputs["token_ids"] != -100)
     inputs["hidden"][~kept] = math.nan
@@ -123,97 +148,218 @@ def test_dropped_rows_never_reach_a_product(monkeypatch: pytest.MonkeyPatch) -> 
     hidden, weight = inputs["hidden"].requires_grad_(), inputs["weight"].requires_grad_()
     logprobs, entropy = linear_logprobs_and_entropy(**inputs)
     (logprobs + entropy).sum().backward()
-    assert seen == [int(kept.sum())] * 2
+    assert work(products) == 4 * int(kept.sum()) * 300 * 24
+    assert all(a.isfinite().all() and b.isfinite().all() for a, b in products)
     assert (logprobs[~kept] == 0).all() and (entropy[~kept] == 0).all()
     assert (hidden.grad[~kept] == 0).all() and weight.grad.isfinite().all()
 
 
-def test_memory_is_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if more logits than one chunk are ever made at once, forward or backward."""
-    biggest = 0
-    logits = linear._Product.logits
-
-    def watch(self: Any, hidden: Tensor, bias: Tensor | None) -> Tensor:
-        nonlocal biggest
-        result = logits(self, hidden, bias)
-        biggest = max(biggest, result.numel())
-        return result
-
-    monkeypatch.setattr(linear._Product, "logits", watch)
-    monkeypatch.setattr(linear, "CHUNK_ELEMENTS", 211 * 300)
-    hidden = torch.randn(1000, 24, requires_grad=True)
-    values = linear_logprobs_and_entropy(
-        hidden, torch.randn(211, 24), torch.randint(0, 211, (1000,))
-    )
-    sum(value.sum() for value in values).backward()
-    assert biggest == 211 * 256
-
-
-def test_frozen_parts_get_no_gradient() -> None:
-    """Fails if a frozen lm_head or body still costs its product, or breaks the other's."""
+@pytest.mark.parametrize("trained,gemms", [("hidden", 2), ("weight", 2), ("bias", 1)])
+def test_frozen_parts_cost_no_product(
+    trained: str, gemms: int, products: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Fails if a frozen lm_head or body still costs its product, or breaks the other's gradient."""
     inputs = make()
-    for name in ("hidden", "weight", "bias"):
-        leaves = {
-            k: inputs[k].clone().requires_grad_(k == name) for k in ("hidden", "weight", "bias")
-        }
-        linear_logprobs_and_entropy(**{**inputs, **leaves})[0].sum().backward()
-        assert [k for k, leaf in leaves.items() if leaf.grad is not None] == [name]
-    reached = linear_logprobs_and_entropy(**inputs)
-    assert not reached[0].requires_grad
+    inputs["loss_mask"][:] = True
+    leaves = {
+        k: inputs[k].clone().requires_grad_(k == trained) for k in ("hidden", "weight", "bias")
+    }
+    logprobs, _ = linear_logprobs_and_entropy(**{**inputs, **leaves})
+    assert work(products) == 23 * 300 * 24
+    products.clear()
+    logprobs.sum().backward()
+    assert work(products) == gemms * 23 * 300 * 24
+    assert [k for k, leaf in leaves.items() if leaf.grad is not None] == [trained]
+    assert not linear_logprobs_and_entropy(**inputs)[0].requires_grad
 
 
-def test_everything_masked() -> None:
+def test_selected_rows(products: list[tuple[Tensor, Tensor]], small_tiles: None) -> None:
+    """Fails if `rows` computes others, in another order, or differs from the full results."""
+    inputs = make()
+    del inputs["loss_mask"]
+    rows = torch.tensor([17, 3, 2])  # the last has label -100
+    results = []
+    for options in ({}, {"rows": rows}):
+        products.clear()
+        leaves = {k: inputs[k].clone().requires_grad_() for k in ("hidden", "weight")}
+        outputs = linear_logprobs_and_entropy(**{**inputs, **leaves}, **options)
+        if not options:
+            outputs = [value.view(-1)[rows] for value in outputs]
+            outputs[1] = torch.where(torch.tensor([True, True, False]), outputs[1], 0.0)
+        upstream = torch.tensor([0.5, -2.0, 0.0])
+        sum((value * upstream).sum() for value in outputs).backward()
+        results.append([*outputs, *(leaf.grad for leaf in leaves.values())])
+    assert work(products) == 4 * 3 * 300 * 24
+    results[1][1] = results[1][1] * torch.tensor([1.0, 1.0, 0.0])
+    for full, selected in zip(*results, strict=True):
+        torch.testing.assert_close(selected, full, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("selection", ["mask", "rows"])
+def test_nothing_to_compute(selection: str) -> None:
     """Fails if no row to compute breaks the forward or the backward."""
     inputs = make()
-    inputs["loss_mask"][:] = False
-    hidden = inputs["hidden"].requires_grad_()
+    mask = inputs.pop("loss_mask")
+    given: dict[str, Any] = {"loss_mask": torch.zeros_like(mask)}
+    if selection == "rows":
+        given = {"rows": torch.empty(0, dtype=torch.int64)}
+    leaves = {k: inputs[k].requires_grad_() for k in ("hidden", "weight", "bias")}
+    logprobs, entropy = linear_logprobs_and_entropy(**inputs, **given)
+    assert logprobs.shape == (mask.shape if selection == "mask" else (0,))
+    (logprobs + entropy).sum().backward()
+    assert (logprobs == 0).all() and all((leaf.grad == 0).all() for leaf in leaves.values())
+
+
+def hard_logits() -> tuple[Tensor, Tensor]:
+    """Logits [7, 300] that break peers, as hidden states of an identity head; labels [7]."""
+    logits = 4 * torch.randn(7, 300)
+    logits[0, :140] = -torch.inf  # a whole tile of them
+    logits[1] = -torch.inf
+    logits[2, 5] = torch.nan
+    logits[3] -= 3000
+    logits[4] = 7.0  # constant
+    logits[5, 3] = 500.0  # one-hot
+    return logits, torch.tensor([200, 7, 9, 299, 0, 3, 150])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e-3, 0.0])
+def test_hard_cases(temperature: float, small_tiles: None) -> None:
+    """Fails if tiles turn -inf into NaN, lose NaN, or cancel digits of far-away logits.
+
+    The bias carries the hard logits, one problem per row, so that no product makes 0 * inf.
+    """
+    logits, ids = hard_logits()
+    for x, label in zip(logits, ids, strict=True):
+        options = dict(bias=x, temperature=temperature)
+        got = linear_logprobs_and_entropy(torch.zeros(1, 4), torch.zeros(300, 4), label[None],
+                                          **options)  # fmt: skip
+        y = x.double()
+        if bool((x == -torch.inf).all()):
+            want = -torch.inf, 0.0
+        elif temperature == 0:
+            top = (y == y.max()).double()
+            want = (top / top.sum())[label].log().item(), top.sum().log().item()
+            if bool(y.isnan().any()):
+                want = math.nan, math.nan
+        else:
+            log_p = (y / temperature).log_softmax(-1)
+            p_log_p = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p)
+            want = log_p[label].item(), -p_log_p.sum().item()
+        for value, truth in zip(got, want, strict=True):
+            exact = torch.tensor([truth], dtype=torch.float64)
+            torch.testing.assert_close(value.double(), exact, rtol=5e-6, atol=1e-5, equal_nan=True)
+
+
+def test_a_huge_ignored_logit_keeps_gradients_finite(small_tiles: None) -> None:
+    """Fails if a banned token (bias -inf) gives NaN gradients, which every eager version does."""
+    inputs = make()
+    inputs["bias"][10:150] = -torch.inf
+    inputs["token_ids"].clamp_(min=160)
+    hidden, weight = inputs["hidden"].requires_grad_(), inputs["weight"].requires_grad_()
     logprobs, entropy = linear_logprobs_and_entropy(**inputs)
     (logprobs + entropy).sum().backward()
-    assert (logprobs == 0).all() and (hidden.grad == 0).all()
+    assert hidden.grad.isfinite().all() and (weight.grad[10:150] == 0).all()
 
 
-def test_linear_grpo_loss_is_the_composition() -> None:
-    """Fails if loss, gradient or metrics differ from logits -> log-probabilities -> loss."""
+def test_an_unused_entropy_changes_nothing() -> None:
+    """Fails if the gradient of log-probabilities alone reads the entropy, or costs accuracy."""
     inputs = make()
-    del inputs["bias"]
-    old, ref = -6 * torch.rand(3, 8), -6 * torch.rand(3, 8)
-    mask = inputs.pop("loss_mask")
-    inputs["token_ids"][0, 2] = 7
-    advantages = torch.tensor([1.0, -1.0, 0.5])
-    options: dict[str, Any] = dict(
-        ref_logprobs=ref, kl_coef=0.1, dual_clip=3.0, aggregation="token-mean", normalizer=20.0
+    gradients = []
+    for entropy_weight in (None, 0.0):
+        hidden = inputs["hidden"].clone().requires_grad_()
+        logprobs, entropy = linear_logprobs_and_entropy(**{**inputs, "hidden": hidden})
+        loss = logprobs.sum()
+        (loss if entropy_weight is None else loss + entropy_weight * entropy.sum()).backward()
+        gradients.append(hidden.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_expanded_upstream_and_strided_inputs(small_tiles: None) -> None:
+    """Fails if a stride other than the contiguous one is ignored in an input or upstream."""
+    inputs = make()
+    wide = torch.randn(3, 8, 48)
+    hidden = wide[..., ::2].detach().requires_grad_()
+    weight = torch.randn(24, 300).T.detach().requires_grad_()
+    outputs = linear_logprobs_and_entropy(hidden, weight, inputs["token_ids"].T.contiguous().T)
+    sum(value.sum() for value in outputs).backward()
+    h, w = (x.detach().contiguous().requires_grad_() for x in (hidden, weight))
+    want = linear_logprobs_and_entropy(h, w, inputs["token_ids"])
+    (want[0] * torch.ones(3, 8) + want[1] * torch.ones(3, 8)).sum().backward()
+    for a, b in [(hidden.grad, h.grad), (weight.grad, w.grad), *zip(outputs, want, strict=True)]:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_accumulator_gets_the_weight_gradient(small_tiles: None) -> None:
+    """Fails if the gradient is not added to the buffer, is rounded first, or also returned.
+
+    Two micro-batches, both forwards first, as a pipeline schedule runs them.
+    """
+    inputs = make(torch.bfloat16)
+    buffer = torch.randn(300, 24)
+    before = buffer.clone()
+    leaves = {k: inputs[k].clone().requires_grad_() for k in ("hidden", "weight")}
+    steps = [
+        linear_logprobs_and_entropy(**{**inputs, **leaves}, weight_grad_accumulator=buffer)
+        for _ in range(2)
+    ]
+    for outputs in steps:
+        (2 * outputs[0] + outputs[1]).sum().backward()
+    assert leaves["weight"].grad is None and leaves["hidden"].grad is not None
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    exact["weight"].requires_grad_()
+    outputs = linear_logprobs_and_entropy(**exact)
+    (2 * outputs[0] + outputs[1]).sum().backward()
+    want = 2 * exact["weight"].grad
+    torch.testing.assert_close(buffer - before, want.float(), rtol=2e-5, atol=5e-5)
+
+
+def test_bits_do_not_change_from_run_to_run(small_tiles: None) -> None:
+    """Fails if an output or a gradient has other bits in a second run."""
+    inputs, upstream = make(torch.bfloat16), torch.randn(2, 3, 8)
+    first, second = (
+        run(linear_logprobs_and_entropy, inputs, torch.bfloat16, upstream) for _ in range(2)
     )
-    h, w = (inputs.pop(name).requires_grad_() for name in ("hidden", "weight"))
-    loss, metrics = linear_grpo_loss(
-        h, w, inputs["token_ids"], old, advantages, mask, temperature=0.9, **options
-    )
-    loss.backward()
-    h2, w2 = (x.detach().clone().requires_grad_() for x in (h, w))
-    logprobs, entropy = logprobs_and_entropy(h2 @ w2.T, inputs["token_ids"], temperature=0.9)
-    loss2, metrics2 = grpo_loss(logprobs, old, advantages, mask, **options)
-    loss2.backward()
-    torch.testing.assert_close(loss, loss2)
-    torch.testing.assert_close(h.grad, h2.grad)
-    torch.testing.assert_close(w.grad, w2.grad)
-    for name, value in metrics2.items():
-        torch.testing.assert_close(metrics[name], value)
-    torch.testing.assert_close(metrics["entropy"], entropy[mask].mean().detach())
-    torch.testing.assert_close(metrics["token_entropy"], torch.where(mask, entropy, 0.0).detach())
-    torch.testing.assert_close(metrics["token_logprobs"][mask], logprobs[mask].detach())
-    assert not any(value.requires_grad for value in metrics.values())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_row_tile_makes_rows_independent_of_the_batch() -> None:
+    """Fails if a row's bits depend on how many others there are, or on its place among them."""
+    hidden, weight = torch.randn(41, 200), torch.randn(700, 200)
+    ids = torch.randint(0, 700, (41,))
+    results = {}
+    for rows in (torch.arange(41), torch.tensor([30, 2, 7]), torch.tensor([40])):
+        leaf = hidden.clone().requires_grad_()
+        values = linear_logprobs_and_entropy(leaf, weight, ids, rows=rows, row_tile=16)
+        sum(v.sum() for v in values).backward()
+        results[len(rows)] = [*(v.detach() for v in values), leaf.grad[rows]]
+    for n, rows in ((3, torch.tensor([30, 2, 7])), (1, torch.tensor([40]))):
+        assert all(torch.equal(a[rows], b) for a, b in zip(results[41], results[n], strict=True))
+    plain_values = linear_logprobs_and_entropy(hidden, weight, ids)
+    for value, tiled in zip(plain_values, results[41], strict=False):
+        torch.testing.assert_close(value, tiled)
 
 
 def test_wrong_arguments_raise() -> None:
     """Fails if a mistake goes through, or the message does not name it."""
     h, w, ids = torch.randn(4, 6), torch.randn(9, 6), torch.zeros(4, dtype=torch.int64)
-    cases: list[tuple[Any, str]] = [
-        (lambda: linear_logprobs_and_entropy(h, w.T, ids), r"weight must be \[V, 6\]"),
-        (lambda: linear_logprobs_and_entropy(h, w, ids[:3]), r"token_ids must have shape \[4\]"),
-        (lambda: linear_logprobs_and_entropy(h, w, ids, bias=w[0]), r"bias must have shape \[9\]"),
-        (lambda: linear_logprobs_and_entropy(h, w, ids, loss_mask=ids[:2]), "loss_mask must have"),
-        (lambda: linear_logprobs_and_entropy(h, w, ids, vocab_size=10), "vocab_size must be at"),
-        (lambda: linear_logprobs_and_entropy(h, w, ids, temperature=-1), "temperature must be"),
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"weight": w.T}, r"weight must be \[V, 6\]"),
+        ({"token_ids": ids[:3]}, r"token_ids must have shape \[4\]"),
+        ({"bias": w[0]}, r"bias must have shape \[9\]"),
+        ({"loss_mask": ids[:2]}, "loss_mask must have"),
+        ({"vocab_size": 10}, "vocab_size must be at"),
+        ({"temperature": -1}, "temperature must be"),
+        ({"rows": ids, "loss_mask": ids}, "not both"),
+        ({"rows": ids.float()}, "rows must be int64"),
+        ({"rows": ids}, "rows must not repeat"),
+        ({"rows": ids[:1] + 4}, r"rows must be in \[0, 4\)"),
+        ({"sequence_parallel": True}, "sequence_parallel needs the group"),
+        ({"weight_grad_accumulator": w[:8]}, "weight_grad_accumulator must have shape"),
+        ({"weight_grad_accumulator": w.bfloat16()}, "weight_grad_accumulator must be"),
+        ({"row_tile": 0}, "row_tile must be"),
     ]
-    for call, message in cases:
+    if not INTERPRETED:
+        cases.append(({"token_ids": ids + 9}, r"token_ids must be in \[0, 9\)"))
+    for given, message in cases:
         with pytest.raises(ValueError, match=message):
-            call()
+            linear_logprobs_and_entropy(**{"hidden": h, "weight": w, "token_ids": ids, **given})

@@ -1,0 +1,124 @@
+"""Sums of a language head's gradients: in float32, rounded once, reduced over the group."""
+
+import torch
+from torch import Tensor
+
+from r1v3.kernels.linear_parallel import HiddenReduction
+from r1v3.kernels.linear_products import Head, multiply
+
+
+class WeightGradient:
+    """The gradient of the weight, or of some of its rows, from any number of contributions.
+
+    A 16-bit weight's sum is kept in float32 from its first contribution to its last; with an
+    accumulator there is no other memory.
+    """
+
+    def __init__(
+        self, head: Head, accumulator: Tensor | None, dtype: torch.dtype, *, empty: bool
+    ) -> None:
+        self.head, self.accumulator = head, accumulator
+        shape = head.weight.shape if accumulator is None else (0,)
+        make = head.weight.new_zeros if empty else head.weight.new_empty
+        self.result = make(shape, dtype=dtype)
+        self._sums: dict[int, Tensor] = {}
+
+    def add(
+        self, columns: slice, gradient: Tensor, states: Tensor, *, first: bool, last: bool
+    ) -> None:
+        """Adds gradient.T @ states, the first or last of the contributions to these columns."""
+        transposed = gradient.T
+        if self.accumulator is not None:
+            multiply(transposed, states, self.accumulator[columns], add=True)
+            return
+        out = self.result[columns]
+        if out.dtype == self.head.result:
+            multiply(transposed, states, out, add=not first)
+        elif first and last and out.dtype == transposed.dtype:
+            multiply(transposed, states, out, add=False)
+        else:
+            shape = columns.stop - columns.start, states.shape[1]
+            total = self._sums.pop(columns.start, None)
+            if total is None:
+                total = states.new_empty(shape, dtype=self.head.result)
+            multiply(transposed, states, total, add=not first)
+            if last:
+                out.copy_(total)
+            else:
+                self._sums[columns.start] = total
+
+
+class Gradients:
+    """Sums of the gradients of hidden, weight and bias, each only if needed.
+
+    Args:
+        n: selected rows; needed: hidden, weight, bias.
+        accumulator: float32 buffer for the weight's gradient, or None.
+        reduction: sums the hidden rows' gradient over the group.
+        hidden_at_once: every row's gradient comes in one piece, so that its product can be
+            written in `hidden_dtype` without a float32 sum.
+        hidden_dtype, weight_dtype: of the results.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        n: int,
+        needed: list[bool],
+        accumulator: Tensor | None,
+        reduction: HiddenReduction,
+        *,
+        hidden_at_once: bool,
+        hidden_dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+    ) -> None:
+        need_hidden, need_weight, need_bias = needed
+        self.head, self.n, self.reduction, self.dtype = head, n, reduction, hidden_dtype
+        weight = head.weight
+        self.at_once = hidden_at_once and hidden_dtype == head.operand and not reduction.group
+        self.hidden: Tensor | None = None
+        self.weight: WeightGradient | None = None
+        self.bias: Tensor | None = None
+        if need_hidden:
+            make = weight.new_empty if self.at_once else weight.new_zeros
+            dtype = hidden_dtype if self.at_once else head.result
+            self.hidden = make(n, weight.shape[1], dtype=dtype)
+        if need_weight:
+            self.weight = WeightGradient(head, accumulator, weight_dtype, empty=n == 0)
+        if need_bias:
+            self.bias = weight.new_zeros(weight.shape[0], dtype=head.result)
+
+    def add(
+        self,
+        columns: slice,
+        tile: Tensor,
+        rows: slice,
+        gradient: Tensor,
+        states: Tensor,
+    ) -> None:
+        """Adds what the gradient of a tile's logits [rows, columns] contributes.
+
+        Hidden rows whose last column this is start on their way through the group before the
+        product for the weight.
+        """
+        if self.bias is not None:
+            self.bias[columns] += gradient.sum(0)
+        gradient = gradient.to(self.head.operand)
+        if self.hidden is not None:
+            self.head.hidden_gradient(gradient, tile, self.hidden[rows], add=not self.at_once)
+            if columns.stop == self.head.weight.shape[0]:
+                self.reduction.start(self.hidden, rows)
+        if self.weight is not None:
+            first, last = rows.start == 0, rows.stop == self.n
+            self.weight.add(columns, gradient, states, first=first, last=last)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of all hidden rows, of the weight and of the bias; empty where not needed."""
+        weight = self.head.weight
+        hidden = weight.new_empty(0, dtype=self.dtype)
+        if self.hidden is not None:
+            hidden = self.reduction.finish(self.hidden, self.dtype)
+        bias_like = weight if self.head.bias is None else self.head.bias
+        bias = bias_like.new_empty(0) if self.bias is None else self.bias.to(bias_like.dtype)
+        given = weight.new_empty(0) if self.weight is None else self.weight.result
+        return hidden, given, bias

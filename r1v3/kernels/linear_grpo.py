@@ -1,0 +1,253 @@
+"""The custom ops of `linear_grpo_loss`: log-probabilities and gradients in one pass over the head.
+
+What a token's loss is divided by is known before the pass, and the rest of its gradient depends
+on no other token. So, a chunk of rows at a time: logits, row statistics, d loss / d logprob, the
+gradient of the logits in their place, its two products. Nothing is computed twice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from r1v3.kernels import linear_rows, softmax_rows
+from r1v3.kernels.arguments import AGGREGATIONS
+from r1v3.kernels.linear_gradients import Gradients
+from r1v3.kernels.linear_parallel import HiddenReduction, group_size
+from r1v3.kernels.linear_products import Head
+from r1v3.kernels.linear_statistics import check_token_ids_on_host, vocabulary_bounds
+from r1v3.kernels.reference import accumulation_dtype
+
+# Tokens that one program of the loss kernel works on.
+LOSS_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of every selected token, from its log-probability alone.
+
+    Tensors are [n]; `share` is what a token's loss counts in the total.
+    """
+
+    share: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    weights: Tensor | None
+    options: tuple[float, float, float, float, int]
+
+    def slope(self, rows: slice, logprobs: Tensor) -> Tensor:
+        """d loss / d logprob of these rows."""
+        n = logprobs.shape[0]
+        old, ref, weights = (
+            None if x is None else x[rows]
+            for x in (self.old_logprobs, self.ref_logprobs, self.weights)
+        )
+        blocks = torch.arange(-(-n // LOSS_BLOCK) + 1, device=logprobs.device) * LOSS_BLOCK
+        _, slope, _ = torch.ops.r1v3.grpo_loss(
+            logprobs, old, self.advantages[rows], torch.ones_like(logprobs, dtype=torch.bool),
+            ref, weights, blocks.clamp(max=n), torch.ones((), dtype=torch.float64, device="cpu"),
+            *self.options, AGGREGATIONS.index("constant"),
+        )  # fmt: skip
+        return slope.mul_(self.share[rows])
+
+
+@torch.library.custom_op("r1v3::linear_grpo", mutates_args=("weight_grad_accumulator",))
+def linear_grpo(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    loss_mask: Tensor,
+    rows: Tensor | None,
+    share: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    weight_grad_accumulator: Tensor | None,
+    temperature: Tensor,
+    vocab_size: int | None,
+    group: str,
+    sequence_parallel: bool,
+    reduce_hidden_grad: bool,
+    row_tile: int,
+    needed: list[bool],
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities [N], entropy [N], gradients of hidden and weight, empty where not needed.
+
+    Args:
+        share, advantages, old_logprobs, ref_logprobs, weights: [N], per token.
+        needed: whether hidden and weight get a gradient.
+    """
+    head = Head(weight, None, hidden.dtype, row_tile)
+    batch = linear_rows.Batch(hidden, token_ids, loss_mask, rows, group, sequence_parallel)
+    reduction = HiddenReduction(
+        group if reduce_hidden_grad else "", batch.total, None if batch.whole else batch.picked,
+        sequence_parallel=sequence_parallel,
+    )  # fmt: skip
+    gradients = Gradients(
+        head, batch.n, [*needed, False], weight_grad_accumulator, reduction,
+        hidden_at_once=not head.converts, hidden_dtype=saved_dtype(hidden),
+        weight_dtype=saved_dtype(weight),
+    )  # fmt: skip
+    old, ref, own = (
+        None if x is None else x[batch.picked] for x in (old_logprobs, ref_logprobs, weights)
+    )
+    options = clip_low, clip_high, dual_clip, kl_coef, kl
+    loss = TokenLoss(share[batch.picked], advantages[batch.picked], old, ref, own, options)
+    bounds = vocabulary_bounds(weight, vocab_size, group)
+    check_token_ids_on_host(batch.token_ids, bounds)
+    logprobs, entropy = _one_pass(
+        head, batch, loss, gradients, float(temperature), vocab_size, bounds, group
+    )
+    return batch.spread(logprobs), batch.spread(entropy), *gradients.results()[:2]
+
+
+def _one_pass(
+    head: Head,
+    batch: linear_rows.Batch,
+    loss: TokenLoss,
+    gradients: Gradients,
+    temperature: float,
+    vocab_size: int | None,
+    bounds: Tensor,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropy of the batch's rows; the gradients are added up."""
+    states = batch.states(head.operand)
+    logprobs = states.new_zeros(batch.n, dtype=head.result)
+    entropy = torch.zeros_like(logprobs)
+    vocab = head.weight.shape[0]
+    common = _common_width(vocab, vocab_size, bounds, group)
+    size = linear_rows.chunk_rows(head, batch.n, common, shared=bool(group))
+    width = head.tile_columns() if head.converts else vocab
+    space = states.new_empty(min(size, batch.n), vocab, dtype=head.result)
+    for rows in linear_rows.blocks(batch.n, size):
+        chunk, ids = states[rows], batch.token_ids[rows]
+        logits = space[: chunk.shape[0]]
+        for columns, tile in head.tiles(width):
+            head.logits(chunk, columns, tile, logits[:, columns])
+        logprobs[rows], entropy[rows], saved, _ = softmax_rows.forward(
+            logits, ids, None, temperature, None if group else vocab_size, group, bounds
+        )
+        softmax_rows.backward(
+            logits, logits, ids, None, temperature, None, bounds, saved,
+            loss.slope(rows, logprobs[rows]), None,
+        )  # fmt: skip
+        for columns, tile in head.tiles(width):
+            gradients.add(columns, tile, rows, logits[:, columns], chunk)
+    return logprobs, entropy
+
+
+def _common_width(vocab: int, vocab_size: int | None, bounds: Tensor, group: str) -> int:
+    """Columns per rank, the same number on all ranks, since all must cut the rows alike.
+
+    On CUDA, a group without vocab_size must be asked for it: one synchronisation.
+    """
+    if not group:
+        return vocab
+    total = int(bounds[1]) if vocab_size is None else vocab_size
+    return -(-total // group_size(group))
+
+
+def saved_dtype(tensor: Tensor) -> torch.dtype:
+    """In which a gradient waits for the upstream factor: in float16 it might vanish until then."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
+@linear_grpo.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    loss_mask: Tensor,
+    rows: Tensor | None,
+    share: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    weight_grad_accumulator: Tensor | None,
+    temperature: Tensor,
+    vocab_size: int | None,
+    group: str,
+    sequence_parallel: bool,
+    reduce_hidden_grad: bool,
+    row_tile: int,
+    needed: list[bool],
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logprobs = hidden.new_empty(token_ids.shape[0], dtype=accumulation_dtype(hidden))
+    own_weight = needed[1] and weight_grad_accumulator is None
+    return (
+        logprobs,
+        torch.empty_like(logprobs),
+        hidden.new_empty(hidden.shape if needed[0] else (0,), dtype=saved_dtype(hidden)),
+        weight.new_empty(weight.shape if own_weight else (0,), dtype=saved_dtype(weight)),
+    )
+
+
+@torch.library.custom_op("r1v3::with_gradient", mutates_args=())
+def with_gradient(
+    loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+    accumulated: bool,
+) -> Tensor:
+    """The loss [], whose gradients by hidden and weight are known.
+
+    They are multiplied by the upstream gradient in place, so a second backward raises.
+
+    Args:
+        grad_hidden, grad_weight: as hidden and weight; empty where they have none.
+        accumulated: the weight's gradient has gone elsewhere; the upstream gradient must be 1.
+    """
+    return loss.clone()
+
+
+@with_gradient.register_fake
+def _(
+    loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+    accumulated: bool,
+) -> Tensor:
+    return torch.empty_like(loss)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, hidden, weight, grad_hidden, grad_weight, ctx.accumulated = inputs
+    ctx.dtypes = hidden.dtype, weight.dtype
+    ctx.save_for_backward(grad_hidden, grad_weight)
+
+
+def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
+    if ctx.accumulated:
+        torch._assert_async(
+            grad_loss == 1,
+            "linear_grpo_loss with weight_grad_accumulator: the upstream gradient of the loss "
+            "must be 1, as the weight's gradient is already added; use normalizer to scale",
+        )
+    given = [
+        gradient.mul_(grad_loss).to(dtype) if wanted and gradient.numel() else None
+        for gradient, dtype, wanted in zip(
+            ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:3], strict=True
+        )
+    ]
+    return None, *given, None, None, None
+
+
+with_gradient.register_autograd(_backward, setup_context=_save)
