@@ -47,7 +47,8 @@ class MegatronAdamW:
         bf16: bool,
         distributed: bool,
     ) -> None:
-        self.model, self.max_grad_norm, self.distributed = model, max_grad_norm, distributed
+        self.model, self.distributed = model, distributed
+        self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
         config = OptimizerConfig(
             optimizer="adam",
             lr=0.0,
@@ -80,6 +81,8 @@ class MegatronAdamW:
             self.model.scale_gradients(self.max_grad_norm / (norm + 1e-6))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+            # megatron-core leaves it to its scheduler that biases and vectors are not decayed.
+            group["weight_decay"] = self.weight_decay * group["wd_mult"]
         self.optimizer.prepare_grads()
         self.optimizer.step_with_ready_grads()
         return {
