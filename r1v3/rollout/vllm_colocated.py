@@ -16,8 +16,8 @@ uniproc_executor.py`, `config/parallel.py`, `v1/worker/gpu_worker.py`, `sampling
 - `sleep(2)` drops weights and KV cache, `sleep(1)` keeps the weights in host memory; after either,
   `wake_up(tags=["weights"])` before loading and `wake_up(tags=["kv_cache"])` after it keeps the
   peak low. Cached KV of old weights is dropped by sleep and by `reset_prefix_cache`.
-- A prompt is token ids with one `<IMG_CONTEXT>` per picture, which vLLM expands; the expanded ids
-  come back and must be the trainer's.
+- A prompt is token ids with the tokens of the placeholder (see `vllm_protocol`) per picture, which
+  vLLM finds and expands; the expanded ids come back and must be the trainer's.
 - The output of the vision tower is cached by the picture's uuid, which therefore names the step.
 
 vLLM has not been run by the tests of this file: they use a stand-in with the signatures above.
@@ -46,21 +46,26 @@ from r1v3.rollout.completions import (
 )
 from r1v3.rollout.contract import Request, TokenRules
 from r1v3.rollout.local import Rollout, Sampling
-from r1v3.rollout.vllm_protocol import check_sampling, picture_name
-from r1v3.rollout.weights import buckets
+from r1v3.rollout.vllm_protocol import check_sampling, picture_name, placeholder_of
+from r1v3.rollout.weights import buckets, in_layout
 
 _BAN = -100.0
 
 
 def load_bucket(worker: Any, tensors: list[tuple[str, Tensor]]) -> None:
-    """Run on a vLLM worker: copy tensors, under their HF-native names, into its model's shards."""
+    """Run on a vLLM worker: copy tensors, under their names on disk, into its model's shards."""
     worker.get_model().load_weights(tensors)
 
 
 def collapse_pictures(
-    prompt_ids: Sequence[int], start: int, context: int, end: int
+    prompt_ids: Sequence[int], marks: tuple[int, int, int], placeholder: Sequence[int]
 ) -> tuple[list[int], int]:
-    """A prompt with each `<img><IMG_CONTEXT>...</img>` as one `<IMG_CONTEXT>`, and their number."""
+    """A prompt with a placeholder for each `<img><IMG_CONTEXT>...</img>`, and their number.
+
+    Args:
+        marks: the ids of those three tokens.
+    """
+    start, context, end = marks
     collapsed: list[int] = []
     pictures, i = 0, 0
     while i < len(prompt_ids):
@@ -69,7 +74,7 @@ def collapse_pictures(
             while stop < len(prompt_ids) and prompt_ids[stop] == context:
                 stop += 1
         if stop > i + 1 and stop < len(prompt_ids) and prompt_ids[stop] == end:
-            collapsed.append(context)
+            collapsed += placeholder
             pictures, i = pictures + 1, stop + 1
         else:
             collapsed.append(prompt_ids[i])
@@ -81,7 +86,7 @@ class ColocatedVLLM:
     """`Sampler` in the training processes.
 
     Args:
-        model_folder: a model folder with the files of its image processor.
+        model_folder: the model in either layout, with what vLLM needs for pictures beside it.
         tokenizer: of that folder.
         max_length: longest prompt and completion together, in tokens.
         ranks: all processes of the job, each with an accelerator; they make every call together.
@@ -91,6 +96,8 @@ class ColocatedVLLM:
         sleep_level: 2 drops the weights, which are then to be updated before every wake; 1 keeps
             them in host memory.
         bucket_bytes: of weights that are handed over at a time.
+        trust_remote_code: let vLLM run the folder's own code, which it needs for the configuration
+            of the original layout.
     Raises:
         ImportError: vLLM is not installed. ValueError: an argument is out of range.
     """
@@ -107,6 +114,7 @@ class ColocatedVLLM:
         dtype: str = "bfloat16",
         sleep_level: Literal[1, 2] = 2,
         bucket_bytes: int = 1 << 30,
+        trust_remote_code: bool = False,
     ) -> None:
         if tensor < 1 or ranks.size % tensor:
             raise ValueError(f"tensor {tensor} does not divide the {ranks.size} processes")
@@ -122,7 +130,13 @@ class ColocatedVLLM:
         self.rules = TokenRules.of(tokenizer)
         self.ranks, self.tensor = ranks, tensor
         self.step: int | None = None
-        self._marks = tuple(token_id(tokenizer, t) for t in (IMAGE_START, IMAGE_CONTEXT, IMAGE_END))
+        self._marks = (
+            token_id(tokenizer, IMAGE_START),
+            token_id(tokenizer, IMAGE_CONTEXT),
+            token_id(tokenizer, IMAGE_END),
+        )
+        self._model_folder = model_folder
+        self._placeholder = tokenizer.encode(placeholder_of(model_folder), add_special_tokens=False)
         self._params = SamplingParams
         self._level, self._bucket_bytes = sleep_level, bucket_bytes
         self._state: Literal["awake", "asleep", "weights"] = "awake"
@@ -139,6 +153,7 @@ class ColocatedVLLM:
             enable_sleep_mode=True,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
+            trust_remote_code=trust_remote_code,
         )
 
     def complete(
@@ -260,7 +275,9 @@ class ColocatedVLLM:
         return found
 
     def _prompt(self, request: Request, begun: Completion) -> dict[str, Any]:
-        ids, pictures = collapse_pictures(request.example.prompt_ids, *self._marks)
+        ids, pictures = collapse_pictures(
+            request.example.prompt_ids, self._marks, self._placeholder
+        )
         images = request.sample.images
         if pictures != len(images):
             raise ValueError(f"the prompt shows {pictures} pictures, its sample has {len(images)}")
@@ -303,7 +320,7 @@ class ColocatedVLLM:
         if self._state == "asleep":
             self._llm.wake_up(tags=["weights"])
             self._state = "weights"
-        for bucket in buckets(tensors, self._bucket_bytes):
+        for bucket in buckets(in_layout(tensors, self._model_folder), self._bucket_bytes):
             self._llm.collective_rpc(load_bucket, args=(bucket,))
         if self._state == "awake":
             self._llm.reset_prefix_cache()

@@ -6,9 +6,9 @@ Read from the documentation of vLLM 0.32 and from its source of September 2026
 
 - A text-only prompt goes to /v1/completions as token ids. A prompt with pictures can only be given
   as a chat (token ids with pictures need the scale-out endpoints, which are off by default), so it
-  goes to /v1/chat/completions: the pictures as PNG data addresses, the text with one
-  `<IMG_CONTEXT>`, the placeholder of `InternVLForConditionalGeneration`, where each one stands.
-  Either way `return_token_ids` brings the prompt's ids back, and they must be the trainer's.
+  goes to /v1/chat/completions: the pictures as PNG data addresses, the text with a placeholder
+  where each one stands. Either way `return_token_ids` brings the prompt's ids back, and they must
+  be the trainer's.
 - Settings that are not sent are filled in from the model's generation_config.json; all are sent.
   With `ignore_eos`, the end-of-turn token in `stop_token_ids` is the only one that ends a
   completion; it is part of the returned ids.
@@ -16,6 +16,12 @@ Read from the documentation of vLLM 0.32 and from its source of September 2026
 - Log-probs at the sampling temperature and after bans need `--logprobs-mode processed_logprobs`;
   vLLM's default is before both. `probe` tells the two apart.
 - Completion i of a request with seed s is drawn with seed s + i. Greedy decoding wants n = 1.
+- The placeholder is `<image>` for a model folder in the original layout (InternVLChatModel,
+  SkyworkR1VChatModel) and `<IMG_CONTEXT>` for a native one (InternVLForConditionalGeneration).
+  vLLM cuts tiles itself: from what config.json says for the original layout, and, for the native
+  one, with the image processor of transformers, whose files must be in the folder, and a tokenizer
+  in which `<video>` is one token. Check first which one your folder satisfies; the 38B is published
+  in the original one, which vLLM serves with --trust-remote-code.
 - A picture carries a name of its content and of the weights' step: vLLM keeps the output of the
   vision tower by that name, and must not reuse it after the tower was trained.
 """
@@ -25,12 +31,14 @@ import hashlib
 import io
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from r1v3.data.images import load_image
 from r1v3.data.sample import IMAGE_PLACEHOLDER
 from r1v3.data.tokenizer import IMAGE_CONTEXT
 from r1v3.http import RequestFailed
+from r1v3.model.conversion.config import is_original, read_config
 from r1v3.rollout.completions import Completion, ban_list, check_completion, check_prompt
 from r1v3.rollout.contract import Request, TokenRules
 from r1v3.rollout.local import Sampling
@@ -117,6 +125,11 @@ def completion_call(
     return Call("/v1/completions", body, prompt_ids, count, max_tokens, banned)
 
 
+def placeholder_of(model_folder: Path) -> str:
+    """What stands for a picture in the text that vLLM renders for this model folder."""
+    return IMAGE_PLACEHOLDER if is_original(read_config(model_folder)) else IMAGE_CONTEXT
+
+
 def picture_name(data: bytes, step: int) -> str:
     """A name for a picture as the vision tower of this step sees it."""
     return f"{hashlib.sha256(data).hexdigest()[:32]}-{step}"
@@ -143,6 +156,7 @@ def chat_call(
     max_tokens: int,
     seed: int,
     step: int,
+    placeholder: str,
 ) -> Call:
     """Completions of a prompt with pictures, rendered by the server."""
     pictures = iter(request.sample.images)
@@ -151,7 +165,7 @@ def chat_call(
         text, content = message["content"], []
         for _ in range(text.count(IMAGE_PLACEHOLDER)):
             content.append(_picture_part(next(pictures), step))
-        text = text.replace(IMAGE_PLACEHOLDER, IMAGE_CONTEXT)
+        text = text.replace(IMAGE_PLACEHOLDER, placeholder)
         parts = [*content, {"type": "text", "text": text}]
         messages.append({"role": message["role"], "content": parts if content else text})
     body = {

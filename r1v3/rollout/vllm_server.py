@@ -47,6 +47,7 @@ from r1v3.rollout.vllm_protocol import (
     chat_call,
     check_sampling,
     completion_call,
+    placeholder_of,
     probe_call,
     read_answer,
     read_probe,
@@ -66,8 +67,9 @@ class VLLMServers:
     Args:
         urls: of the servers, without `/v1`; a trailing `/v1` is taken off.
         rules: of the tokenizer of the model they serve.
+        model_folder: the model in the layout that the servers serve it in; configuration and
+            tokenizer of what is published are its.
         weights_folder: what weights are published to; None for servers whose weights stay.
-        model_folder: configuration and tokenizer of what is published.
         ranks: processes that make every call together; the first one talks to the servers.
         dtype: that weights are published in; None leaves them as they come.
         api_key: sent as a bearer token; never logged.
@@ -85,9 +87,9 @@ class VLLMServers:
         self,
         urls: Sequence[str],
         rules: TokenRules,
+        model_folder: Path,
         *,
         weights_folder: Path | None = None,
-        model_folder: Path | None = None,
         ranks: Ranks = ALONE,
         dtype: torch.dtype | None = None,
         api_key: str | None = None,
@@ -111,15 +113,14 @@ class VLLMServers:
             },
             not_negative={"retries": retries, "patience_seconds": patience_seconds},
         )
-        if (weights_folder is None) != (model_folder is None):
-            raise ValueError("weights_folder and model_folder are given both or neither")
         require_httpx("sampling from vLLM servers")
         plain = dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in urls)
         self.servers = [Server(url) for url in plain]
         self.rules = rules
         self.ranks = ranks
         self.step: int | None = None
-        self._folders = (weights_folder, model_folder)
+        self._model_folder, self._weights_folder = model_folder, weights_folder
+        self._placeholder = placeholder_of(model_folder)
         self._dtype = dtype
         self._headers = dict(IDENTITY)
         if api_key:
@@ -203,6 +204,7 @@ class VLLMServers:
                 max_tokens=max_tokens,
                 seed=seed,
                 step=step,
+                placeholder=self._placeholder,
             )
         ids = request.example.prompt_ids
         return completion_call(
@@ -261,10 +263,9 @@ class VLLMServers:
         self.ranks.lead(load)
 
     def _publish(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
-        weights_folder, model_folder = self._folders
-        if weights_folder is None or model_folder is None:
+        if self._weights_folder is None:
             raise ValueError("no weights_folder was given: the weights of these servers stay")
-        publish(weights_folder, model_folder, tensors, step, dtype=self._dtype)
+        publish(self._weights_folder, self._model_folder, tensors, step, dtype=self._dtype)
 
     def sleep(self) -> None:
         """Nothing: servers have accelerators of their own."""

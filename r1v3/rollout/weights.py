@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from r1v3.files import fsync_directory, replace_directory, temporary_sibling, write_json
+from r1v3.model.conversion import load_config, weights
+from r1v3.model.conversion.config import is_original, read_config
 
 CURRENT = "current"
 _STEP = "step-"
@@ -34,6 +36,50 @@ def buckets(
         yield bucket
 
 
+def in_layout(
+    tensors: Iterable[tuple[str, Tensor]], model_folder: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """HF-native weights under the names of a model folder's own layout, native or original.
+
+    Parts of a tensor that is one in the original layout (the vision tower's q, k and v) are held
+    until all have come.
+
+    Raises:
+        ValueError: tensors are unknown, misshapen or missing, or config.json is of another model.
+    """
+    original = is_original(read_config(model_folder))
+    places = {
+        name: (weight, part)
+        for weight in weights(load_config(model_folder))
+        if not weight.tied
+        for part, name in enumerate(weight.native)
+    }
+    held: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors:
+        if name not in places:
+            raise ValueError(f"{name} comes twice or is no weight of the model in {model_folder}")
+        weight, part = places.pop(name)
+        if tuple(tensor.shape) != weight.shapes[part]:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, the model in {model_folder} has "
+                f"{weight.shapes[part]}"
+            )
+        if not original:
+            yield name, tensor
+            continue
+        stored, _ = weight.original_of(part)
+        if len(weight.original) == len(weight.native):
+            yield stored, tensor
+            continue
+        parts = held.setdefault(stored, {})
+        parts[part] = tensor
+        if len(parts) == len(weight.native):
+            del held[stored]
+            yield stored, torch.cat([parts[i] for i in range(len(parts))])
+    if places:
+        raise ValueError(f"{len(places)} weights did not come, such as {next(iter(places))}")
+
+
 def publish(
     folder: Path,
     model_folder: Path,
@@ -51,23 +97,23 @@ def publish(
     Args:
         folder: where the step folders are, on a file system that the servers see as well.
         model_folder: gives configuration, tokenizer and everything else that is not weights.
-        tensors: weights by name; read one shard at a time.
+        tensors: weights by HF-native name; read one shard at a time. They are stored under the
+            names of the layout that `model_folder` has.
         dtype: that floating-point weights are stored in; None leaves them.
     Returns:
         The path of `current`.
     Raises:
-        ValueError: there are no tensors, a name comes twice, or `model_folder` has no config.json.
+        ValueError: as `in_layout`.
         OSError: writing failed; `current` is as it was.
     """
-    if not (model_folder / "config.json").is_file():
-        raise ValueError(f"model folder {model_folder} has no config.json")
+    read_config(model_folder)
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{_STEP}{step:08d}"
     temporary = temporary_sibling(final)
     temporary.mkdir()
     try:
         _copy_rest(model_folder, temporary)
-        _write_shards(temporary, tensors, dtype, shard_bytes)
+        _write_shards(temporary, in_layout(tensors, model_folder), dtype, shard_bytes)
         replace_directory(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -100,8 +146,6 @@ def _write_shards(
     for number, bucket in enumerate(buckets(tensors, shard_bytes)):
         shard = {}
         for name, tensor in bucket:
-            if name in places or name in shard:
-                raise ValueError(f"the weights hold {name} twice")
             if dtype is not None and tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             # A copy: safetensors refuses tensors that share memory, as tied weights do.
@@ -110,8 +154,6 @@ def _write_shards(
         file = f"model-{number + 1:05d}.safetensors"
         save_file(shard, target / file, metadata={"format": "pt"})
         places.update(dict.fromkeys(shard, file))
-    if not places:
-        raise ValueError("there are no weights to publish")
     write_json(
         target / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": places},

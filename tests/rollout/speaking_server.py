@@ -49,7 +49,7 @@ class SpeakingServer:
         faults: done to the next completion requests, one each; probes are left alone.
         asked: bodies of the completion requests so far. controls: paths of the other POSTs.
         loads: folder that `reload_weights` loads from. raw: log-probs from before the bias.
-        prompt_of: what the server makes of the trainer's prompt, to be changed by a test.
+        placeholder: what stands for a picture in a chat.
     """
 
     def __init__(self, net: InternVLForConditionalGeneration, port: int = 0) -> None:
@@ -59,7 +59,7 @@ class SpeakingServer:
         self.controls: list[str] = []
         self.loads: Path | None = None
         self.raw = False
-        self.max_tiles = 1
+        self.placeholder = IMAGE_CONTEXT
         self.ending = threading.Event()
         server = self
 
@@ -143,7 +143,7 @@ class SpeakingServer:
         chat = "messages" in body
         if chat:
             example = encode_sample(
-                read_chat(body),
+                read_chat(body, self.placeholder),
                 tiny.tokenizer(),
                 tiny.SHAPE,
                 thinking=body["chat_template_kwargs"]["enable_thinking"],
@@ -173,7 +173,7 @@ class SpeakingServer:
         return {"choices": choices, **({"prompt_token_ids": prompt} if chat else {})}
 
 
-def read_chat(body: dict[str, Any]) -> Sample:
+def read_chat(body: dict[str, Any], placeholder: str) -> Sample:
     """The sample that a chat request was made of."""
     pictures, prompt = [], []
     for message in body["messages"]:
@@ -185,7 +185,8 @@ def read_chat(body: dict[str, Any]) -> Sample:
                 assert kind == "data:image/png;base64"
                 pictures.append(base64.b64decode(data))
         text = "\n".join(part["text"] for part in parts if part["type"] == "text")
-        text = text.replace(IMAGE_CONTEXT, "<image>")
+        assert text.count(placeholder) == len(parts) - 1
+        text = text.replace(placeholder, "<image>")
         prompt.append({"role": message["role"], "content": text})
     row = make_sample(question="?", ground_truth="", data_source="", index=0).to_row()
     return Sample.model_validate({**row, "prompt": prompt, "images": pictures})

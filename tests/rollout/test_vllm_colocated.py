@@ -21,6 +21,7 @@ from r1v3.data.sample import make_sample
 from r1v3.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, token_id
 from r1v3.engine.hf import HFEngine
 from r1v3.engine.ranks import Ranks
+from r1v3.model.conversion import Checkpoint, convert, weights
 from r1v3.model.internvl import load_model
 from r1v3.rollout.contract import Request, TokenRules
 from r1v3.rollout.local import Rollout, Sampling
@@ -73,14 +74,19 @@ class LLM:
         enable_sleep_mode: bool,
         logprobs_mode: str,
         generation_config: str,
+        trust_remote_code: bool,
     ) -> None:
         assert distributed_executor_backend == "external_launcher" and enable_sleep_mode
         assert logprobs_mode == "processed_logprobs" and generation_config == "vllm"
         self.net = load_model(Path(model)).eval()
+        self.original = trust_remote_code
+        text = "<image>" if trust_remote_code else IMAGE_CONTEXT
+        self.placeholder = WORDS.encode(text, add_special_tokens=False)
         self.resident = {"weights", "kv_cache"}
         self.calls: list[str] = []
         self.buckets: list[int] = []
         self.uuids: list[str] = []
+        self.names: list[str] = []
         self.prompt_hook: Callable[[list[int]], list[int]] = lambda ids: ids
 
     def generate(
@@ -95,10 +101,12 @@ class LLM:
         ids: list[int] = []
         size = tiny.IMAGE_SIZE
         tiles: list[np.ndarray] = []
-        for token in prompt["prompt_token_ids"]:
-            if token != CONTEXT:
-                ids.append(token)
+        left = list(prompt["prompt_token_ids"])
+        while left:
+            if left[: len(self.placeholder)] != self.placeholder:
+                ids.append(left.pop(0))
                 continue
+            del left[: len(self.placeholder)]
             image = next(images)
             assert isinstance(image, Image.Image) and image.mode == "RGB"
             cut = [np.asarray(t) for t in tile_image(image, tile_size=size, max_tiles=1)]
@@ -128,12 +136,20 @@ class LLM:
     def collective_rpc(self, method: Callable[..., Any], *, args: tuple[Any, ...]) -> list[Any]:
         assert "weights" in self.resident
         own = dict(self.net.named_parameters())
+        if self.original:
+            own = {
+                weight.original[0]: own[weight.native[0]]
+                for weight in weights(self.net.config)
+                if len(weight.native) == 1
+            }
 
         def load_weights(tensors: list[tuple[str, torch.Tensor]]) -> None:
             self.buckets.append(len(tensors))
             with torch.no_grad():
                 for name, tensor in tensors:
-                    own[name].copy_(tensor)
+                    if not self.original or name in own:
+                        own[name].copy_(tensor)
+                    self.names.append(name)
 
         worker = SimpleNamespace(get_model=lambda: SimpleNamespace(load_weights=load_weights))
         return [method(worker, *args)]
@@ -222,6 +238,18 @@ def test_a_spent_thought_over_a_picture_is_closed_and_goes_on(stand_in: None, fo
     assert torch.equal(greedy.response_ids[::2], greedy.response_ids[1::2])
 
 
+def test_a_folder_in_the_original_layout_is_given_its_names_and_placeholder(
+    stand_in: None, folder: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "original"
+    convert(folder, base, "original")
+    sampler = ColocatedVLLM(base, WORDS, max_length=400, trust_remote_code=True)
+    complete(sampler, Sampling(1.0, 4))
+    net = tiny.model(0)
+    sampler.update_weights(HFEngine(net, WORDS, modules={}).export_hf(), 1)
+    assert set(sampler._llm.names) == set(Checkpoint(base))
+
+
 def test_calls_out_of_order_are_refused(stand_in: None, folder: Path) -> None:
     """Fails if completions could come from weights that are not there."""
     sampler = ColocatedVLLM(folder, WORDS, max_length=400)
@@ -265,10 +293,10 @@ def test_copies_share_the_prompts(stand_in: None, folder: Path) -> None:
     assert torch.equal(torch.cat(parts), whole.response_ids)
 
 
-def test_pictures_collapse_to_one_token_each() -> None:
+def test_pictures_collapse_to_their_placeholders() -> None:
     ids = [5, START, CONTEXT, CONTEXT, END, 6, START, CONTEXT, END, START, 7, CONTEXT, START]
-    wanted = [5, CONTEXT, 6, CONTEXT, START, 7, CONTEXT, START]
-    assert collapse_pictures(ids, START, CONTEXT, END) == (wanted, 2)
+    wanted = [5, 8, 9, 6, 8, 9, START, 7, CONTEXT, START]
+    assert collapse_pictures(ids, (START, CONTEXT, END), [8, 9]) == (wanted, 2)
 
 
 def test_without_vllm_the_error_says_how_to_get_it(folder: Path) -> None:

@@ -1,8 +1,10 @@
 """Rollouts over HTTP: every prompt is answered once, with the tokens that were sampled."""
 
 import math
+import queue
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from torch import Tensor
 from r1v3.data.encoding import encode_sample
 from r1v3.data.sample import Sample, make_sample
 from r1v3.engine.hf import HFEngine
+from r1v3.engine.ranks import Ranks
+from r1v3.model.conversion import Checkpoint, convert
 from r1v3.rollout.contract import Request, Sampler
 from r1v3.rollout.local import Rollout, Sampling
 from r1v3.rollout.server_pool import NoServers
 from r1v3.rollout.vllm_server import VLLMServers
-from r1v3.rollout.weights import published_step
+from r1v3.rollout.weights import in_layout, published_step
 from tests import tiny
 from tests.rollout.speaking_server import (
     RULES,
@@ -35,6 +39,7 @@ from tests.rollout.speaking_server import (
 
 G = 3
 SAMPLING = Sampling(1.0, 8)
+TINY = Path(__file__).parents[2] / "assets" / "tiny-internvl"
 NET = tiny.model(3)
 tiny.sharpen(NET, 5.0)
 
@@ -61,7 +66,8 @@ def two() -> Iterator[list[SpeakingServer]]:
 
 def client(servers: list[SpeakingServer], **options: Any) -> VLLMServers:
     settings = {"timeout_seconds": 20.0, "patience_seconds": 5.0, "pause_seconds": 0.05}
-    return VLLMServers([s.url for s in servers], RULES, **{**settings, **options})
+    folder = options.pop("model_folder", TINY)
+    return VLLMServers([s.url for s in servers], RULES, folder, **{**settings, **options})
 
 
 def complete(
@@ -184,20 +190,20 @@ def test_a_refused_request_is_not_repeated(two: list[SpeakingServer]) -> None:
 def test_a_server_that_hangs_times_out_and_another_answers(two: list[SpeakingServer]) -> None:
     two[0].faults.extend([hang] * 9)
     began = time.monotonic()
-    expect(complete(client(two, timeout_seconds=0.5), TEXTS), TEXTS)
-    assert time.monotonic() - began < 8
+    expect(complete(client(two, timeout_seconds=1.5), TEXTS), TEXTS)
+    assert time.monotonic() - began < 20
 
 
 def test_a_late_answer_is_overtaken_by_another_server(two: list[SpeakingServer]) -> None:
     """Fails if one slow server holds up the step until its time limit."""
-    two[0].faults.append(slow(30))
-    sampler = client(two, timeout_seconds=60.0)
+    two[0].faults.append(slow(90))
+    sampler = client(two, timeout_seconds=120.0)
     began = time.monotonic()
     expect(complete(sampler, TEXTS), TEXTS)
-    assert time.monotonic() - began < 8
-    assert sampler.counters()["rollout_resent"] == 1
-    assert sampler.counters()["rollout_failed_attempts"] == 0
-    assert len(two[0].asked) + len(two[1].asked) == len(TEXTS) + 1
+    assert time.monotonic() - began < 60
+    resent = sampler.counters()["rollout_resent"]
+    assert resent >= 1 and sampler.counters()["rollout_failed_attempts"] == 0
+    assert len(two[0].asked) + len(two[1].asked) == len(TEXTS) + resent
 
 
 def test_a_dead_server_is_left_out_and_taken_back_when_it_returns(
@@ -315,6 +321,82 @@ def test_new_weights_reach_every_server_also_one_that_was_away(
     two[0].start(two[0].port)
 
 
+def test_a_model_in_the_original_layout_is_published_and_asked_in_it(tmp_path: Path) -> None:
+    """Fails if names, fused tensors or placeholders of the 38B's own layout were wrong."""
+    convert(tiny.save(tmp_path / "native"), tmp_path / "base", "original")
+    new = tiny.model(8)
+    with serving(NET) as servers:
+        servers[0].placeholder = "<image>"
+        servers[0].loads = tmp_path / "w" / "current"
+        sampler = client(servers, weights_folder=tmp_path / "w", model_folder=tmp_path / "base")
+        sampler.update_weights(_export(new), 3)
+        expect(complete(sampler, PICTURES[:2]), PICTURES[:2], net=new)
+    published = Checkpoint(tmp_path / "w" / "current")
+    assert set(published) == set(Checkpoint(tmp_path / "base"))
+    assert "vision_model.encoder.layers.0.attn.qkv.weight" in published
+    lacking = (item for item in list(_export(new))[:-1])
+    with pytest.raises(ValueError, match="1 weights did not come, such as "):
+        list(in_layout(lacking, tmp_path / "base"))
+
+
+class Pair(Ranks):
+    """One of two ranks that are threads of this process."""
+
+    def __init__(self, rank: int, box: queue.Queue[Any]) -> None:
+        super().__init__()
+        self.rank, self.size, self.box = rank, 2, box
+
+    def lead(self, function: Callable[[], Any]) -> Any:
+        if self.leads:
+            try:
+                self.box.put((function(), None))
+            except Exception as error:
+                self.box.put((None, error))
+            value, failure = self.box.queue[-1]
+        else:
+            value, failure = self.box.get(timeout=30)
+        if failure is not None:
+            raise failure
+        return value
+
+
+def test_only_the_first_rank_talks_to_servers_and_all_have_the_outcome(tmp_path: Path) -> None:
+    """Fails if ranks would disagree, or if one would not take its part in gathering weights."""
+    new, read, base = tiny.model(8), [], tiny.save(tmp_path / "base")
+
+    def counted(rank: int) -> Iterator[tuple[str, Tensor]]:
+        for item in _export(new):
+            read.append(rank)
+            yield item
+
+    def rank_of(rank: int, box: queue.Queue[Any], url: str) -> Any:
+        sampler = VLLMServers(
+            [url if rank == 0 else "http://127.0.0.1:9"],
+            RULES,
+            base,
+            weights_folder=tmp_path / "w",
+            ranks=Pair(rank, box),
+            patience_seconds=0.2,
+        )
+        sampler.update_weights(counted(rank), 1)
+        generator = torch.Generator().manual_seed(5)
+        found = sampler.complete(TEXTS[:2], SAMPLING, group_size=G, generator=generator)
+        with pytest.raises(NoServers):
+            sampler.complete([Request(TEXTS[0].example, a_text(0))], SAMPLING, generator=generator)
+        return found
+
+    with serving(NET) as servers, ThreadPoolExecutor(2) as pool:
+        servers[0].loads = tmp_path / "w" / "current"
+        servers[0].faults.extend([lambda s, h, a: a] * 2 + [status(400)])
+        box: queue.Queue[Any] = queue.Queue()
+        ranks = [pool.submit(rank_of, rank, box, servers[0].url) for rank in range(2)]
+        first, second = (rank.result(60) for rank in ranks)
+    expect(first, TEXTS[:2], net=new)
+    assert torch.equal(first.response_ids, second.response_ids)
+    assert torch.equal(first.logprobs, second.logprobs)
+    assert read.count(0) == read.count(1) == len(list(_export(new)))
+
+
 def test_weights_that_no_server_loads_are_an_error(
     two: list[SpeakingServer], tmp_path: Path
 ) -> None:
@@ -324,6 +406,10 @@ def test_weights_that_no_server_loads_are_an_error(
         sampler.update_weights(_export(NET), 1)
     with pytest.raises(ValueError, match="no weights_folder"):
         client(two).update_weights(_export(NET), 1)
+    other = client(two, weights_folder=tmp_path / "other")
+    with pytest.raises(ValueError, match=r"has shape \(.*\), the model in .*tiny-internvl has"):
+        other.update_weights(_export(NET), 1)
+    assert list((tmp_path / "other").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -333,16 +419,15 @@ def test_weights_that_no_server_loads_are_an_error(
         (("localhost:8000",), {}, "http:// or https://"),
         (("http://a",), {"concurrency": 0}, "concurrency 0 must be above 0"),
         (("http://a",), {"retries": -1}, "retries -1 must be 0 or more"),
-        (("http://a",), {"weights_folder": Path("w")}, "both or neither"),
     ],
 )
 def test_bad_settings_are_named(urls: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        VLLMServers(urls, RULES, **options)
+        VLLMServers(urls, RULES, TINY, **options)
 
 
 def test_settings_that_vllm_would_change_are_refused() -> None:
-    sampler = VLLMServers(["http://127.0.0.1:9/v1/"], RULES)
+    sampler = VLLMServers(["http://127.0.0.1:9/v1/"], RULES, TINY)
     assert sampler.servers[0].url == "http://127.0.0.1:9"
     with pytest.raises(ValueError, match="temperature 0.001 is raised to 0.01"):
         complete(sampler, TEXTS[:1], Sampling(0.001, 4))
