@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from r1v3.model.megatron.internvl import InternVL
 
 BUCKET_BYTES = 512 << 20
+# torch 2.13 deprecates the second name in favour of the first, which older versions lack.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _LAYER = re.compile(r"(.*\.decoder\.layers\.)(\d+)(\..*)")
 
 
@@ -197,7 +199,7 @@ def export_hf(
         if world > 1:
             everyone = local.new_empty(world * local.numel())
             group = state.get_tensor_model_parallel_group()
-            dist.all_gather_into_tensor(everyone, local, group=group)
+            _all_gather(everyone, local, group=group)
         if wanted:
             yield from _unpack(bucket, everyone.view(world, -1))
 
