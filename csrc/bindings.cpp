@@ -35,40 +35,69 @@ void require(bool ok, const std::string& name, double value, const char* right) 
   }
 }
 
-r1v3::LogitsView checked_view(int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
-                              Address rows, Address token_ids, double temperature,
-                              int num_threads) {
+void check_dtype(int dtype) {
   require(dtype >= 0 && dtype <= 2, "dtype", dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
+}
+
+r1v3::LogitsView checked_view(Address logits, int dtype, int64_t n_rows, int64_t row_stride,
+                              int64_t vocab, Address rows, Address token_ids, double temperature,
+                              int num_threads) {
+  check_dtype(dtype);
   require(n_rows >= 0, "n_rows", static_cast<double>(n_rows), ">= 0");
   require(vocab >= 0, "vocab", static_cast<double>(vocab), ">= 0");
   require(temperature >= 0.0, "temperature", temperature, ">= 0");
-  return {dtype, n_rows, row_stride, vocab, at<const int64_t>(rows), at<const int64_t>(token_ids),
-          temperature, num_threads};
+  return {at<const void>(logits), dtype,       n_rows,     row_stride, vocab, at<const int64_t>(rows),
+          at<const int64_t>(token_ids), temperature, num_threads};
 }
 
-void forward(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
-             Address rows, Address token_ids, double temperature, Address stats, int num_threads,
-             const std::string& capability) {
-  r1v3::logprobs_and_entropy_forward(
-      r1v3::row_kernels(capability), at<const void>(logits),
-      checked_view(dtype, n_rows, row_stride, vocab, rows, token_ids, temperature, num_threads),
-      at<float>(stats));
+void row_statistics(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
+                    Address rows, Address token_ids, double temperature, Address stats,
+                    int num_threads, const std::string& capability) {
+  r1v3::row_statistics(r1v3::kernels_for(capability),
+                       checked_view(logits, dtype, n_rows, row_stride, vocab, rows, token_ids,
+                                    temperature, num_threads),
+                       at<float>(stats));
 }
 
-void backward(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
-              Address rows, Address token_ids, double temperature, Address lse, Address entropy,
-              Address grad_logprobs, Address grad_entropy, Address grad_logits,
-              int64_t grad_row_stride, int num_threads, const std::string& capability,
-              Address log_s) {
-  r1v3::logprobs_and_entropy_backward(
-      r1v3::row_kernels(capability), at<const void>(logits),
-      checked_view(dtype, n_rows, row_stride, vocab, rows, token_ids, temperature, num_threads),
-      {at<const float>(lse), at<const float>(log_s), at<const float>(entropy),
-       at<const float>(grad_logprobs), at<const float>(grad_entropy)},
-      at<void>(grad_logits), grad_row_stride);
+void logprobs_and_entropy(Address logits, int dtype, int64_t n_rows, int64_t row_stride,
+                          int64_t vocab, Address rows, Address token_ids, double temperature,
+                          Address logprobs, Address entropy, Address saved, int num_threads,
+                          const std::string& capability) {
+  r1v3::logprobs_and_entropy(r1v3::kernels_for(capability),
+                             checked_view(logits, dtype, n_rows, row_stride, vocab, rows, token_ids,
+                                          temperature, num_threads),
+                             at<float>(logprobs), at<float>(entropy), at<float>(saved));
 }
 
-void group_advantages(Address rewards, Address order, Address offsets, int64_t n_groups,
+void row_gradient(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
+                  Address rows, Address token_ids, double temperature, Address saved,
+                  Address grad_logprobs, Address grad_entropy, Address grad_logits,
+                  int64_t grad_row_stride, int num_threads, const std::string& capability) {
+  r1v3::row_gradient(r1v3::kernels_for(capability),
+                     checked_view(logits, dtype, n_rows, row_stride, vocab, rows, token_ids,
+                                  temperature, num_threads),
+                     {at<const float>(saved), at<const float>(grad_logprobs),
+                      at<const float>(grad_entropy)},
+                     at<void>(grad_logits), grad_row_stride);
+}
+
+int64_t first_outside(Address ids, int64_t n, int64_t vocab, int64_t ignored) {
+  return r1v3::first_outside(at<const int64_t>(ids), n, vocab, ignored);
+}
+
+void check_offsets(const int64_t* offsets, int64_t count, int64_t limit, const char* name) {
+  bool ok = offsets[0] == 0;
+  for (int64_t i = 0; i < count; ++i) ok = ok && offsets[i] <= offsets[i + 1];
+  if (ok && offsets[count] <= limit) return;
+  std::string values;
+  for (int64_t i = 0; i <= count && i < 16; ++i) {
+    values += (i ? ", " : "") + std::to_string(offsets[i]);
+  }
+  throw std::invalid_argument(std::string(name) + " must rise from 0 to at most " +
+                              std::to_string(limit) + ", got [" + values + "]");
+}
+
+void group_advantages(Address rewards, int64_t n, Address order, Address offsets, int64_t n_groups,
                       int baseline, int scale, int ddof, double eps, int singleton, Address out) {
   require(n_groups >= 0, "n_groups", static_cast<double>(n_groups), ">= 0");
   require(baseline >= 0 && baseline <= 2, "baseline", baseline,
@@ -76,6 +105,7 @@ void group_advantages(Address rewards, Address order, Address offsets, int64_t n
   require(scale >= 0 && scale <= 2, "scale", scale, "0 (group), 1 (batch) or 2 (none)");
   require(ddof == 0 || ddof == 1, "ddof", ddof, "0 or 1");
   require(singleton == 0 || singleton == 1, "singleton", singleton, "0 (zero) or 1 (raw)");
+  if (n_groups > 0) check_offsets(at<const int64_t>(offsets), n_groups, n, "offsets");
   r1v3::group_advantages(at<const float>(rewards), at<const int64_t>(order),
                          at<const int64_t>(offsets), n_groups,
                          {static_cast<r1v3::Baseline>(baseline), static_cast<r1v3::Scale>(scale),
@@ -83,19 +113,26 @@ void group_advantages(Address rewards, Address order, Address offsets, int64_t n
                          at<float>(out));
 }
 
-void grpo_loss(Address logprobs, Address old_logprobs, Address advantages,
+int64_t segments_of_ids(Address ids, int64_t n, Address order, Address offsets) {
+  return r1v3::segments_of_ids(at<const int64_t>(ids), n, at<int64_t>(order), at<int64_t>(offsets));
+}
+
+void grpo_loss(Address logprobs, int64_t n, Address old_logprobs, Address advantages,
                bool advantage_is_per_token, Address mask, Address ref_logprobs, Address weights,
                bool weights_is_per_token, Address seq_offsets, int64_t n_seqs, double clip_low,
                double clip_high, double dual_clip, double kl_coef, int kl, int aggregation,
-               double normalizer, Address loss, Address grad, Address metrics, int num_threads) {
+               double normalizer, Address loss, Address grad, Address metrics, int num_threads,
+               const std::string& capability) {
   require(n_seqs >= 0, "n_seqs", static_cast<double>(n_seqs), ">= 0");
   require(kl >= 0 && kl <= 2, "kl", kl, "0 (k1), 1 (k2) or 2 (k3)");
   require(aggregation >= 0 && aggregation <= 3, "aggregation", aggregation,
           "0 (sequence-mean), 1 (token-mean), 2 (sequence-sum) or 3 (constant)");
   require(aggregation != 3 || normalizer > 0.0, "normalizer", normalizer,
           "> 0 with aggregation 3 (constant)");
+  check_offsets(at<const int64_t>(seq_offsets), n_seqs, n, "cu_seqlens");
   r1v3::grpo_loss(
-      {at<const float>(logprobs), at<const float>(old_logprobs), at<const float>(advantages),
+      r1v3::kernels_for(capability),
+      {n, at<const float>(logprobs), at<const float>(old_logprobs), at<const float>(advantages),
        advantage_is_per_token, at<const uint8_t>(mask), at<const float>(ref_logprobs),
        at<const float>(weights), weights_is_per_token, at<const int64_t>(seq_offsets), n_seqs},
       {clip_low, clip_high, dual_clip, kl_coef, static_cast<r1v3::KL>(kl),
@@ -105,9 +142,13 @@ void grpo_loss(Address logprobs, Address old_logprobs, Address advantages,
 
 void ban_tokens(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
                 Address ids, int64_t n_ids, Address enabled, int64_t vocab_start) {
-  require(dtype >= 0 && dtype <= 2, "dtype", dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
+  check_dtype(dtype);
   r1v3::ban_tokens(at<void>(logits), dtype, n_rows, row_stride, vocab, at<const int64_t>(ids),
                    n_ids, at<const uint8_t>(enabled), vocab_start);
+}
+
+double read_sum(Address values, int64_t n, int num_threads, const std::string& capability) {
+  return r1v3::read_sum(r1v3::kernels_for(capability), at<const float>(values), n, num_threads);
 }
 
 #ifdef R1V3_WITH_CUDA
@@ -161,26 +202,35 @@ PYBIND11_MODULE(_C, m) {
         "The instruction set that the host kernels use on this machine.");
   m.def("cpu_capabilities", &r1v3::cpu_capabilities,
         "Every instruction set that this machine can run, best first.");
-  m.def("logprobs_and_entropy_forward", &forward, WithoutGil(), arg("logits"), arg("dtype"),
+  m.def("row_statistics", &row_statistics, WithoutGil(), arg("logits"), arg("dtype"), arg("n_rows"),
+        arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"), arg("temperature"),
+        arg("stats"), arg("num_threads"), arg("capability") = "");
+  m.def("logprobs_and_entropy", &logprobs_and_entropy, WithoutGil(), arg("logits"), arg("dtype"),
         arg("n_rows"), arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"),
-        arg("temperature"), arg("stats"), arg("num_threads"), arg("capability") = "");
-  m.def("logprobs_and_entropy_backward", &backward, WithoutGil(), arg("logits"), arg("dtype"),
-        arg("n_rows"), arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"),
-        arg("temperature"), arg("lse"), arg("entropy"), arg("grad_logprobs"), arg("grad_entropy"),
-        arg("grad_logits"), arg("grad_row_stride"), arg("num_threads"), arg("capability") = "",
-        arg("log_s") = 0);
-  m.def("group_advantages", &group_advantages, WithoutGil(), arg("rewards"), arg("order"),
+        arg("temperature"), arg("logprobs"), arg("entropy"), arg("saved"), arg("num_threads"),
+        arg("capability") = "");
+  m.def("row_gradient", &row_gradient, WithoutGil(), arg("logits"), arg("dtype"), arg("n_rows"),
+        arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"), arg("temperature"),
+        arg("saved"), arg("grad_logprobs"), arg("grad_entropy"), arg("grad_logits"),
+        arg("grad_row_stride"), arg("num_threads"), arg("capability") = "");
+  m.def("first_outside", &first_outside, WithoutGil(), arg("ids"), arg("n"), arg("vocab"),
+        arg("ignored"));
+  m.def("group_advantages", &group_advantages, WithoutGil(), arg("rewards"), arg("n"), arg("order"),
         arg("offsets"), arg("n_groups"), arg("baseline"), arg("scale"), arg("ddof"), arg("eps"),
         arg("singleton"), arg("out"));
-  m.def("grpo_loss", &grpo_loss, WithoutGil(), arg("logprobs"), arg("old_logprobs"),
+  m.def("segments_of_ids", &segments_of_ids, WithoutGil(), arg("ids"), arg("n"), arg("order"),
+        arg("offsets"));
+  m.def("grpo_loss", &grpo_loss, WithoutGil(), arg("logprobs"), arg("n"), arg("old_logprobs"),
         arg("advantages"), arg("advantage_is_per_token"), arg("mask"), arg("ref_logprobs"),
         arg("weights"), arg("weights_is_per_token"), arg("seq_offsets"), arg("n_seqs"),
         arg("clip_low"), arg("clip_high"), arg("dual_clip"), arg("kl_coef"), arg("kl"),
         arg("aggregation"), arg("normalizer"), arg("loss"), arg("grad"), arg("metrics"),
-        arg("num_threads"));
+        arg("num_threads"), arg("capability") = "");
   m.def("ban_tokens", &ban_tokens, WithoutGil(), arg("logits"), arg("dtype"), arg("n_rows"),
         arg("row_stride"), arg("vocab"), arg("ids"), arg("n_ids"), arg("enabled"),
         arg("vocab_start"));
+  m.def("read_sum", &read_sum, WithoutGil(), arg("values"), arg("n"), arg("num_threads"),
+        arg("capability") = "");
 #ifdef R1V3_WITH_CUDA
   m.def("ban_tokens_cuda", &ban_tokens_cuda, WithoutGil(), arg("logits"), arg("dtype"),
         arg("n_rows"), arg("row_stride"), arg("vocab"), arg("ids"), arg("n_ids"), arg("enabled"),

@@ -16,25 +16,25 @@ bool has_f16c() {
 }
 #endif
 
-std::vector<const RowKernels*> runnable_kernels() {
-  std::vector<const RowKernels*> found;
+std::vector<const Kernels*> runnable_kernels() {
+  std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    found.push_back(&kAvx512Rows);
+    found.push_back(&kAvx512Kernels);
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
-    found.push_back(&kAvx2Rows);
+    found.push_back(&kAvx2Kernels);
   }
 #endif
-  found.push_back(&kPortableRows);
+  found.push_back(&kPortableKernels);
   return found;
 }
 
-const std::vector<const RowKernels*>& runnable() {
-  static const std::vector<const RowKernels*> kernels = runnable_kernels();
+const std::vector<const Kernels*>& runnable() {
+  static const std::vector<const Kernels*> kernels = runnable_kernels();
   return kernels;
 }
 
@@ -42,14 +42,14 @@ const std::vector<const RowKernels*>& runnable() {
 
 std::vector<std::string> cpu_capabilities() {
   std::vector<std::string> names;
-  for (const RowKernels* kernels : runnable()) names.push_back(kernels->name);
+  for (const Kernels* kernels : runnable()) names.push_back(kernels->name);
   return names;
 }
 
-const RowKernels& row_kernels(const std::string& capability) {
+const Kernels& kernels_for(const std::string& capability) {
   if (capability.empty()) return *runnable().front();
   std::string known;
-  for (const RowKernels* kernels : runnable()) {
+  for (const Kernels* kernels : runnable()) {
     if (capability == kernels->name) return *kernels;
     known += std::string(known.empty() ? "" : ", ") + kernels->name;
   }

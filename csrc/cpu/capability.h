@@ -11,8 +11,8 @@ namespace r1v3 {
 // Best first; "portable" is always last.
 std::vector<std::string> cpu_capabilities();
 
-// The row kernels for `capability`, or the best ones for "". Throws std::invalid_argument for a
+// The kernels for `capability`, or the best ones for "". Throws std::invalid_argument for a
 // name that this machine cannot run.
-const RowKernels& row_kernels(const std::string& capability);
+const Kernels& kernels_for(const std::string& capability);
 
 }  // namespace r1v3

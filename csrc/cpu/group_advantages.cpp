@@ -1,11 +1,30 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
+#include <vector>
 
 #include "ops.h"
 
 namespace r1v3 {
 namespace {
+
+constexpr int kLanes = 8;
+
+// Lane by lane, for the compiler's vectors; the order depends on n alone.
+template <typename Term>
+double sum_of(int64_t n, const Term& term) {
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) lanes[k] += term(i + k);
+  }
+  for (int k = 0; i < n; ++i, ++k) lanes[k] += term(i);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  }
+  return lanes[0];
+}
 
 struct Moments {
   double mean = 0.0;
@@ -14,59 +33,101 @@ struct Moments {
 };
 
 // Two passes: E[x^2] - E[x]^2 loses the variance of rewards with a large common part.
-Moments moments(const float* rewards, const int64_t* order, int64_t n, int ddof) {
+Moments moments(const float* rewards, int64_t n, int ddof) {
   Moments result;
   if (n == 0) return result;
-  const float first = rewards[order[0]];
-  double sum = 0.0;
-  for (int64_t k = 0; k < n; ++k) {
-    sum += rewards[order[k]];
-    result.constant = result.constant && rewards[order[k]] == first;
-  }
-  result.mean = sum / n;
-  double squares = 0.0;
-  for (int64_t k = 0; k < n; ++k) {
-    const double difference = rewards[order[k]] - result.mean;
-    squares += difference * difference;
-  }
+  const double mean = sum_of(n, [&](int64_t i) { return double{rewards[i]}; }) / n;
+  const double squares = sum_of(n, [&](int64_t i) {
+    const double difference = rewards[i] - mean;
+    return difference * difference;
+  });
+  const float first = rewards[0];
+  int different = 0;
+  for (int64_t i = 0; i < n; ++i) different |= rewards[i] != first;
+  result.mean = mean;
+  result.constant = different == 0;
   if (!result.constant) result.std = std::sqrt(squares / std::max<int64_t>(n - ddof, 1));
   return result;
+}
+
+void one_group(const float* rewards, int64_t n, double batch_std, const AdvantageOptions& options,
+               float* out) {
+  const bool centred = options.baseline != Baseline::kNone;
+  if (n == 1 && (centred || options.scale == Scale::kGroup)) {
+    out[0] = options.keep_singletons ? rewards[0] : 0.0f * rewards[0];
+    return;
+  }
+  const Moments group = moments(rewards, n, options.ddof);
+  const double std = options.scale == Scale::kGroup ? group.std : batch_std;
+  const bool scaled = options.scale != Scale::kNone;
+  if ((scaled && std == 0.0) || (centred && group.constant)) {
+    for (int64_t i = 0; i < n; ++i) out[i] = 0.0f * rewards[i];
+    return;
+  }
+  const double shift = centred ? group.mean : 0.0;
+  const bool others = options.baseline == Baseline::kLeaveOneOut;
+  const double factor = (others ? static_cast<double>(n) / (n - 1) : 1.0) /
+                        (scaled ? std + options.eps : 1.0);
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>((rewards[i] - shift) * factor);
+}
+
+// Ids of a range not much wider than their number are sorted by counting.
+constexpr int64_t kCountedIdsPerSample = 4;
+
+bool sort_by_counting(const int64_t* ids, int64_t n, int64_t* order) {
+  const auto [low, high] = std::minmax_element(ids, ids + n);
+  // Unsigned: the difference of two int64 may not be one.
+  const uint64_t range = static_cast<uint64_t>(*high) - static_cast<uint64_t>(*low);
+  if (range >= static_cast<uint64_t>(kCountedIdsPerSample * n)) return false;
+  std::vector<int64_t> place(range + 2);
+  for (int64_t i = 0; i < n; ++i) ++place[ids[i] - *low + 1];
+  std::partial_sum(place.begin(), place.end(), place.begin());
+  for (int64_t i = 0; i < n; ++i) order[place[ids[i] - *low]++] = i;
+  return true;
 }
 
 }  // namespace
 
 void group_advantages(const float* rewards, const int64_t* order, const int64_t* offsets,
                       int64_t n_groups, const AdvantageOptions& options, float* out) {
-  const int64_t total = n_groups > 0 ? offsets[n_groups] - offsets[0] : 0;
-  double batch_std = 0.0;
-  if (options.scale == Scale::kBatch && total > 0) {
-    batch_std = moments(rewards, order + offsets[0], total, options.ddof).std;
+  if (n_groups == 0) return;
+  const int64_t begin = offsets[0], total = offsets[n_groups] - begin;
+  std::vector<float> sorted, results;
+  const float* members = rewards;
+  float* target = out;
+  if (order) {
+    sorted.resize(total);
+    results.resize(total);
+    for (int64_t i = 0; i < total; ++i) sorted[i] = rewards[order[begin + i]];
+    members = sorted.data() - begin;
+    target = results.data() - begin;
   }
+  const bool by_batch = options.scale == Scale::kBatch;
+  const double batch_std = by_batch ? moments(members + begin, total, options.ddof).std : 0.0;
   for (int64_t g = 0; g < n_groups; ++g) {
-    const int64_t* members = order + offsets[g];
-    const int64_t n = offsets[g + 1] - offsets[g];
-    const bool needs_group = options.baseline != Baseline::kNone || options.scale == Scale::kGroup;
-    if (n == 1 && needs_group) {
-      const float reward = rewards[members[0]];
-      out[members[0]] = options.keep_singletons ? reward : 0.0f * reward;
-      continue;
-    }
-    const Moments group = moments(rewards, members, n, options.ddof);
-    const double std = options.scale == Scale::kGroup ? group.std : batch_std;
-    const bool zero = (options.scale != Scale::kNone && std == 0.0) ||
-                      (options.baseline != Baseline::kNone && group.constant);
-    const double denominator = options.scale == Scale::kNone ? 1.0 : std + options.eps;
-    for (int64_t k = 0; k < n; ++k) {
-      double value = rewards[members[k]];
-      if (zero) {
-        out[members[k]] = static_cast<float>(0.0 * value);
-        continue;
-      }
-      if (options.baseline == Baseline::kMean) value -= group.mean;
-      if (options.baseline == Baseline::kLeaveOneOut) value = (value - group.mean) * n / (n - 1);
-      out[members[k]] = static_cast<float>(value / denominator);
-    }
+    const int64_t start = offsets[g], n = offsets[g + 1] - start;
+    if (n > 0) one_group(members + start, n, batch_std, options, target + start);
   }
+  if (order) {
+    for (int64_t i = 0; i < total; ++i) out[order[begin + i]] = results[i];
+  }
+}
+
+int64_t segments_of_ids(const int64_t* ids, int64_t n, int64_t* order, int64_t* offsets) {
+  offsets[0] = 0;
+  if (n == 0) return 0;
+  if (std::is_sorted(ids, ids + n)) {
+    std::iota(order, order + n, int64_t{0});
+  } else if (!sort_by_counting(ids, n, order)) {
+    std::iota(order, order + n, int64_t{0});
+    std::stable_sort(order, order + n, [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
+  }
+  int64_t groups = 0;
+  for (int64_t i = 1; i < n; ++i) {
+    if (ids[order[i]] != ids[order[i - 1]]) offsets[++groups] = i;
+  }
+  offsets[++groups] = n;
+  return groups;
 }
 
 }  // namespace r1v3

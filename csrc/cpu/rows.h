@@ -1,33 +1,47 @@
-// Kernels that walk one row of logits, one table of functions per instruction set.
+// The loops that are worth vector code, one table of functions per instruction set.
 #pragma once
 
 #include <cstdint>
+
+#include "policy.h"
 
 namespace r1v3 {
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// A row is `vocab` contiguous elements x; y = x / temperature. At temperature 0, s counts the maxima.
+struct RowStatistics {
+  float m;   // largest x that is not NaN, -inf without elements
+  double s;  // sum of exp(y - m / temperature), 0 for a row of -inf, NaN if any x is NaN or +inf
+  double w;  // sum of exp(y - m / temperature) (y - m / temperature); 0 unless asked for
+};
+
 struct RowGradient {
-  float lse;    // or the maximum of y, with log s beside it
-  float log_s;  // 0 when lse holds all of it
-  float entropy;
-  float grad_logprob;
-  float grad_entropy;
+  float m, log_s, entropy;
+  float grad_logprob, grad_entropy;
 };
 
-// A row is `vocab` contiguous elements; `target` outside [0, vocab) means none.
-struct RowKernels {
+struct Kernels {
   const char* name;
-  // stats = (m, s, w, t), see cpu/logits.h.
-  void (*forward)(const void* logits, int dtype, int64_t vocab, int64_t target, double temperature,
-                  float* stats);
-  // grad_logits may be the same row as logits.
-  void (*backward)(const void* logits, int dtype, int64_t vocab, int64_t target,
-                   double temperature, const RowGradient& upstream, void* grad_logits);
+  RowStatistics (*statistics)(const void* logits, int dtype, int64_t vocab, double temperature,
+                              bool weighted);
+  // The element as float32.
+  float (*element)(const void* logits, int dtype, int64_t index);
+  // `target` outside [0, vocab) means none. grad_logits may be the same row as logits; `stream`
+  // writes past the caches, for rows that nobody reads soon.
+  void (*gradient)(const void* logits, int dtype, int64_t vocab, int64_t target,
+                   double temperature, const RowGradient& upstream, bool stream,
+                   void* grad_logits);
+  // Adds the tokens of a block to `sums` and writes their gradient.
+  void (*policy_block)(const PolicyLossInputs& inputs, const PolicyLossOptions& options,
+                       const PolicyBlock& block, double coefficient, float* grad,
+                       PolicySums* sums);
+  // The sum of n floats as fast as memory delivers them: what the benchmarks compare with.
+  double (*read_sum)(const float* values, int64_t n);
 };
 
-extern const RowKernels kPortableRows;
-extern const RowKernels kAvx2Rows;
-extern const RowKernels kAvx512Rows;
+extern const Kernels kPortableKernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
 
 }  // namespace r1v3

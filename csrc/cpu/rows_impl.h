@@ -1,7 +1,9 @@
 // The row algorithms, written once over the vector type F of the including file.
 //
-// The including file defines, in an anonymous namespace: F, kWidth, set1, load<D>, store<D>, add,
-// sub, mul, div, fma, max_keep_second (returns the second argument when either is NaN) and exp_clamped.
+// The including file defines, in an anonymous namespace: F (a vector of float for GCC's and Clang's
+// vector operators), kWidth, fma, max_keep_second (returns the second argument when either is NaN),
+// nearest, times_power_of_two, Pair, load_pair<D> and store_pair<D, Stream>, which move 2 * kWidth
+// elements (in an order of their own, the same for both).
 // Nothing here may instantiate a library template: the linker keeps one copy of an inline function,
 // and a copy compiled for AVX-512 would then run on machines without it.
 #pragma once
@@ -16,9 +18,11 @@
 namespace r1v3 {
 namespace {
 
-constexpr int64_t kChunk = 4096;       // elements; at most 16 KiB, re-read from the L1 cache
-constexpr float kUnderflow = -150.0f;  // exp(-150) is 0 in float32, and 0 * -150 is 0 as well
+constexpr int kPair = 2 * kWidth;
+constexpr int64_t kChunk = 4096;  // elements; at most 16 KiB, read again from the L1 cache
 constexpr float kMinusInfinity = -INFINITY;
+constexpr float kUnderflow = -150.0f;  // 2^-150 is 0 in float32, and 0 * -150 is 0 as well
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <int D>
 struct Element {
@@ -31,185 +35,294 @@ struct Element<kFloat32> {
   static constexpr float minus_infinity = kMinusInfinity;
 };
 
+inline F broadcast(float value) { return value - F{}; }
+
 template <int D>
-F load_tail(const typename Element<D>::type* x, int64_t n) {
-  typename Element<D>::type padded[kWidth];
-  for (int i = 0; i < kWidth; ++i) padded[i] = Element<D>::minus_infinity;
+Pair load_tail(const typename Element<D>::type* x, int64_t n) {
+  typename Element<D>::type padded[kPair];
+  for (int i = 0; i < kPair; ++i) padded[i] = Element<D>::minus_infinity;
   memcpy(padded, x, n * sizeof(padded[0]));
-  return load<D>(padded);
+  return load_pair<D>(padded);
 }
 
 template <int D>
-void store_tail(typename Element<D>::type* x, F value, int64_t n) {
-  typename Element<D>::type padded[kWidth];
-  store<D>(padded, value);
+void store_tail(typename Element<D>::type* x, const Pair& value, int64_t n) {
+  typename Element<D>::type padded[kPair];
+  store_pair<D, false>(padded, value);
   memcpy(x, padded, n * sizeof(padded[0]));
 }
 
+// Of the first element's place in a pair, lane 0 of its first vector.
 template <int D>
 float load_scalar(const typename Element<D>::type* x) {
-  float lanes[kWidth];
-  store<kFloat32>(lanes, load_tail<D>(x, 1));
-  return lanes[0];
+  return load_tail<D>(x, 1).first[0];
 }
 
-float lane_max(F value) {
-  float lanes[kWidth];
-  store<kFloat32>(lanes, value);
-  float result = lanes[0];
-  for (int i = 1; i < kWidth; ++i) result = lanes[i] > result ? lanes[i] : result;
-  return result;
+template <int D>
+void store_scalar(typename Element<D>::type* x, float value) {
+  store_tail<D>(x, {broadcast(value), broadcast(value)}, 1);
 }
 
 double lane_sum(F value) {
-  float lanes[kWidth];
-  store<kFloat32>(lanes, value);
   double result = 0.0;
-  for (int i = 0; i < kWidth; ++i) result += lanes[i];
+  for (int i = 0; i < kWidth; ++i) result += value[i];
   return result;
 }
 
 // The largest element that is not NaN.
 template <int D>
 float chunk_max(const typename Element<D>::type* x, int64_t n) {
-  F a0 = set1(kMinusInfinity), a1 = a0, a2 = a0, a3 = a0;
+  F a = broadcast(kMinusInfinity), b = a;
   int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-    a0 = max_keep_second(load<D>(x + i), a0);
-    a1 = max_keep_second(load<D>(x + i + kWidth), a1);
-    a2 = max_keep_second(load<D>(x + i + 2 * kWidth), a2);
-    a3 = max_keep_second(load<D>(x + i + 3 * kWidth), a3);
+  for (; i + kPair <= n; i += kPair) {
+    const Pair v = load_pair<D>(x + i);
+    a = max_keep_second(v.first, a);
+    b = max_keep_second(v.second, b);
   }
-  for (; i + kWidth <= n; i += kWidth) a0 = max_keep_second(load<D>(x + i), a0);
-  if (i < n) a0 = max_keep_second(load_tail<D>(x + i, n - i), a0);
-  return lane_max(max_keep_second(max_keep_second(a0, a1), max_keep_second(a2, a3)));
+  const Pair v = load_tail<D>(x + i, n - i);
+  a = max_keep_second(max_keep_second(v.first, a), max_keep_second(v.second, b));
+  float result = a[0];
+  for (int k = 1; k < kWidth; ++k) result = a[k] > result ? a[k] : result;
+  return result;
+}
+
+// 2^z for z <= 127, 0 below the normal numbers (or half of them), NaN for NaN and for -inf.
+// Largest relative error 1.7e-7, or 2.9e-6 where a rounded 16-bit logit is off by far more; 2^0 is 1.
+template <bool Fine>
+inline F exp2_of(F z) {
+  const F n = nearest(z), r = z - n;
+  F p;
+  if constexpr (Fine) {
+    p = fma(broadcast(0x1.5bba14p-10f), r, broadcast(0x1.3cea88p-7f));
+    p = fma(p, r, broadcast(0x1.c6b752p-5f));
+    p = fma(p, r, broadcast(0x1.ebf9bcp-3f));
+    p = fma(p, r, broadcast(0x1.62e42ap-1f));
+  } else {
+    p = fma(broadcast(0x1.3a02ccp-7f), r, broadcast(0x1.c9fc46p-5f));
+    p = fma(p, r, broadcast(0x1.ec0378p-3f));
+    p = fma(p, r, broadcast(0x1.62e12cp-1f));
+  }
+  return times_power_of_two(fma(p, r, broadcast(1.0f)), n);
 }
 
 struct ChunkSums {
-  double sum;
-  double weighted;
+  double sum, weighted;
 };
 
-// sum += exp(d) and weighted += exp(d) * d for d = (x - base) / temperature. A NaN reaches both.
-inline void accumulate(F x, F base, F inv_temperature, F& sum, F& weighted) {
-  F d = max_keep_second(set1(kUnderflow), mul(sub(x, base), inv_temperature));
-  F e = exp_clamped(d);
-  sum = add(sum, e);
-  weighted = fma(e, d, weighted);
-}
+// sum = sum of 2^z, weighted = sum of 2^z z, for z = (x - base) * scale, x <= base. The difference
+// comes first, so that a large common offset of the logits costs no digits and the largest element
+// counts exactly 1. Without Clamped, -inf makes NaN.
+template <int D, bool Weighted, bool Clamped>
+struct Accumulator {
+  F base, scale;
+  F sum[2] = {}, weighted[2] = {};
 
-template <int D>
-ChunkSums chunk_sums(const typename Element<D>::type* x, int64_t n, float base_value, float inv) {
-  const F base = set1(base_value), scale = set1(inv);
-  F s0 = set1(0.0f), s1 = s0, s2 = s0, s3 = s0, w0 = s0, w1 = s0, w2 = s0, w3 = s0;
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-    accumulate(load<D>(x + i), base, scale, s0, w0);
-    accumulate(load<D>(x + i + kWidth), base, scale, s1, w1);
-    accumulate(load<D>(x + i + 2 * kWidth), base, scale, s2, w2);
-    accumulate(load<D>(x + i + 3 * kWidth), base, scale, s3, w3);
+  inline void add(F x, int i) {
+    F z = (x - base) * scale;
+    if constexpr (Clamped) z = max_keep_second(broadcast(kUnderflow), z);
+    const F e = exp2_of<D == kFloat32>(z);
+    sum[i] += e;
+    if constexpr (Weighted) weighted[i] = fma(e, z, weighted[i]);
   }
-  for (; i + kWidth <= n; i += kWidth) accumulate(load<D>(x + i), base, scale, s0, w0);
-  if (i < n) accumulate(load_tail<D>(x + i, n - i), base, scale, s0, w0);
-  return {lane_sum(add(add(s0, s1), add(s2, s3))), lane_sum(add(add(w0, w1), add(w2, w3)))};
+  inline void add(const Pair& v) {
+    add(v.first, 0);
+    add(v.second, 1);
+  }
+};
+
+template <int D, bool Weighted, bool Clamped>
+ChunkSums chunk_sums(const typename Element<D>::type* x, int64_t n, float base, float scale) {
+  Accumulator<D, Weighted, Clamped> a{broadcast(base), broadcast(scale)};
+  int64_t i = 0;
+  for (; i + 2 * kPair <= n; i += 2 * kPair) {
+    a.add(load_pair<D>(x + i));
+    a.add(load_pair<D>(x + i + kPair));
+  }
+  for (; i + kPair <= n; i += kPair) a.add(load_pair<D>(x + i));
+  if (i < n) {
+    // The padding is -inf, which only the clamped form takes.
+    Accumulator<D, Weighted, true> tail{a.base, a.scale};
+    tail.add(load_tail<D>(x + i, n - i));
+    for (int k = 0; k < 2; ++k) {
+      a.sum[k] += tail.sum[k];
+      a.weighted[k] += tail.weighted[k];
+    }
+  }
+  return {lane_sum(a.sum[0] + a.sum[1]), lane_sum(a.weighted[0] + a.weighted[1])};
 }
 
 // FLT_MAX at temperature 0: it sends every difference but 0 below the underflow bound.
-inline float inverse(double temperature) {
-  const double value = 1.0 / temperature;
+inline float inverse(double numerator, double temperature) {
+  const double value = numerator / temperature;
   return value < FLT_MAX ? static_cast<float>(value) : FLT_MAX;
 }
 
-// Differences are taken before the division by the temperature, so that a large common offset of
-// the logits costs no precision.
-template <int D>
-void forward_row(const void* logits, int64_t vocab, int64_t target, double temperature,
-                 float* stats) {
-  const auto* x = static_cast<const typename Element<D>::type*>(logits);
-  const float inv = inverse(temperature);
-  float m = kMinusInfinity;
-  double s = 0.0, w = 0.0;
-  for (int64_t start = 0; start < vocab; start += kChunk) {
-    const int64_t n = vocab - start < kChunk ? vocab - start : kChunk;
-    const float top = chunk_max<D>(x + start, n);
-    if (top > m) {
-      if (m > kMinusInfinity) {
-        const double shift = (static_cast<double>(m) - top) / temperature;
-        const double alpha = exp(shift);
-        w = alpha == 0.0 ? 0.0 * s : alpha * (w + shift * s);
-        s *= alpha;
-      }
-      m = top;
-    }
-    const ChunkSums part = chunk_sums<D>(x + start, n, m == kMinusInfinity ? 0.0f : m, inv);
-    s += part.sum;
-    w += part.weighted;
-  }
-  const float t = temperature == 0.0 ? 1.0f : static_cast<float>(temperature);
-  stats[0] = m / t;
-  stats[1] = static_cast<float>(s);
-  stats[2] = static_cast<float>(w);
-  stats[3] = target >= 0 && target < vocab ? load_scalar<D>(x + target) / t : 0.0f;
-}
+// One pass of a row, chunk by chunk. A chunk whose sum stays below 1 holds nothing above the maximum
+// so far; only the others are searched for a new one. The clamp is paid from the first -inf on.
+template <int D, bool Weighted>
+class RowPass {
+ public:
+  explicit RowPass(double temperature)
+      : temperature_(temperature), scale_(inverse(kLog2E, temperature)) {}
 
-struct GradientTerms {
-  F temperature, inv_temperature, lse, log_s, entropy, minus_grad_logprob, minus_grad_entropy;
+  void add(const typename Element<D>::type* x, int64_t n) {
+    ChunkSums part = {1.0, 0.0};
+    if (m_ > kMinusInfinity) part = sums(x, n, m_);
+    if (!(part.sum < 1.0)) {
+      const float top = chunk_max<D>(x, n);
+      if (top > m_ || m_ == kMinusInfinity) {
+        raise(top);
+        part = sums(x, n, m_ == kMinusInfinity ? 0.0f : m_);
+      }
+    }
+    s_ += part.sum;
+    w_ += part.weighted;
+  }
+  RowStatistics result() const { return {m_, s_, kLn2 * w_}; }
+
+ private:
+  ChunkSums sums(const typename Element<D>::type* x, int64_t n, float base) {
+    if (!clamped_) {
+      const ChunkSums part = chunk_sums<D, Weighted, false>(x, n, base, scale_);
+      if (part.sum == part.sum && part.weighted == part.weighted) return part;
+      clamped_ = true;
+    }
+    return chunk_sums<D, Weighted, true>(x, n, base, scale_);
+  }
+  void raise(float top) {
+    if (m_ > kMinusInfinity) {
+      const double shift = kLog2E * ((static_cast<double>(m_) - top) / temperature_);
+      const double alpha = exp2(shift);
+      w_ = alpha == 0.0 ? 0.0 * s_ : alpha * (w_ + shift * s_);
+      s_ *= alpha;
+    }
+    m_ = top;
+  }
+
+  double temperature_;
+  float scale_, m_ = kMinusInfinity;
+  double s_ = 0.0, w_ = 0.0;
+  bool clamped_ = false;
 };
 
-// -p * (g_lp + g_H * (log p + H)) / T; exactly 0 where p is. A division, as in the forward's m: with
-// a rounded reciprocal the largest logit would not cancel against it.
-inline F gradient(F x, const GradientTerms& k) {
-  F z = sub(sub(div(x, k.temperature), k.lse), k.log_s);
-  z = max_keep_second(set1(kUnderflow), z);
-  F slope = fma(k.minus_grad_entropy, add(z, k.entropy), k.minus_grad_logprob);
-  return mul(mul(exp_clamped(z), slope), k.inv_temperature);
+template <int D, bool Weighted>
+RowStatistics row_statistics(const void* logits, int64_t vocab, double temperature) {
+  const auto* x = static_cast<const typename Element<D>::type*>(logits);
+  RowPass<D, Weighted> pass(temperature);
+  for (int64_t start = 0; start < vocab; start += kChunk) {
+    pass.add(x + start, vocab - start < kChunk ? vocab - start : kChunk);
+  }
+  return pass.result();
+}
+
+// -p (g_lp + g_H (log p + H)) / T; exactly 0 where p is.
+template <int D>
+struct GradientOf {
+  F m, scale, log2_s, slope, offset, inv_temperature;
+
+  inline F operator()(F x) const {
+    const F z = max_keep_second(broadcast(kUnderflow), fma(x - m, scale, log2_s));
+    return exp2_of<D == kFloat32>(z) * fma(z, slope, offset) * inv_temperature;
+  }
+  inline Pair operator()(const Pair& v) const { return {(*this)(v.first), (*this)(v.second)}; }
+};
+
+template <int D, bool Stream>
+void gradient_of_elements(const typename Element<D>::type* x, int64_t n, const GradientOf<D>& f,
+                          typename Element<D>::type* dx) {
+  int64_t i = 0;
+  if constexpr (Stream) {
+    const auto misaligned = reinterpret_cast<uintptr_t>(dx) % kStreamAlignment;
+    int64_t head = (kStreamAlignment - misaligned) % kStreamAlignment / sizeof(*dx);
+    if (head > n) head = n;
+    for (; i < head; i += kPair) {
+      const int64_t count = head - i < kPair ? head - i : kPair;
+      store_tail<D>(dx + i, f(load_tail<D>(x + i, count)), count);
+    }
+    i = head;
+  }
+  for (; i + kPair <= n; i += kPair) store_pair<D, Stream>(dx + i, f(load_pair<D>(x + i)));
+  if (i < n) store_tail<D>(dx + i, f(load_tail<D>(x + i, n - i)), n - i);
+  if constexpr (Stream) store_fence();
 }
 
 template <int D>
-void backward_row(const void* logits, int64_t vocab, int64_t target, double temperature,
-                  const RowGradient& up, void* grad_logits) {
+void row_gradient(const void* logits, int64_t vocab, int64_t target, double temperature,
+                  const RowGradient& up, bool stream, void* grad_logits) {
   const auto* x = static_cast<const typename Element<D>::type*>(logits);
   auto* dx = static_cast<typename Element<D>::type*>(grad_logits);
   const bool unused = up.grad_logprob == 0.0f && up.grad_entropy == 0.0f;
-  if (unused || up.lse == kMinusInfinity || temperature == 0.0) {
+  const bool empty = up.m == kMinusInfinity && up.log_s == up.log_s;  // NaN where a logit is
+  if (unused || empty || temperature == 0.0) {
     memset(grad_logits, 0, vocab * sizeof(*dx));
     return;
   }
   const bool has_target = target >= 0 && target < vocab;
-  const float target_logit = has_target ? load_scalar<D>(x + target) : 0.0f;
-  const float t = static_cast<float>(temperature);
-  const GradientTerms terms = {set1(t),        set1(inverse(temperature)), set1(up.lse),
-                               set1(up.log_s), set1(up.entropy),           set1(-up.grad_logprob),
-                               set1(-up.grad_entropy)};
-  int64_t i = 0;
-  for (; i + 2 * kWidth <= vocab; i += 2 * kWidth) {
-    const F x0 = load<D>(x + i), x1 = load<D>(x + i + kWidth);
-    store<D>(dx + i, gradient(x0, terms));
-    store<D>(dx + i + kWidth, gradient(x1, terms));
+  const double target_logit = has_target ? load_scalar<D>(x + target) : 0.0f;
+  const float log2_s = static_cast<float>(-kLog2E * up.log_s);
+  const float offset = -up.grad_logprob - up.grad_entropy * up.entropy;
+  const GradientOf<D> f = {broadcast(up.m),
+                           broadcast(inverse(kLog2E, temperature)),
+                           broadcast(log2_s),
+                           broadcast(static_cast<float>(-kLn2 * up.grad_entropy)),
+                           broadcast(offset),
+                           broadcast(inverse(1.0, temperature))};
+  if (stream && reinterpret_cast<uintptr_t>(dx) % sizeof(*dx) == 0) {
+    gradient_of_elements<D, true>(x, vocab, f, dx);
+  } else {
+    gradient_of_elements<D, false>(x, vocab, f, dx);
   }
-  for (; i + kWidth <= vocab; i += kWidth) store<D>(dx + i, gradient(load<D>(x + i), terms));
-  if (i < vocab) store_tail<D>(dx + i, gradient(load_tail<D>(x + i, vocab - i), terms), vocab - i);
   if (has_target) {
     // In double: 1 - p must keep its digits where p is nearly 1.
-    const double z = static_cast<double>(target_logit / t) - up.lse - up.log_s, p = exp(z);
+    const double z = (target_logit - up.m) / temperature - up.log_s, p = exp(z);
     const double entropy_term = p == 0.0 ? 0.0 : up.grad_entropy * p * (z + up.entropy);
     const double value = (up.grad_logprob * (1.0 - p) - entropy_term) / temperature;
-    store_tail<D>(dx + target, set1(static_cast<float>(value)), 1);
+    store_scalar<D>(dx + target, static_cast<float>(value));
   }
 }
 
-void forward_any(const void* x, int dtype, int64_t vocab, int64_t target, double temperature,
-                 float* stats) {
-  if (dtype == kFloat32) return forward_row<kFloat32>(x, vocab, target, temperature, stats);
-  if (dtype == kBFloat16) return forward_row<kBFloat16>(x, vocab, target, temperature, stats);
-  return forward_row<kFloat16>(x, vocab, target, temperature, stats);
+template <int D>
+RowStatistics statistics_of(const void* x, int64_t vocab, double temperature, bool weighted) {
+  return weighted ? row_statistics<D, true>(x, vocab, temperature)
+                  : row_statistics<D, false>(x, vocab, temperature);
 }
 
-void backward_any(const void* x, int dtype, int64_t vocab, int64_t target, double temperature,
-                  const RowGradient& up, void* dx) {
-  if (dtype == kFloat32) return backward_row<kFloat32>(x, vocab, target, temperature, up, dx);
-  if (dtype == kBFloat16) return backward_row<kBFloat16>(x, vocab, target, temperature, up, dx);
-  return backward_row<kFloat16>(x, vocab, target, temperature, up, dx);
+RowStatistics statistics_any(const void* x, int dtype, int64_t vocab, double temperature,
+                             bool weighted) {
+  if (dtype == kFloat32) return statistics_of<kFloat32>(x, vocab, temperature, weighted);
+  if (dtype == kBFloat16) return statistics_of<kBFloat16>(x, vocab, temperature, weighted);
+  return statistics_of<kFloat16>(x, vocab, temperature, weighted);
+}
+
+float element_any(const void* x, int dtype, int64_t index) {
+  if (dtype == kFloat32) return static_cast<const float*>(x)[index];
+  const uint16_t* element = static_cast<const uint16_t*>(x) + index;
+  return dtype == kBFloat16 ? load_scalar<kBFloat16>(element) : load_scalar<kFloat16>(element);
+}
+
+void gradient_any(const void* x, int dtype, int64_t vocab, int64_t target, double temperature,
+                  const RowGradient& up, bool stream, void* dx) {
+  const auto gradient = dtype == kFloat32    ? row_gradient<kFloat32>
+                        : dtype == kBFloat16 ? row_gradient<kBFloat16>
+                                             : row_gradient<kFloat16>;
+  gradient(x, vocab, target, temperature, up, stream, dx);
+}
+
+double read_sum(const float* x, int64_t n) {
+  constexpr int kAccumulators = 8;
+  F sums[kAccumulators] = {};
+  int64_t i = 0;
+  for (; i + kAccumulators * kWidth <= n; i += kAccumulators * kWidth) {
+    for (int k = 0; k < kAccumulators; ++k) {
+      F value;
+      memcpy(&value, x + i + k * kWidth, sizeof value);
+      sums[k] += value;
+    }
+  }
+  double total = 0.0;
+  for (int k = 0; k < kAccumulators; ++k) total += lane_sum(sums[k]);
+  for (; i < n; ++i) total += x[i];
+  return total;
 }
 
 }  // namespace

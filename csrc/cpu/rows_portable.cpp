@@ -1,4 +1,4 @@
-// Row kernels for any processor, over the 128-bit vectors of GCC and Clang.
+// Kernels for any processor, over the 128-bit vectors of GCC and Clang.
 #include <stdint.h>
 #include <string.h>
 
@@ -10,15 +10,33 @@ namespace {
 typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 constexpr int kWidth = 4;
+constexpr int64_t kStreamAlignment = 1;  // plain stores
+
+struct Pair {
+  F first, second;
+};
 
 inline F set1(float value) { return F{value, value, value, value}; }
-inline F add(F a, F b) { return a + b; }
-inline F sub(F a, F b) { return a - b; }
-inline F mul(F a, F b) { return a * b; }
-inline F div(F a, F b) { return a / b; }
 inline F fma(F a, F b, F c) { return a * b + c; }
 inline F select(I mask, F a, F b) { return (F)((mask & (I)a) | (~mask & (I)b)); }
 inline F max_keep_second(F a, F b) { return select(a > b, a, b); }
+inline void store_fence() {}
+
+// Beyond +-2^22 every logit's z stands for 2^z = 0 or infinity, and z - nearest(z) for nothing.
+inline F nearest(F z) {
+  const F limit = set1(0x1p22f), magic = set1(0x1.8p23f);
+  const F rounded = (z + magic) - magic;
+  return select((z < limit) & (z > -limit), rounded, z);
+}
+
+// The factor is 0 below the normal numbers and infinite above them.
+inline F times_power_of_two(F p, F n) {
+  const F low = set1(-127.0f), high = set1(128.0f);
+  const F inside = select(n < low, low, select(n > high, high, n));
+  // 1.5 * 2^23 leaves an integer in the low bits.
+  const I exponent = (I)(inside + set1(0x1.8p23f)) - 0x4b400000 + 127;
+  return p * (F)(exponent << 23);
+}
 
 inline float from_bits(uint32_t bits) {
   float value;
@@ -82,32 +100,24 @@ inline void store(T* x, F value) {
   }
 }
 
-// exp(d) for d >= -150 or NaN, saturating above 88.3: 2^n * exp(r), |r| <= ln(2) / 2, polynomial of
-// Cephes' expf. Results below the smallest normal number are 0.
-inline F exp_clamped(F d) {
-  const F smallest = set1(-87.33f), largest = set1(88.37f), magic = set1(0x1.8p23f);
-  F c = select(d > largest, largest, d);
-  c = select(c < smallest, smallest, c);
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-  const F shifted = c * set1(1.44269504088896341f) + magic;
-  const F n = shifted - magic;
-  const F r = (c - n * set1(0.693359375f)) + n * set1(2.12194440e-4f);
-  F p = set1(1.9875691500e-4f) * r + set1(1.3981999507e-3f);
-  p = p * r + set1(8.3334519073e-3f);
-  p = p * r + set1(4.1665795894e-2f);
-  p = p * r + set1(1.6666665459e-1f);
-  p = p * r + set1(5.0000001201e-1f);
-  p = p * (r * r) + (r + set1(1.0f));
-  const I exponent = ((I)shifted - 0x4b400000 + 127) << 23;
-  const F scaled = p * (F)exponent;
-  return (F)(~(d < smallest) & (I)scaled);
+template <int D, typename T>
+inline Pair load_pair(const T* x) {
+  return {load<D>(x), load<D>(x + kWidth)};
+}
+
+template <int D, bool Stream, typename T>
+inline void store_pair(T* x, const Pair& v) {
+  store<D>(x, v.first);
+  store<D>(x + kWidth, v.second);
 }
 
 }  // namespace
 }  // namespace r1v3
 
+#include "policy_impl.h"
 #include "rows_impl.h"
 
 namespace r1v3 {
-const RowKernels kPortableRows = {"portable", forward_any, backward_any};
+const Kernels kPortableKernels = {"portable", statistics_any, element_any, gradient_any, policy_block,
+                                  read_sum};
 }

@@ -38,14 +38,23 @@ def ban_tokens_(
     if enabled is not None:
         check_shape("enabled", enabled, tuple(logits.shape[:-1]))
         enabled = enabled != 0
-    _ban_tokens_(logits, token_ids, enabled, vocab_start)
+    torch.ops.r1v3.ban_tokens_.default(logits, token_ids, enabled, vocab_start)
     return logits
 
 
-@torch.library.custom_op("r1v3::ban_tokens_", mutates_args=("logits",))
+# Not `custom_op`, whose wrappers take longer than the kernel.
+torch.library.define(
+    "r1v3::ban_tokens_",
+    "(Tensor(a!) logits, Tensor token_ids, Tensor? enabled, int vocab_start) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("r1v3::ban_tokens_", ("cpu", "cuda"))
 def _ban_tokens_(
     logits: Tensor, token_ids: Tensor, enabled: Tensor | None, vocab_start: int
 ) -> None:
+    torch.autograd.graph.increment_version(logits)
     if logits.numel() == 0 or token_ids.numel() == 0:
         return
     if devices.runs_triton(logits) and logits.dim() <= 3:
@@ -53,8 +62,11 @@ def _ban_tokens_(
 
         ban_tokens_triton.ban_tokens(logits, token_ids, enabled, vocab_start)
     elif host.supports(logits) and logits.stride(-1) == 1 and logits.dim() <= 2:
-        rows = logits.view(-1, logits.shape[-1])
-        flags = None if enabled is None else enabled.reshape(-1).to(torch.uint8)
-        host.ban_tokens(rows, token_ids.to(torch.int64).contiguous(), flags, vocab_start)
+        host.ban_tokens(logits, token_ids, enabled, vocab_start)
     else:
         reference.ban_tokens_(logits, token_ids, enabled=enabled, vocab_start=vocab_start)
+
+
+@torch.library.register_fake("r1v3::ban_tokens_")
+def _(logits: Tensor, token_ids: Tensor, enabled: Tensor | None, vocab_start: int) -> None:
+    return None

@@ -1,7 +1,7 @@
 """Group-relative advantages (Skywork-R1V3 report, eq. 6), with RLOO and Dr.GRPO as options."""
 
+from array import array
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -53,45 +53,41 @@ def group_advantages(
             f"rewards must be a floating-point tensor [N], got {rewards.dtype} "
             f"of shape {list(rewards.shape)}"
         )
-    if isinstance(groups, Tensor):
-        order, offsets = _segments_of_ids(groups, rewards)
-    else:
-        order, offsets = _segments_of_lengths(groups, rewards)
+    by_id = isinstance(groups, Tensor)
+    indices = _ids(groups, rewards) if isinstance(groups, Tensor) else _offsets(groups, rewards)
     codes = BASELINES.index(baseline), SCALES.index(scale), SINGLETONS.index(singleton)
-    return _group_advantages(rewards.detach(), order, offsets, *codes, ddof, eps)
+    return _group_advantages(rewards.detach(), indices, by_id, *codes, ddof, eps)
 
 
-def _segments_of_ids(ids: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
+def _ids(ids: Tensor, rewards: Tensor) -> Tensor:
     check_shape("groups", ids, tuple(rewards.shape))
     if ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"groups must be integer ids or a list of lengths, got {ids.dtype}")
-    ids = ids.to(rewards.device)
-    n = ids.shape[0]
-    ordered, order = torch.sort(ids, stable=True)
-    # The number of groups stays on the device: N segments, the surplus ones empty.
-    starts = torch.ones_like(ordered, dtype=torch.int64)
-    starts[1:] = (ordered[1:] != ordered[:-1]).to(torch.int64)
-    group = starts.cumsum(0) - 1
-    offsets = torch.searchsorted(group, torch.arange(n + 1, device=ids.device))
-    return order, offsets
+    return ids.to(rewards.device, torch.int64)
 
 
-def _segments_of_lengths(lengths: Sequence[int], rewards: Tensor) -> tuple[Tensor, Tensor]:
-    if any(length < 0 for length in lengths) or sum(lengths) != rewards.shape[0]:
+def _offsets(lengths: Sequence[int], rewards: Tensor) -> Tensor:
+    """int64 [G + 1], where each group starts, on the rewards' device."""
+    if len(lengths) == 0 or torch.compiler.is_compiling():
+        counts = torch.tensor(lengths, dtype=torch.int64)
+    else:
+        counts = torch.frombuffer(array("q", lengths), dtype=torch.int64)
+    n, total = rewards.shape[0], sum(lengths)
+    if total != n or (len(lengths) > 0 and int(counts.min()) < 0):
         raise ValueError(
-            f"groups must be lengths >= 0 that add up to the {rewards.shape[0]} rewards, "
-            f"got {list(lengths)[:16]} (sum {sum(lengths)})"
+            f"groups must be lengths >= 0 that add up to the {n} rewards, "
+            f"got {list(lengths)[:16]} (sum {total})"
         )
-    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
-    order = torch.arange(rewards.shape[0], device=rewards.device)
-    return order, offsets.to(rewards.device, non_blocking=True)
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return offsets.to(rewards.device, non_blocking=True)
 
 
 @torch.library.custom_op("r1v3::group_advantages", mutates_args=())
 def _group_advantages(
     rewards: Tensor,
-    order: Tensor,
-    offsets: Tensor,
+    groups: Tensor,
+    by_id: bool,
     baseline: int,
     scale: int,
     singleton: int,
@@ -99,20 +95,31 @@ def _group_advantages(
     eps: float,
 ) -> Tensor:
     options = baseline, scale, singleton, ddof, eps
-    if rewards.dtype == torch.float64:
+    if rewards.dtype != torch.float64:
+        rewards = rewards.to(torch.float32).contiguous()
+        if host.supports(rewards):
+            return host.group_advantages(rewards, groups.contiguous(), by_id, *options)
+    order, offsets = _segments(groups, by_id, rewards)
+    if not devices.runs_triton(rewards):
         return _reference(rewards, order, offsets, *options)
-    rewards = rewards.to(torch.float32).contiguous()
-    if devices.runs_triton(rewards):
-        from r1v3.kernels import group_advantages_triton
+    from r1v3.kernels import group_advantages_triton
 
-        by_batch = SCALES[scale] == "batch" and rewards.numel() > 0
-        batch_std = reference.standard_deviation(rewards, ddof) if by_batch else None
-        return group_advantages_triton.group_advantages(
-            rewards, order, offsets, *options, batch_std
-        )
-    if host.supports(rewards):
-        return host.group_advantages(rewards, order, offsets, *options)
-    return _reference(rewards, order, offsets, *options)
+    by_batch = SCALES[scale] == "batch" and rewards.numel() > 0
+    batch_std = reference.standard_deviation(rewards, ddof) if by_batch else None
+    return group_advantages_triton.group_advantages(rewards, order, offsets, *options, batch_std)
+
+
+def _segments(groups: Tensor, by_id: bool, rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples in the order of their groups [N], and where each group starts there."""
+    n = rewards.shape[0]
+    if not by_id:
+        return torch.arange(n, device=rewards.device), groups
+    ordered, order = torch.sort(groups, stable=True)
+    # The number of groups stays on the device: N segments, the surplus ones empty.
+    starts = torch.ones_like(ordered)
+    starts[1:] = (ordered[1:] != ordered[:-1]).to(torch.int64)
+    offsets = torch.searchsorted(starts.cumsum(0) - 1, torch.arange(n + 1, device=groups.device))
+    return order, offsets
 
 
 def _reference(
@@ -140,8 +147,8 @@ def _reference(
 @_group_advantages.register_fake
 def _(
     rewards: Tensor,
-    order: Tensor,
-    offsets: Tensor,
+    groups: Tensor,
+    by_id: bool,
     baseline: int,
     scale: int,
     singleton: int,

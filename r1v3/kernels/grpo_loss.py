@@ -81,11 +81,12 @@ def grpo_loss(
         if tensor is not None:
             check_shape(name, tensor, shape)
     dtype = reference.accumulation_dtype(logprobs)
+    mask = loss_mask if loss_mask.dtype == torch.bool else loss_mask != 0
     loss, _, metrics = _grpo_loss(
         logprobs.reshape(-1).to(dtype),
         _flat(old_logprobs, dtype),
         _flat(_per_sequence_or_token("advantages", advantages, shape, sequences), dtype),
-        (loss_mask != 0).reshape(-1).contiguous(),
+        mask.reshape(-1).contiguous(),
         _flat(ref_logprobs, dtype),
         None
         if weights is None
@@ -202,10 +203,10 @@ def _grpo_loss(
             normalizer = normalizer.to(logprobs.device, torch.float32, non_blocking=True)
         return grpo_loss_triton.grpo_loss(*inputs, normalizer, *options)
     if logprobs.device.type == "cpu":
-        _check_offsets(offsets, logprobs.shape[0])
         divisor = _divisor_on_host(normalizer)
         if host.supports(logprobs):
             return host.grpo_loss(*inputs, divisor, *options)
+        _check_offsets(offsets, logprobs.shape[0])
     return reference.grpo_loss(
         logprobs,
         old_logprobs,

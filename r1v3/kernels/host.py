@@ -15,6 +15,11 @@ except ImportError:
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def built() -> bool:
+    """Whether the compiled kernels exist."""
+    return _C is not None
+
+
 def supports(tensor: Tensor) -> bool:
     """Whether the compiled kernels are built and take this CPU tensor's dtype."""
     return _C is not None and tensor.device.type == "cpu" and tensor.dtype in DTYPE_CODES
@@ -28,10 +33,31 @@ def row_statistics(
     x: Tensor, rows: Tensor | None, token_ids: Tensor | None, temperature: float, stats: Tensor
 ) -> None:
     """Writes (m, s, w, t) of the rows of x [*, vocab] (any row stride) to stats [n, 4]."""
-    _C.logprobs_and_entropy_forward(
+    _C.row_statistics(
         x.data_ptr(), DTYPE_CODES[x.dtype], stats.shape[0], x.stride(0), x.shape[1],
         _address(rows), _address(token_ids), temperature, stats.data_ptr(),
         torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def logprobs_and_entropy(
+    x: Tensor,
+    rows: Tensor | None,
+    token_ids: Tensor | None,
+    temperature: float,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    saved: Tensor,
+) -> None:
+    """Writes the results [n] of the rows of x [*, vocab], and (m, log s, entropy) to saved [n, 3].
+
+    Without `entropy`, the cheaper sums for the log-probabilities alone. A token id outside
+    [0, vocab) gives 0.
+    """
+    _C.logprobs_and_entropy(
+        x.data_ptr(), DTYPE_CODES[x.dtype], saved.shape[0], x.stride(0), x.shape[1],
+        _address(rows), _address(token_ids), temperature, logprobs.data_ptr(), _address(entropy),
+        saved.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -46,30 +72,44 @@ def row_gradient(
     grad_entropy: Tensor | None,
 ) -> None:
     """Writes the gradient of the rows of x [*, vocab] to the same rows of out; saved is [n, 3]."""
-    m, log_s, entropy = saved.T.contiguous().unbind()
-    _C.logprobs_and_entropy_backward(
+    _C.row_gradient(
         x.data_ptr(), DTYPE_CODES[x.dtype], saved.shape[0], x.stride(0), x.shape[1],
-        _address(rows), _address(token_ids), temperature, m.data_ptr(), entropy.data_ptr(),
+        _address(rows), _address(token_ids), temperature, saved.data_ptr(),
         _address(grad_logprobs), _address(grad_entropy), out.data_ptr(), out.stride(0),
-        torch.get_num_threads(), log_s=log_s.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
+
+
+def first_outside(ids: Tensor, vocab: int, ignored: int) -> int:
+    """Position of the first int64 id of [n] that is neither in [0, vocab) nor ignored, or -1."""
+    return int(_C.first_outside(ids.data_ptr(), ids.shape[0], vocab, ignored))
 
 
 def group_advantages(
     rewards: Tensor,
-    order: Tensor,
-    offsets: Tensor,
+    groups: Tensor,
+    groups_are_ids: bool,
     baseline: int,
     scale: int,
     singleton: int,
     ddof: int,
     eps: float,
 ) -> Tensor:
-    """Float32 advantages of rewards [N]; the codes are positions in `arguments`."""
+    """Float32 advantages of rewards [N]; the codes are positions in `arguments`.
+
+    Args:
+        groups: int64, a group id per reward in any order, or the offsets [G + 1] of consecutive
+            groups.
+    """
     out = torch.empty_like(rewards)
+    n, n_groups, order = rewards.shape[0], groups.shape[0] - 1, None
+    if groups_are_ids:
+        order, offsets = torch.empty_like(groups), groups.new_empty(n + 1)
+        n_groups = _C.segments_of_ids(groups.data_ptr(), n, order.data_ptr(), offsets.data_ptr())
+        groups = offsets
     _C.group_advantages(
-        rewards.data_ptr(), order.data_ptr(), offsets.data_ptr(), offsets.shape[0] - 1,
-        baseline, scale, ddof, eps, singleton, out.data_ptr(),
+        rewards.data_ptr(), n, _address(order), groups.data_ptr(), n_groups, baseline, scale, ddof,
+        eps, singleton, out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -94,9 +134,9 @@ def grpo_loss(
     """Loss, gradient, metrics of flat float32 tokens; 0 means no dual clip, no normalizer."""
     tokens = logprobs.shape[0]
     loss, metrics = logprobs.new_empty(()), logprobs.new_empty(n_metrics)
-    gradient = torch.zeros_like(logprobs)
+    gradient = torch.empty_like(logprobs)
     _C.grpo_loss(
-        logprobs.data_ptr(), _address(old_logprobs), advantages.data_ptr(),
+        logprobs.data_ptr(), tokens, _address(old_logprobs), advantages.data_ptr(),
         advantages.shape[0] == tokens, mask.data_ptr(), _address(ref_logprobs),
         _address(weights), weights is not None and weights.shape[0] == tokens,
         offsets.data_ptr(), offsets.shape[0] - 1, clip_low, clip_high, dual_clip, kl_coef, kl,
@@ -107,8 +147,11 @@ def grpo_loss(
 
 
 def ban_tokens(logits: Tensor, token_ids: Tensor, enabled: Tensor | None, vocab_start: int) -> None:
-    """logits [n, V] (any row stride), int64 ids, enabled uint8 [n] or None."""
+    """logits [V] or [n, V] (any row stride), integer ids, enabled bool [] or [n], or None."""
+    ids = token_ids.to(torch.int64).contiguous()
+    flags = None if enabled is None else enabled.contiguous()
+    rows, row_stride = (logits.shape[0], logits.stride(0)) if logits.dim() == 2 else (1, 0)
     _C.ban_tokens(
-        logits.data_ptr(), DTYPE_CODES[logits.dtype], logits.shape[0], logits.stride(0),
-        logits.shape[1], token_ids.data_ptr(), token_ids.shape[0], _address(enabled), vocab_start,
+        logits.data_ptr(), DTYPE_CODES[logits.dtype], rows, row_stride, logits.shape[-1],
+        ids.data_ptr(), ids.shape[0], _address(flags), vocab_start,
     )  # fmt: skip

@@ -77,7 +77,7 @@ class RowStatistics:
                 merged = logits_triton.merge_parts(stats, self.temperature)
                 stats = vocab_parallel.gather_statistics(merged, self.group)
             return logits_triton.finalize(stats, self.token_ids, self.temperature, 0, self.bounds)
-        stats = _merged(stats, self.temperature)[None]
+        stats = reference.join_statistics(stats, self.temperature)[None]
         if self.group:
             stats = vocab_parallel.gather_statistics(stats[0], self.group)
         ignored = self.token_ids == reference.IGNORED_TOKEN
@@ -93,20 +93,3 @@ def _on_host(logits: Tensor, token_ids: Tensor, temperature: float, shard: Tenso
     stats = torch.empty(logits.shape[0], 4)
     host.row_statistics(inside, None, ids, temperature, stats)
     return stats
-
-
-def _merged(stats: Tensor, temperature: float) -> Tensor:
-    """[tiles, n, 4] of `reference.row_statistics` -> [n, 4] of their union, added in order."""
-    m = stats[..., 0].amax(0)
-    s, w, t = (torch.zeros_like(m) for _ in range(3))
-    for part in stats:
-        part_m, part_s, part_w, part_t = part.unbind(-1)
-        gap = torch.where(part_m == -torch.inf, 0.0, part_m - m)
-        scale = gap.exp()
-        if temperature == 0:
-            scale = torch.where(gap == 0, 1.0, 0.0)
-            gap = torch.zeros_like(gap)
-        s = s + scale * part_s
-        w = w + scale * (part_w + gap * part_s)
-        t = t + part_t
-    return torch.stack([m, s, w, t], dim=-1)

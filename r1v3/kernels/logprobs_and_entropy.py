@@ -59,21 +59,11 @@ def logprobs_and_entropy(
     Raises:
         ValueError: for a shape, dtype or value that makes no sense.
     """
-    check_logits(logits, temperature, vocab_size if group is None else None)
     check_token_ids(token_ids, tuple(logits.shape[:-1]))
-    check_rows(rows)
-    ids = token_ids.reshape(-1)
-    logprobs, entropy, _, _ = _logprobs_and_entropy(
-        logits,
-        ids if rows is None else ids[rows],
-        rows,
-        as_scalar(temperature),
-        vocab_size,
-        group_name(group),
-        inplace_backward and not torch.compiler.is_compiling(),
+    logprobs, entropy = _results(
+        logits, token_ids, rows, temperature, vocab_size, group, inplace_backward, True
     )
-    shape = logits.shape[:-1] if rows is None else rows.shape
-    return logprobs.view(shape), entropy.view(shape)
+    return logprobs, entropy
 
 
 def entropy_from_logits(
@@ -95,12 +85,7 @@ def entropy_from_logits(
     Raises:
         ValueError: for a shape, dtype or value that makes no sense.
     """
-    check_logits(logits, temperature, vocab_size if group is None else None)
-    check_rows(rows)
-    entropy = _logprobs_and_entropy(
-        logits, None, rows, as_scalar(temperature), vocab_size, group_name(group), False
-    )[1]
-    return entropy.view(logits.shape[:-1] if rows is None else rows.shape)
+    return _results(logits, None, rows, temperature, vocab_size, group, False, True)[1]
 
 
 def selective_log_softmax(
@@ -123,9 +108,32 @@ def selective_log_softmax(
     Raises:
         ValueError: for a shape, dtype or value that makes no sense.
     """
-    return logprobs_and_entropy(
-        logits, token_ids, temperature=temperature, vocab_size=vocab_size, rows=rows, group=group
-    )[0]
+    check_token_ids(token_ids, tuple(logits.shape[:-1]))
+    return _results(logits, token_ids, rows, temperature, vocab_size, group, False, False)[0]
+
+
+def _results(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    vocab_size: int | None,
+    group: ProcessGroup | None,
+    inplace_backward: bool,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    check_logits(logits, temperature, vocab_size if group is None else None)
+    check_rows(rows)
+    ids = None if token_ids is None else token_ids.reshape(-1)
+    if ids is not None and rows is not None:
+        ids = ids[rows]
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    logprobs, entropy, _, _ = _logprobs_and_entropy(
+        logits, ids, rows, as_scalar(temperature), vocab_size, group_name(group), inplace,
+        with_entropy,
+    )  # fmt: skip
+    shape = logits.shape[:-1] if rows is None else rows.shape
+    return logprobs.view(shape), entropy.view(shape) if with_entropy else entropy
 
 
 @torch.library.custom_op("r1v3::logprobs_and_entropy", mutates_args=())
@@ -137,8 +145,12 @@ def _logprobs_and_entropy(
     vocab_size: int | None,
     group: str,
     inplace_backward: bool,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return softmax_rows.forward(logits, token_ids, rows, float(temperature), vocab_size, group)
+    logprobs, entropy, saved, shard = softmax_rows.forward(
+        logits, token_ids, rows, float(temperature), vocab_size, group, with_entropy=with_entropy
+    )
+    return logprobs, entropy if with_entropy else logprobs.new_empty(0), saved, shard
 
 
 @_logprobs_and_entropy.register_fake
@@ -150,11 +162,13 @@ def _(
     vocab_size: int | None,
     group: str,
     inplace_backward: bool,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = math.prod(logits.shape[:-1]) if rows is None else rows.shape[0]
     logprobs = logits.new_empty(n, dtype=reference.accumulation_dtype(logits))
     shard = logits.new_empty(2 if group else 0, dtype=torch.int64)
-    return logprobs, torch.empty_like(logprobs), logprobs.new_empty(n, 3), shard
+    entropy = logprobs.new_empty(n if with_entropy else 0)
+    return logprobs, entropy, logprobs.new_empty(n, 3), shard
 
 
 @torch.library.custom_op("r1v3::logits_gradient", mutates_args=())
@@ -211,7 +225,7 @@ def _logits_gradient_(
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits, token_ids, rows, temperature, ctx.vocab_size, _, ctx.inplace = inputs
+    logits, token_ids, rows, temperature, ctx.vocab_size, _, ctx.inplace, _ = inputs
     _, _, saved, shard = output
     ctx.set_materialize_grads(False)
     ctx.consumed = False
@@ -219,7 +233,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_logprobs, grad_entropy, _saved, _shard):  # type: ignore[no-untyped-def]
-    rest = (None,) * 6
+    rest = (None,) * 7
     if grad_logprobs is None and grad_entropy is None:
         return None, *rest
     if ctx.consumed:

@@ -21,6 +21,7 @@ __all__ = [
     "entropy_from_logits",
     "group_advantages",
     "grpo_loss",
+    "join_statistics",
     "linear_logprobs_and_entropy",
     "logprobs_and_entropy",
     "merge_statistics",
@@ -127,9 +128,10 @@ def _softmax_parts(x: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tenso
 def row_statistics(x: Tensor, token_ids: Tensor | None, temperature: float) -> Tensor:
     """What a shard of the vocabulary must tell the others: [n, 4] = (m, s, w, t) per row.
 
-    m = max y, s = sum exp(y - m), w = sum exp(y - m) (y - m), t = y[token] or 0 when the id is
-    outside this shard. An all -inf row gives m = -inf and s = w = 0; NaN or +inf gives s = NaN.
-    At temperature 0, m and t are logits and s counts the maxima.
+    m = max x and t = x[token], or 0 when the id is outside this shard, are logits: divided by a
+    small temperature they would lose digits. With d = (x - m) / T, s = sum exp(d) and
+    w = sum exp(d) d. An all -inf row gives m = -inf and s = w = 0; NaN or +inf gives s = NaN.
+    At temperature 0, s counts the maxima.
 
     Args:
         x: [n, V] logits without padded columns.
@@ -147,13 +149,31 @@ def row_statistics(x: Tensor, token_ids: Tensor | None, temperature: float) -> T
     d = torch.where(shifted < 0, -torch.inf, shifted) if temperature == 0 else shifted / temperature
     e = d.exp()
     w = (e * torch.where(d == -torch.inf, 0.0, d)).sum(-1)
-    unit = 1.0 if temperature == 0 else temperature
     target = torch.zeros_like(maximum)
     if token_ids is not None:
         inside = (token_ids >= 0) & (token_ids < vocab)
-        here = x.gather(-1, torch.where(inside, token_ids, 0)[:, None]).squeeze(-1) / unit
+        here = x.gather(-1, torch.where(inside, token_ids, 0)[:, None]).squeeze(-1)
         target = torch.where(inside, here, 0.0)
-    return torch.stack([maximum / unit, e.sum(-1), w, target], dim=-1)
+    return torch.stack([maximum, e.sum(-1), w, target], dim=-1)
+
+
+def join_statistics(stats: Tensor, temperature: float) -> Tensor:
+    """[shards, n, 4] from `row_statistics` -> [n, 4] of their union, added in shard order."""
+    m_all, s_all, w_all, t_all = stats.unbind(-1)
+    m = m_all.amax(0)
+    s, w, t = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
+    for m_r, s_r, w_r, t_r in zip(m_all, s_all, w_all, t_all, strict=True):
+        gap = torch.where(m_r == -torch.inf, 0.0, m_r - m)
+        if temperature == 0:
+            scale = torch.where(gap == 0, 1.0, 0.0)
+            gap = torch.zeros_like(gap)
+        else:
+            gap = gap / temperature
+            scale = gap.exp()
+        s = s + scale * s_r
+        w = w + scale * (w_r + gap * s_r)
+        t = t + t_r
+    return torch.stack([m, s, w, t], dim=-1)
 
 
 def merge_statistics(
@@ -167,25 +187,15 @@ def merge_statistics(
     Returns:
         logprobs [n], entropy [n], and [n, 3] = (m, log s, entropy) for the backward.
     """
-    m_all, s_all, w_all, t_all = stats.unbind(-1)
-    m = m_all.amax(0)
-    s, w, t = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
-    for m_r, s_r, w_r, t_r in zip(m_all, s_all, w_all, t_all, strict=True):
-        gap = torch.where(m_r == -torch.inf, 0.0, m_r - m)
-        if temperature == 0:
-            scale = torch.where(gap == 0, 1.0, 0.0)
-            gap = torch.zeros_like(gap)
-        else:
-            scale = gap.exp()
-        s = s + scale * s_r
-        w = w + scale * (w_r + gap * s_r)
-        t = t + t_r
+    m, s, w, t = join_statistics(stats, temperature).unbind(-1)
     dead = s == 0
     log_s = torch.where(dead, 1.0, s).log()
     entropy = torch.where(dead, 0.0, log_s - w / torch.where(dead, 1.0, s))
     distance = t - m
     if temperature == 0:
         distance = torch.where(distance < 0, -torch.inf, distance)
+    else:
+        distance = distance / temperature
     logprobs = torch.where(dead, -torch.inf, distance - log_s)
     if ignored is not None:
         logprobs = torch.where(ignored, 0.0, logprobs)
@@ -212,7 +222,7 @@ def row_gradient(
         return torch.zeros_like(x)
     m, log_s, entropy = (column[:, None] for column in saved.unbind(-1))
     dead = m == -torch.inf
-    log_p = x.to(saved.dtype) / temperature - torch.where(dead, 0.0, m) - log_s
+    log_p = (x.to(saved.dtype) - torch.where(dead, 0.0, m)) / temperature - log_s
     p = log_p.exp()
     grad = torch.zeros_like(p)
     needed = torch.zeros_like(dead)

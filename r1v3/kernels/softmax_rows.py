@@ -1,7 +1,11 @@
 """Forward and backward over rows of logits, on whatever device they live.
 
-CUDA tensors run Triton, CPU tensors the compiled host kernels; float64, temperature 0 and
-anything those two do not take run the reference. No autograd here.
+CUDA tensors run Triton (temperature 0 the reference), CPU tensors the compiled host kernels;
+float64, and everything where neither exists, runs the reference. No autograd here.
+
+A caller with a chunk of logits of its own, [rows, V] in float32 or bfloat16, gets their gradient
+in place from `forward` and `backward(logits, out=logits, ...)`: two reads and one write of the
+chunk, no allocation of its size.
 """
 
 from collections.abc import Iterator
@@ -20,6 +24,7 @@ def forward(
     vocab_size: int | None,
     group_name: str,
     shard: Tensor | None = None,
+    with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities [n], entropy [n], what the backward needs [n, 3], shard bounds.
 
@@ -27,6 +32,8 @@ def forward(
         logits: [..., V]; token_ids: [n] global ids of the selected rows, or None.
         rows: int64 [n] into the flattened leading dimensions, or None for all of them.
         shard: the bounds that an earlier call with this group returned, or None to ask for them.
+        with_entropy: False where nobody looks at the entropy, which then may hold anything; the
+            host kernels save a part of their arithmetic.
     """
     width = logits.shape[-1]
     if shard is None and group_name:
@@ -38,12 +45,14 @@ def forward(
             logits, token_ids, rows, temperature, vocab_size, shard, group_name
         ), shard
     first, vocab, true_size = _columns(width, vocab_size, shard)
+    ids = None if token_ids is None else token_ids.to(torch.int64).contiguous()
     if logits.device.type == "cpu":
-        _check_on_host(token_ids, rows, true_size, logits.shape[:-1].numel())
-    local = None if token_ids is None else token_ids.to(torch.int64) - first
-    stats = _statistics(logits, local, rows, temperature, vocab)
+        _check_on_host(ids, rows, true_size, logits.shape[:-1].numel())
+    if host.supports(logits) and not group_name:
+        return *_forward_on_host(logits, ids, rows, temperature, vocab, with_entropy), shard
+    stats = _statistics(logits, None if ids is None else ids - first, rows, temperature, vocab)
     shards = vocab_parallel.gather_statistics(stats, group_name) if group_name else stats[None]
-    ignored = None if token_ids is None else token_ids == reference.IGNORED_TOKEN
+    ignored = None if ids is None else ids == reference.IGNORED_TOKEN
     return *reference.merge_statistics(shards, ignored, temperature), shard
 
 
@@ -84,7 +93,9 @@ def backward(
     first, vocab, _ = _columns(width, vocab_size, shard)
     local = None
     if token_ids is not None:
-        local = token_ids.to(torch.int64) - first
+        local = token_ids.to(torch.int64)
+        if first:
+            local = local - first
         if grad_logprobs is not None:
             ignored = token_ids == reference.IGNORED_TOKEN
             grad_logprobs = torch.where(ignored, 0.0, grad_logprobs)
@@ -136,14 +147,12 @@ def _columns(width: int, vocab_size: int | None, shard: Tensor) -> tuple[int, in
 def _check_on_host(
     token_ids: Tensor | None, rows: Tensor | None, true_size: int, n_rows: int
 ) -> None:
-    if token_ids is not None and token_ids.numel():
-        bad = (token_ids < 0) | (token_ids >= true_size)
-        bad &= token_ids != reference.IGNORED_TOKEN
-        if bool(bad.any()):
-            raise ValueError(
-                f"token_ids must be in [0, {true_size}) or {reference.IGNORED_TOKEN}, "
-                f"got {token_ids[bad][:8].tolist()}"
-            )
+    if token_ids is not None and _any_outside(token_ids, true_size):
+        bad = ((token_ids < 0) | (token_ids >= true_size)) & (token_ids != reference.IGNORED_TOKEN)
+        raise ValueError(
+            f"token_ids must be in [0, {true_size}) or {reference.IGNORED_TOKEN}, "
+            f"got {token_ids[bad][:8].tolist()}"
+        )
     if rows is not None and rows.numel():
         if int(rows.min()) < 0 or int(rows.max()) >= n_rows:
             raise ValueError(
@@ -151,6 +160,13 @@ def _check_on_host(
             )
         if rows.unique().numel() != rows.numel():
             raise ValueError(f"rows must not repeat, got {rows[:16].tolist()}")
+
+
+def _any_outside(token_ids: Tensor, true_size: int) -> bool:
+    if host.built():
+        return host.first_outside(token_ids, true_size, reference.IGNORED_TOKEN) >= 0
+    bad = (token_ids < 0) | (token_ids >= true_size)
+    return bool((bad & (token_ids != reference.IGNORED_TOKEN)).any())
 
 
 def _flattens(logits: Tensor) -> bool:
@@ -161,13 +177,56 @@ def _flattens(logits: Tensor) -> bool:
     return True
 
 
-def _blocks(logits: Tensor) -> Iterator[Tensor]:
-    """The rows as 2-D views, in order; a copy is made only of a strided last dimension."""
+def _blocks(logits: Tensor, vocab: int) -> Iterator[tuple[slice, Tensor]]:
+    """The rows as 2-D views [*, vocab] with their numbers, in order.
+
+    A copy is made only of a strided last dimension.
+    """
+    logits = _last_contiguous(logits)
+    done = 0
+    for block in _views(logits):
+        yield slice(done, done + block.shape[0]), block[:, :vocab]
+        done += block.shape[0]
+
+
+def _views(logits: Tensor) -> Iterator[Tensor]:
     if _flattens(logits):
         yield logits.view(logits.shape[:-1].numel(), logits.shape[-1])
     else:
         for part in logits.unbind(0):
-            yield from _blocks(part)
+            yield from _views(part)
+
+
+def _selectable(logits: Tensor, vocab: int) -> Tensor:
+    """[n, vocab] in which row numbers count from the first leading dimension on."""
+    n = logits.shape[:-1].numel()
+    return _last_contiguous(logits).reshape(n, logits.shape[-1])[:, :vocab]
+
+
+def _forward_on_host(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    vocab: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = logits.shape[:-1].numel() if rows is None else rows.shape[0]
+    logprobs = torch.empty(n, dtype=torch.float32)
+    entropy = torch.empty(n if with_entropy else 0, dtype=torch.float32)
+    saved = torch.empty(n, 3, dtype=torch.float32)
+    if rows is not None:
+        host.logprobs_and_entropy(
+            _selectable(logits, vocab), rows.contiguous(), token_ids, temperature, logprobs,
+            entropy if with_entropy else None, saved,
+        )  # fmt: skip
+        return logprobs, entropy, saved
+    for part, block in _blocks(logits, vocab):
+        host.logprobs_and_entropy(
+            block, None, _part(token_ids, part), temperature, logprobs[part],
+            entropy[part] if with_entropy else None, saved[part],
+        )  # fmt: skip
+    return logprobs, entropy, saved
 
 
 def _statistics(
@@ -177,23 +236,17 @@ def _statistics(
     temperature: float,
     vocab: int,
 ) -> Tensor:
-    if not host.supports(logits) or temperature == 0:
+    if not host.supports(logits):
         x = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])[:, :vocab]
         return reference.row_statistics(x if rows is None else x[rows], token_ids, temperature)
-    logits = _last_contiguous(logits)
     n = logits.shape[:-1].numel() if rows is None else rows.shape[0]
     stats = torch.empty(n, 4, dtype=torch.float32)
-    ids = None if token_ids is None else token_ids.contiguous()
     if rows is not None:
-        flat = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])[:, :vocab]
-        host.row_statistics(flat, rows.contiguous(), ids, temperature, stats)
+        x = _selectable(logits, vocab)
+        host.row_statistics(x, rows.contiguous(), token_ids, temperature, stats)
         return stats
-    done = 0
-    for block in _blocks(logits):
-        end = done + block.shape[0]
-        part = None if ids is None else ids[done:end]
-        host.row_statistics(block[:, :vocab], None, part, temperature, stats[done:end])
-        done = end
+    for part, block in _blocks(logits, vocab):
+        host.row_statistics(block, None, _part(token_ids, part), temperature, stats[part])
     return stats
 
 
@@ -210,7 +263,7 @@ def _gradient(
 ) -> None:
     n, width = logits.shape[:-1].numel(), logits.shape[-1]
     target = out.view(n, width)
-    if not host.supports(logits) or temperature == 0:
+    if not host.supports(logits):
         x = logits.reshape(n, width)[:, :vocab]
         x = x if rows is None else x[rows]
         grad = reference.row_gradient(x, token_ids, temperature, saved, grad_logprobs, grad_entropy)
@@ -218,21 +271,18 @@ def _gradient(
         target[:, :vocab][slice(None) if rows is None else rows] = grad
         return
     ids = None if token_ids is None else token_ids.contiguous()
+    saved = saved.contiguous()
     if rows is not None:
-        x = _last_contiguous(logits).reshape(n, width)[:, :vocab]
         host.row_gradient(
-            x, target[:, :vocab], rows.contiguous(), ids, temperature, saved, grad_logprobs,
-            grad_entropy,
+            _selectable(logits, vocab), target[:, :vocab], rows.contiguous(), ids, temperature,
+            saved, grad_logprobs, grad_entropy,
         )  # fmt: skip
     else:
-        done = 0
-        for block in _blocks(_last_contiguous(logits)):
-            part = slice(done, done + block.shape[0])
+        for part, block in _blocks(logits, vocab):
             host.row_gradient(
-                block[:, :vocab], target[part, :vocab], None, _part(ids, part), temperature,
+                block, target[part, :vocab], None, _part(ids, part), temperature,
                 saved[part], _part(grad_logprobs, part), _part(grad_entropy, part),
             )  # fmt: skip
-            done = part.stop
     _zero_rest(target, rows, vocab)
 
 
@@ -241,7 +291,8 @@ def _part(vector: Tensor | None, part: slice) -> Tensor | None:
 
 
 def _zero_rest(target: Tensor, rows: Tensor | None, vocab: int) -> None:
-    target[:, vocab:] = 0
+    if vocab < target.shape[1]:
+        target[:, vocab:] = 0
     if rows is not None:
         unselected = torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
         unselected[rows] = False

@@ -23,10 +23,10 @@ def forward(
     threads: int = 1,
     capability: str = "",
 ) -> Tensor:
-    """(m, s, w, t) per row, [n, 4]."""
+    """(m, s, w, t) per row, [n, 4]; m and t are logits, s and w of (x - m) / temperature."""
     n = logits.shape[0] if rows is None else rows.shape[0]
     stats = torch.full((n, 4), 777.0)
-    _C.logprobs_and_entropy_forward(
+    _C.row_statistics(
         logits=logits.data_ptr(),
         dtype=DTYPES[logits.dtype],
         n_rows=n,
@@ -54,13 +54,12 @@ def backward(
     rows: Tensor | None = None,
     threads: int = 1,
     capability: str = "",
-    split: bool = False,
 ) -> Tensor:
-    m, s, w, _ = (column.contiguous() for column in stats.unbind(-1))
-    lse = m + s.log()
-    entropy = torch.where(s == 0, 0.0, s.log() - w / s)
+    m, s, w, _ = stats.double().unbind(-1)
     log_s = torch.where(s == 0, 1.0, s).log()
-    _C.logprobs_and_entropy_backward(
+    entropy = torch.where(s == 0, 0.0, log_s - w / torch.where(s == 0, 1.0, s))
+    saved = torch.stack([m, log_s, entropy], dim=-1).float()
+    _C.row_gradient(
         logits=logits.data_ptr(),
         dtype=DTYPES[logits.dtype],
         n_rows=stats.shape[0],
@@ -69,22 +68,49 @@ def backward(
         rows=0 if rows is None else rows.data_ptr(),
         token_ids=0 if token_ids is None else token_ids.data_ptr(),
         temperature=temperature,
-        lse=(m if split else lse).data_ptr(),
-        entropy=entropy.data_ptr(),
+        saved=saved.data_ptr(),
         grad_logprobs=0 if grad_logprobs is None else grad_logprobs.data_ptr(),
         grad_entropy=0 if grad_entropy is None else grad_entropy.data_ptr(),
         grad_logits=out.data_ptr(),
         grad_row_stride=out.stride(0),
         num_threads=threads,
         capability=capability,
-        log_s=log_s.data_ptr() if split else 0,
     )
     return out
 
 
-def results(stats: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    capability: str = "",
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs [n], entropy [n] and (m, log s, entropy) [n, 3]."""
+    n = logits.shape[0]
+    logprobs, entropy, saved = torch.full((n,), 7.0), torch.full((n,), 7.0), torch.empty(n, 3)
+    _C.logprobs_and_entropy(
+        logits=logits.data_ptr(),
+        dtype=DTYPES[logits.dtype],
+        n_rows=n,
+        row_stride=logits.stride(0),
+        vocab=logits.shape[1],
+        rows=0,
+        token_ids=token_ids.data_ptr(),
+        temperature=temperature,
+        logprobs=logprobs.data_ptr(),
+        entropy=entropy.data_ptr() if with_entropy else 0,
+        saved=saved.data_ptr(),
+        num_threads=1,
+        capability=capability,
+    )
+    return logprobs, entropy, saved
+
+
+def results(stats: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     m, s, w, t = stats.double().unbind(-1)
-    return t - m - s.log(), s.log() - w / s
+    return (t - m) / temperature - s.log(), s.log() - w / s
 
 
 def eager(

@@ -39,11 +39,15 @@ def op_cases() -> dict[str, tuple[Any, ...]]:
     tokens = torch.randn(6, requires_grad=True)
     flat = tokens.detach() + 0.1
     return {
-        "logprobs_and_entropy": (x, ids, None, scalar(0.7), 9, "", False),
-        "logprobs_and_entropy of rows": (x, ids[rows], rows, scalar(1.0), None, "", False),
-        "logprobs_and_entropy without ids": (x, None, None, scalar(1.0), None, "", False),
+        "logprobs_and_entropy": (x, ids, None, scalar(0.7), 9, "", False, True),
+        "logprobs_and_entropy of rows": (x, ids[rows], rows, scalar(1.0), None, "", False, True),
+        "logprobs_and_entropy without ids": (x, None, None, scalar(1.0), None, "", False, True),
+        "logprobs_and_entropy without entropy": (x, ids, None, scalar(1.0), 9, "", False, False),
         "group_advantages": (
-            torch.randn(4), torch.arange(4), torch.tensor([0, 2, 4]), 0, 0, 0, 1, 1e-6,
+            torch.randn(4), torch.tensor([0, 2, 4]), False, 0, 0, 0, 1, 1e-6,
+        ),
+        "group_advantages of ids": (
+            torch.randn(4), torch.tensor([7, 2, 2, 7]), True, 0, 0, 0, 1, 1e-6,
         ),
         "grpo_loss": (
             tokens, flat, flat, torch.ones(6, dtype=torch.bool), flat, None,

@@ -33,6 +33,7 @@ def advantages(
     out = torch.full_like(values, 777.0)
     _C.group_advantages(
         rewards=values.data_ptr(),
+        n=values.shape[0],
         order=order.data_ptr(),
         offsets=offsets.data_ptr(),
         n_groups=len(groups),
@@ -98,7 +99,7 @@ def test_groups_of_one_and_of_none() -> None:
     assert advantages([1.0, 3.0, 5.0], groups, singleton=1)[2].item() == 5.0
     assert advantages([1.0, 3.0, 5.0], groups, "leave_one_out", "none")[2].item() == 0.0
     assert advantages([1.0, 3.0, 5.0], groups, "none", "none")[2].item() == 5.0
-    _C.group_advantages(0, 0, 0, 0, 0, 0, 1, 1e-6, 0, 0)
+    _C.group_advantages(0, 0, 0, 0, 0, 0, 0, 1, 1e-6, 0, 0)
 
 
 def test_a_broken_reward_stays_visible() -> None:
@@ -144,6 +145,7 @@ def policy_loss(
     aggregation: str = "sequence-mean",
     normalizer: float = 0.0,
     threads: int = 1,
+    capability: str = "",
 ) -> tuple[float, Tensor, dict[str, float]]:
     n = batch.logprobs.shape[0]
     loss, grad, metrics = torch.empty(1), torch.full((n,), 777.0), torch.empty(9)
@@ -153,6 +155,7 @@ def policy_loss(
     weights = batch.weights
     _C.grpo_loss(
         logprobs=address["logprobs"],
+        n=n,
         old_logprobs=address["old_logprobs"],
         advantages=address["advantages"],
         advantage_is_per_token=batch.advantages.shape[0] == n,
@@ -173,6 +176,7 @@ def policy_loss(
         grad=grad.data_ptr(),
         metrics=metrics.data_ptr(),
         num_threads=threads,
+        capability=capability,
     )
     return loss.item(), grad, dict(zip(NAMES, metrics.tolist(), strict=True))
 
