@@ -6,11 +6,13 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
 #include "cpu/capability.h"
+#include "cpu/gemm_bf16.h"
 #include "cpu/ops.h"
 #ifdef R1V3_WITH_CUDA
 #include "cuda/ban_tokens.h"
@@ -151,6 +153,17 @@ double read_sum(Address values, int64_t n, int num_threads, const std::string& c
   return r1v3::read_sum(r1v3::kernels_for(capability), at<const float>(values), n, num_threads);
 }
 
+void gemm_bf16(Address a, int64_t rows, int64_t a_stride, int64_t a_k_stride, Address b,
+               int64_t columns, int64_t b_stride, int64_t b_k_stride, int64_t k, Address c,
+               int64_t c_stride, bool add, int num_threads) {
+  require(r1v3::has_gemm_bf16(), "has_gemm_bf16", 0, "true to call gemm_bf16");
+  require(rows >= 0 && columns >= 0 && k >= 0, "rows, columns and k",
+          static_cast<double>(std::min({rows, columns, k})), ">= 0");
+  r1v3::gemm_bf16({at<const uint16_t>(a), rows, a_stride, a_k_stride},
+                  {at<const uint16_t>(b), columns, b_stride, b_k_stride}, k, at<float>(c),
+                  c_stride, add, num_threads);
+}
+
 #ifdef R1V3_WITH_CUDA
 void ban_tokens_cuda(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
                      Address ids, int64_t n_ids, Address enabled, int64_t vocab_start,
@@ -231,6 +244,10 @@ PYBIND11_MODULE(_C, m) {
         arg("vocab_start"));
   m.def("read_sum", &read_sum, WithoutGil(), arg("values"), arg("n"), arg("num_threads"),
         arg("capability") = "");
+  m.def("gemm_bf16", &gemm_bf16, WithoutGil(), arg("a"), arg("rows"), arg("a_stride"),
+        arg("a_k_stride"), arg("b"), arg("columns"), arg("b_stride"), arg("b_k_stride"), arg("k"),
+        arg("c"), arg("c_stride"), arg("add"), arg("num_threads"));
+  m.attr("has_gemm_bf16") = r1v3::has_gemm_bf16();
 #ifdef R1V3_WITH_CUDA
   m.def("ban_tokens_cuda", &ban_tokens_cuda, WithoutGil(), arg("logits"), arg("dtype"),
         arg("n_rows"), arg("row_stride"), arg("vocab"), arg("ids"), arg("n_ids"), arg("enabled"),

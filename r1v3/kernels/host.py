@@ -155,3 +155,16 @@ def ban_tokens(logits: Tensor, token_ids: Tensor, enabled: Tensor | None, vocab_
         logits.data_ptr(), DTYPE_CODES[logits.dtype], rows, row_stride, logits.shape[-1],
         ids.data_ptr(), ids.shape[0], _address(flags), vocab_start,
     )  # fmt: skip
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether `product` is built, and this processor has AVX-512 BF16."""
+    return _C is not None and getattr(_C, "has_gemm_bf16", False)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """out (+)= a @ b for bfloat16 a [n, k], b [k, m] of any strides, float32 out with rows of m."""
+    _C.gemm_bf16(
+        a.data_ptr(), a.shape[0], *a.stride(), b.data_ptr(), b.shape[1], b.stride(1), b.stride(0),
+        a.shape[1], out.data_ptr(), out.stride(0), add, torch.get_num_threads(),
+    )  # fmt: skip

@@ -23,6 +23,11 @@ class WeightGradient:
         self.result = make(shape, dtype=dtype)
         self._sums: dict[int, Tensor] = {}
 
+    @property
+    def sums(self) -> bool:
+        """Whether contributions need memory of their own until the last one."""
+        return self.accumulator is None and self.result.dtype != self.head.result
+
     def add(
         self, columns: slice, gradient: Tensor, states: Tensor, *, first: bool, last: bool
     ) -> None:

@@ -92,7 +92,7 @@ def linear_grpo(
     )  # fmt: skip
     gradients = Gradients(
         head, batch.n, [*needed, False], weight_grad_accumulator, reduction,
-        hidden_at_once=not head.converts, hidden_dtype=saved_dtype(hidden),
+        hidden_at_once=_whole_rows(head), hidden_dtype=saved_dtype(hidden),
         weight_dtype=saved_dtype(weight),
     )  # fmt: skip
     old, ref, own = (
@@ -123,9 +123,12 @@ def _one_pass(
     logprobs = states.new_zeros(batch.n, dtype=head.result)
     entropy = torch.zeros_like(logprobs)
     vocab = head.weight.shape[0]
-    common = _common_width(vocab, vocab_size, bounds, group)
-    size = linear_rows.chunk_rows(head, batch.n, common, shared=bool(group))
-    width = head.tile_columns() if head.converts else vocab
+    size = linear_rows.chunk_rows(
+        head, batch.n, _common_width(vocab, vocab_size, bounds, group),
+        copies=_whole_rows(head) and head.operand != head.result,
+        sums=gradients.weight is not None and gradients.weight.sums, shared=bool(group),
+    )  # fmt: skip
+    width = vocab if _whole_rows(head) else head.tile_columns()
     space = states.new_empty(min(size, batch.n), vocab, dtype=head.result)
     for rows in linear_rows.blocks(batch.n, size):
         chunk, ids = states[rows], batch.token_ids[rows]
@@ -142,6 +145,11 @@ def _one_pass(
         for columns, tile in head.tiles(width):
             gradients.add(columns, tile, rows, logits[:, columns], chunk)
     return logprobs, entropy
+
+
+def _whole_rows(head: Head) -> bool:
+    """Whether one product takes all columns: on a GPU, unless the weight is converted in tiles."""
+    return head.weight.is_cuda and not head.converts
 
 
 def _common_width(vocab: int, vocab_size: int | None, bounds: Tensor, group: str) -> int:

@@ -1,8 +1,9 @@
 """Matrix products of a language head: float32 results whatever the operands, a tile at a time.
 
-On CUDA, bfloat16 operands go through bfloat16 tensor cores with float32 results. Elsewhere
-16-bit weights are converted tile by tile, in a buffer of `TILE_BYTES`; float16 always is, so that
-small gradients do not underflow. float64 stays float64.
+bfloat16 operands are multiplied as they are, by tensor cores or the host kernel, both with
+float32 sums and results. Where neither is at hand 16-bit weights are converted tile by tile, in
+a buffer of `TILE_BYTES`; float16 always is, so that small gradients do not underflow. float64
+stays float64.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Converted columns of the weight: few enough to stay in the cache, enough for a full-speed product.
+from r1v3.kernels import host
+
+# Columns of the weight as operands: few enough to stay in a processor's cache, and enough for a
+# full-speed product.
 TILE_BYTES = 8 * 2**20
 TILE_ALIGNMENT = 128
 
@@ -30,7 +34,8 @@ class Head:
         self, weight: Tensor, bias: Tensor | None, hidden_dtype: torch.dtype, row_tile: int
     ) -> None:
         double = hidden_dtype == torch.float64
-        native = weight.is_cuda and weight.dtype == hidden_dtype == torch.bfloat16
+        native = weight.dtype == hidden_dtype == torch.bfloat16
+        native = native and (weight.is_cuda or host.multiplies_bfloat16())
         self.result = torch.float64 if double else torch.float32
         self.operand = torch.bfloat16 if native else self.result
         self.weight, self.bias, self.row_tile = weight, bias, row_tile
@@ -96,6 +101,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
     """out = a @ b, or out += a @ b; out may be float32 where the operands have 16 bits."""
     if a.dtype == out.dtype:
         out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    elif not out.is_cuda:
+        host.product(a, b, out, add=add)
     elif not add:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     elif _adds_in_place(out.device, a.dtype):

@@ -96,18 +96,22 @@ def tile_shape(head: Head, n: int) -> tuple[int, int]:
     return rows, aligned(DEVICE_TILE // ((head.result.itemsize + head.operand.itemsize) * reserved))
 
 
-def chunk_rows(head: Head, n: int, vocab: int, *, shared: bool) -> int:
+def chunk_rows(head: Head, n: int, vocab: int, *, copies: bool, sums: bool, shared: bool) -> int:
     """Whole rows of n at a time, in chunks of nearly equal size.
 
     Args:
         vocab: columns of a row.
+        copies: the gradient of the logits is copied to the operands' dtype as a whole.
+        sums: several chunks would need a float32 [V, H] to add up a 16-bit weight's gradient. Its
+            memory is then better spent on rows, if that makes them one chunk.
         shared: the ranks of a group must choose alike, so free memory does not count.
     """
-    copied = head.operand.itemsize if head.operand != head.result else 0
-    workspace = _workspace(head.weight.device, shared=shared)
-    most = max(workspace // ((head.result.itemsize + copied) * max(vocab, 1)), 1)
+    row = head.result.itemsize + (head.operand.itemsize if copies else 0)
+    most = _workspace(head.weight.device, shared=shared) // (row * max(vocab, 1))
+    if sums and n <= most + head.weight.shape[1] * head.result.itemsize // row:
+        return max(n, 1)
     unit = head.row_tile or ROW_ALIGNMENT
-    most = most // unit * unit or head.row_tile or most
+    most = most // unit * unit or head.row_tile or max(most, 1)
     even = -(-n // max(-(-n // most), 1))
     return max(min(-(-even // unit) * unit, most), 1)
 

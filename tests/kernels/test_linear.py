@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1v3.kernels import linear_logprobs_and_entropy, linear_products, linear_rows
+from r1v3.kernels import host, linear_logprobs_and_entropy, linear_products, linear_rows
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.conftest import INTERPRETED
 
-pytestmark = pytest.mark.usefixtures("backend")
 NAMES = ("logprobs", "entropy", "hidden", "weight", "bias")
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def start(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers for every test; the reference multiplies bfloat16 by converting it."""
     torch.manual_seed(0)
+    if backend == "reference":
+        monkeypatch.setattr(host, "multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture
@@ -305,12 +307,17 @@ def test_accumulator_gets_the_weight_gradient(small_tiles: None) -> None:
     for outputs in steps:
         (2 * outputs[0] + outputs[1]).sum().backward()
     assert leaves["weight"].grad is None and leaves["hidden"].grad is not None
-    exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    exact["weight"].requires_grad_()
-    outputs = linear_logprobs_and_entropy(**exact)
-    (2 * outputs[0] + outputs[1]).sum().backward()
-    want = 2 * exact["weight"].grad
-    torch.testing.assert_close(buffer - before, want.float(), rtol=2e-5, atol=5e-5)
+    gradients = []
+    for dtype in (torch.float64, torch.bfloat16):
+        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        given["weight"].requires_grad_()
+        outputs = plain(**given, temperature=1.0, vocab_size=300)
+        (2 * outputs[0] + outputs[1]).sum().backward()
+        gradients.append(given["weight"].grad)
+    truth, baseline = gradients
+    added = buffer - before
+    assert_within_budget("accumulator", added, 2 * truth, 2 * baseline, 2e-5)
+    assert not torch.equal(added, added.bfloat16().float()), "rounded on the way"
 
 
 def test_bits_do_not_change_from_run_to_run(small_tiles: None) -> None:
