@@ -230,6 +230,40 @@ def convert(
             typer.echo(f"note: {note}")
 
 
+@app.command(epilog="Example: r1v3 plan configs/r1v3-38b/grpo_4k.yaml --gpus 64")
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the whole job.")] = 8,
+    memory_gb: Annotated[float, typer.Option(min=1, help="Of one GPU, in 10^9 bytes.")] = 80.0,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Prompt and response, instead of the configured.")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt besides images.")] = 512,
+    tflops: Annotated[float, typer.Option(min=1, help="Sustained by one GPU.")] = 400.0,
+    stage: Annotated[
+        str | None, typer.Option(help="sft, grpo, connector or eval; by default the file's name.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the numbers here.")] = None,
+) -> None:
+    """Say what a stage needs of every GPU before it starts, and what would make it fit."""
+    with _friendly():
+        from r1v3.model.plan_job import Cluster
+        from r1v3.model.plan_run import run_plan
+
+        fits = run_plan(
+            config,
+            overrides or [],
+            Cluster(gpus, memory_gb * 1e9, tflops * 1e12),
+            stage=stage,
+            sequence_length=sequence_length,
+            text_tokens=text_tokens,
+            json_file=json,
+        )
+        if not fits:
+            raise typer.Exit(1)
+
+
 @app.command(epilog="Example: r1v3 report runs/demo-1")
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Draw the figures and write report.html of a run again."""

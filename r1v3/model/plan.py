@@ -2,16 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from transformers import InternVLConfig
-
-from r1v3.config import Stage
 from r1v3.model import plan_memory as memory
 from r1v3.model.flops import Dimensions, Work, decode_flops, forward_flops, train_flops
-from r1v3.model.plan_build import BuiltRank, build_ranks
-from r1v3.model.plan_job import Cluster, Job, job_of
+from r1v3.model.plan_build import BuiltRank
+from r1v3.model.plan_job import Job
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,8 @@ class Plan:
     """All kinds of ranks, and what a step costs.
 
     parameters: of the whole model by part, without padding. flops: of a step by part, model
-    operations; hardware_flops with what is computed again. rollout_flops: of sampling.
+    operations; hardware_flops with what is computed again. slowest_stage: share of these that the
+    slowest pipeline stage has. rollout_flops: of sampling.
     """
 
     job: Job
@@ -79,6 +75,7 @@ class Plan:
     padding: int
     flops: dict[str, float]
     hardware_flops: float
+    slowest_stage: float
     rollout_flops: float
     problems: list[str] = field(default_factory=list)
 
@@ -93,17 +90,17 @@ class Plan:
         return max(rank.peak for rank in self.ranks) - self.job.cluster.memory
 
     @property
-    def bubble(self) -> float:
-        """Time of a step over that of a pipeline that is always full."""
-        stages = self.job.shards.pipeline
-        each = max(1, -(-self.job.micro_batches // self.job.data))
-        return (each + stages - 1) / each
-
-    @property
     def seconds(self) -> float:
-        """A training step at the stated rate, pipeline bubble included."""
-        cluster = self.job.cluster
-        return self.hardware_flops / (cluster.gpus * cluster.flops) * self.bubble
+        """A training step at the stated rate, waiting in the pipeline included.
+
+        The first micro-batch passes all stages; from then on the slowest sets the pace.
+        """
+        cluster, data = self.job.cluster, self.job.data
+        each = max(1, -(-self.job.micro_batches // data))
+        replica = cluster.gpus / data * cluster.flops  # operations a second
+        one = self.hardware_flops / max(1, self.job.micro_batches) / replica
+        pace = one * self.slowest_stage * self.job.shards.pipeline
+        return one + (each - 1) * pace
 
     @property
     def work(self) -> Work:
@@ -143,9 +140,27 @@ def make_plan(job: Job, dims: Dimensions, built: Sequence[BuiltRank] | None = No
         padding=_padding(dims, job.shards),
         flops=flops,
         hardware_flops=sum(hardware.values()),
+        slowest_stage=_slowest(job, dims) if job.trains else 1.0,
         rollout_flops=sampled,
         problems=_problems(job, ranks),
     )
+
+
+def _slowest(job: Job, dims: Dimensions) -> float:
+    """The slowest pipeline stage's share of a micro-batch."""
+    work, stages = job.pack.work(), job.shards.pipeline
+
+    def cost(part: Work) -> dict[str, float]:
+        return train_flops(dims, part, job.modules, recompute=job.shards.recompute)
+
+    image = sum(cost(Work(tiles=work.tiles)).values())
+    head = sum(cost(Work(labels=work.labels)).values())
+    layers = cost(Work(work.tokens, work.attended))["llm"] / dims.layers
+    each = [
+        count * layers + image * (stage == 0) + head * (stage == stages - 1)
+        for stage, count in enumerate(job.shards.layers)
+    ]
+    return max(each) / sum(each)
 
 
 def _padding(dims: Dimensions, shards: memory.Shards) -> int:
@@ -230,10 +245,3 @@ def _problems(job: Job, ranks: Sequence[RankPlan]) -> list[str]:
         if job.cluster.gpus % job.rollout.tensor:
             found.append(f"{job.cluster.gpus} GPUs are no multiple of {job.rollout.tensor}")
     return found
-
-
-def plan_of(config: Stage, folder: Path, cluster: Cluster, **lengths: Any) -> Plan:
-    """The plan of a stage, with parameters counted in the real modules."""
-    dims = Dimensions.of(InternVLConfig.from_pretrained(folder))
-    job = job_of(config, dims, cluster, **lengths)
-    return make_plan(job, dims, build_ranks(folder, job.layout))

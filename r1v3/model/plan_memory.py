@@ -2,7 +2,8 @@
 
 Saved activations are what autograd keeps: `tests/model/test_plan_memory.py` counts them in the
 real modules and finds the same bytes. What exists only for a moment inside a layer's backward is
-estimated by its largest tensors. Everything is in bytes; GB below and elsewhere is 10^9.
+estimated by its largest tensors, and the same test sees that no more is needed. Everything is in
+bytes; GB is 10^9.
 """
 
 from collections.abc import Mapping
@@ -256,17 +257,17 @@ def head_workspace(
 
 
 def layer_workspace(dims: Dimensions, shards: Shards, pack: Pack) -> float:
-    """Bytes at the worst moment of a language layer's backward: gradients within the MLP, the
-    gathered input and gradients of the full width, and what recomputation brings back."""
-    e, t = shards.element, pack.tokens
-    gradients = t * e * (4 * dims.ffn // shards.tensor + 3 * dims.hidden)
+    """Bytes at the worst moment of a language layer's backward: what recomputation brings back,
+    and gradients within the MLP, or the gathered input and gradient of a full-width product."""
+    e, t, h = shards.element, pack.tokens, dims.hidden
+    gradients = t * e * (2 * max(dims.ffn // shards.tensor, h) + 2 * h // shards.scatter)
     return float(gradients + (layer_saved(dims, shards, pack) if shards.recompute else 0))
 
 
 def vision_workspace(dims: Dimensions, shards: Shards, tiles: int) -> float:
     """The same for a layer of the vision tower."""
-    tokens, e = tiles * (dims.patches + 1), shards.element
-    gradients = tokens * e * (2 * dims.vision_ffn // shards.tensor + 3 * dims.vision_hidden)
+    tokens, e, w = tiles * (dims.patches + 1), shards.element, dims.vision_hidden
+    gradients = tokens * e * (2 * max(dims.vision_ffn // shards.tensor, w) + 2 * w)
     again = vision_layer_saved(dims, shards, tiles) if shards.recompute else 0
     return float(gradients + again)
 
