@@ -1,7 +1,9 @@
-"""Triton kernels of `grpo_loss`: one program per sequence, then one program over sequences.
+"""Triton kernel of `grpo_loss`: one launch gives the loss, its gradient and every metric.
 
-No atomics: partial sums are written per sequence and added in a fixed order, so the loss, the
-gradient and the metrics have the same bits on every run.
+Programs walk over pieces of sequences and write their partial sums; the one that finishes last
+adds them in a fixed order. Only an integer ticket is atomic, so loss, gradient and metrics have
+the same bits on every run. Where nobody names the normalizer, only the last program knows it, and
+a second launch divides the gradient by it.
 """
 # mypy: allow-untyped-defs, allow-untyped-calls
 
@@ -10,8 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
-SUMS = 10
+from r1v3.kernels import devices
+
+BLOCK = 512
+MASK_BLOCK = 4096
+# Sequences that may be longer than a piece are cut, as long as there are fewer programs than two
+# per multiprocessor; beyond eight per multiprocessor, programs only lengthen the last sum.
+PIECE = 4096
+ENOUGH_PROGRAMS, MOST_PROGRAMS = 256, 1024
+SUMS = 16
 LIMIT = tl.constexpr(20.0)
 
 
@@ -49,7 +58,18 @@ def _kl(gap, KL: tl.constexpr):
 
 
 @triton.jit
-def _sequence_kernel(
+def _count(mask_ptr, begin, end, BLOCK: tl.constexpr):
+    """Valid tokens in [begin, end)."""
+    lanes = tl.arange(0, BLOCK)
+    counts = tl.zeros([BLOCK], tl.int32)
+    for start in range(begin, end, BLOCK):
+        t = start + lanes
+        counts += (tl.load(mask_ptr + t, mask=t < end, other=0) != 0).to(tl.int32)
+    return tl.sum(counts, axis=0).to(tl.float32)
+
+
+@triton.jit
+def _grpo_loss_kernel(
     logprobs_ptr,
     old_ptr,
     advantages_ptr,
@@ -57,8 +77,16 @@ def _sequence_kernel(
     ref_ptr,
     weights_ptr,
     offsets_ptr,
+    normalizer_ptr,
     gradient_ptr,
     sums_ptr,
+    loss_ptr,
+    metrics_ptr,
+    inverse_ptr,
+    ticket_ptr,
+    tokens: tl.int64,
+    sequences: tl.int64,
+    parts,
     clip_low: tl.float32,
     clip_high: tl.float32,
     dual_clip: tl.float32,
@@ -66,28 +94,18 @@ def _sequence_kernel(
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    HAS_NORMALIZER: tl.constexpr,
     TOKEN_ADVANTAGES: tl.constexpr,
     TOKEN_WEIGHTS: tl.constexpr,
     DUAL: tl.constexpr,
     PENALTY: tl.constexpr,
     KL: tl.constexpr,
-    SEQUENCE_MEAN: tl.constexpr,
-    SUMS: tl.constexpr,
+    AGGREGATION: tl.constexpr,
     BLOCK: tl.constexpr,
+    MASK_BLOCK: tl.constexpr,
 ):
-    sequence = tl.program_id(0).to(tl.int64)
-    begin = tl.load(offsets_ptr + sequence)
-    end = tl.load(offsets_ptr + sequence + 1)
     lanes = tl.arange(0, BLOCK)
-    counts = tl.zeros([BLOCK], tl.float32)
-    for start in range(begin, end, BLOCK):
-        t = start + lanes
-        counts += (tl.load(mask_ptr + t, mask=t < end, other=0) != 0).to(tl.float32)
-    count = tl.sum(counts, axis=0)
-    own = 1.0
-    if SEQUENCE_MEAN:
-        own = 1.0 / tl.maximum(count, 1.0)
-    loss = tl.zeros([BLOCK], tl.float32)
+    loss = tl.zeros([BLOCK], tl.float64)  # gains and losses of thousands of tokens cancel
     low = tl.zeros([BLOCK], tl.float32)
     high = tl.zeros([BLOCK], tl.float32)
     dual = tl.zeros([BLOCK], tl.float32)
@@ -96,59 +114,82 @@ def _sequence_kernel(
     ratios = tl.zeros([BLOCK], tl.float32)
     biggest = tl.zeros([BLOCK], tl.float32)
     broken = tl.zeros([BLOCK], tl.float32)
-    for start in range(begin, end, BLOCK):
-        t = start + lanes
-        valid = (tl.load(mask_ptr + t, mask=t < end, other=0) != 0) & (t < end)
-        # Masked tokens are never read: whatever they hold cannot reach a sum.
-        new = tl.load(logprobs_ptr + t, mask=valid, other=0.0)
-        old = new
-        if HAS_OLD:
-            old = tl.load(old_ptr + t, mask=valid, other=0.0)
-        if TOKEN_ADVANTAGES:
-            a = tl.load(advantages_ptr + t, mask=valid, other=0.0)
-        else:
-            a = tl.where(valid, tl.load(advantages_ptr + sequence), 0.0)
-        raw = new - old
-        log_ratio = _clamp(raw)
-        ratio = tl.exp(log_ratio)
-        free = ratio * a
-        clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * a
-        constant = free > clipped
-        token = -tl.where(constant, clipped, free)
-        flat = constant | (tl.abs(raw) > LIMIT)
-        if DUAL:
-            bounded = (a < 0) & (token > -dual_clip * a)
-            token = tl.where(bounded, -dual_clip * a, token)
-            flat = flat | bounded
-            dual += tl.where(bounded, 1.0, 0.0)
-        slope = tl.where(flat, 0.0, -free)
-        bad = _nonfinite(raw) | _nonfinite(a)
-        if HAS_WEIGHTS:
-            if TOKEN_WEIGHTS:
-                weight = tl.load(weights_ptr + t, mask=valid, other=0.0)
+    counts = tl.zeros([BLOCK], tl.float32)
+    active = tl.zeros([], tl.float32)
+    inverse = 1.0
+    if HAS_NORMALIZER:
+        inverse = 1.0 / tl.load(normalizer_ptr)
+    for item in range(tl.program_id(0), sequences * parts, tl.num_programs(0)):
+        sequence = (item // parts).to(tl.int64)
+        part = item % parts
+        begin = tl.load(offsets_ptr + sequence)
+        end = tl.load(offsets_ptr + sequence + 1)
+        own = 1.0
+        # Sequences without a valid token do not count, nor do pieces past a sequence's end.
+        if (AGGREGATION == 0 or AGGREGATION == 2) and begin + part * BLOCK < end:
+            valid_tokens = _count(mask_ptr, begin, end, MASK_BLOCK)
+            if part == 0 and valid_tokens > 0:
+                active += 1.0
+            if AGGREGATION == 0:
+                own = 1.0 / tl.maximum(valid_tokens, 1.0)
+        for start in range(begin + part * BLOCK, end, parts * BLOCK):
+            t = start + lanes
+            valid = (tl.load(mask_ptr + t, mask=t < end, other=0) != 0) & (t < end)
+            # Masked tokens are never read: whatever they hold cannot reach a sum.
+            new = tl.load(logprobs_ptr + t, mask=valid, other=0.0)
+            old = new
+            if HAS_OLD:
+                old = tl.load(old_ptr + t, mask=valid, other=0.0)
+            if TOKEN_ADVANTAGES:
+                a = tl.load(advantages_ptr + t, mask=valid, other=0.0)
             else:
-                weight = tl.where(valid, tl.load(weights_ptr + sequence), 0.0)
-            token = token * weight
-            slope = slope * weight
-            bad = bad | _nonfinite(weight)
-        if HAS_REF:
-            raw_gap = tl.load(ref_ptr + t, mask=valid, other=0.0) - new
-            bad = bad | _nonfinite(raw_gap)
-            gap = _clamp(raw_gap)
-            divergence, steepness = _kl(gap, KL)
-            ref_kl += tl.where(valid, divergence, 0.0)
-            if PENALTY:
-                token += kl_coef * divergence
-                slope += kl_coef * tl.where(tl.abs(raw_gap) > LIMIT, 0.0, steepness)
-        loss += tl.where(valid, token, 0.0)
-        low += tl.where((a < 0) & (ratio < 1.0 - clip_low), 1.0, 0.0)
-        high += tl.where((a > 0) & (ratio > 1.0 + clip_high), 1.0, 0.0)
-        approx_kl -= tl.where(valid, log_ratio, 0.0)
-        ratios += tl.where(valid, ratio, 0.0)
-        biggest = _max_or_nan(biggest, tl.where(valid, ratio, 0.0))
-        broken += tl.where(bad & valid, 1.0, 0.0)
-        tl.store(gradient_ptr + t, tl.where(valid, slope * own, 0.0), mask=t < end)
-    out = sums_ptr + sequence * SUMS
+                a = tl.where(valid, tl.load(advantages_ptr + sequence), 0.0)
+            raw = new - old
+            log_ratio = _clamp(raw)
+            ratio = tl.exp(log_ratio)
+            free = ratio * a
+            clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * a
+            constant = free > clipped
+            token = -tl.where(constant, clipped, free)
+            flat = constant | (tl.abs(raw) > LIMIT)
+            if DUAL:
+                bounded = (a < 0) & (token > -dual_clip * a)
+                token = tl.where(bounded, -dual_clip * a, token)
+                flat = flat | bounded
+                dual += tl.where(bounded, 1.0, 0.0)
+            slope = tl.where(flat, 0.0, -free)
+            bad = _nonfinite(raw) | _nonfinite(a)
+            if HAS_WEIGHTS:
+                if TOKEN_WEIGHTS:
+                    weight = tl.load(weights_ptr + t, mask=valid, other=0.0)
+                else:
+                    weight = tl.where(valid, tl.load(weights_ptr + sequence), 0.0)
+                token = token * weight
+                slope = slope * weight
+                bad = bad | _nonfinite(weight)
+            if HAS_REF:
+                raw_gap = tl.load(ref_ptr + t, mask=valid, other=0.0) - new
+                bad = bad | _nonfinite(raw_gap)
+                gap = _clamp(raw_gap)
+                divergence, steepness = _kl(gap, KL)
+                ref_kl += tl.where(valid, divergence, 0.0)
+                if PENALTY:
+                    token += kl_coef * divergence
+                    slope += kl_coef * tl.where(tl.abs(raw_gap) > LIMIT, 0.0, steepness)
+            loss += (tl.where(valid, token, 0.0) * own).to(tl.float64)
+            low += tl.where((a < 0) & (ratio < 1.0 - clip_low), 1.0, 0.0)
+            high += tl.where((a > 0) & (ratio > 1.0 + clip_high), 1.0, 0.0)
+            approx_kl -= tl.where(valid, log_ratio, 0.0)
+            ratios += tl.where(valid, ratio, 0.0)
+            biggest = _max_or_nan(biggest, tl.where(valid, ratio, 0.0))
+            broken += tl.where(bad & valid, 1.0, 0.0)
+            counts += tl.where(valid, 1.0, 0.0)
+            tl.store(gradient_ptr + t, tl.where(valid, slope * (own * inverse), 0.0), mask=t < end)
+    behind = tl.load(offsets_ptr + sequences) + tl.program_id(0) * BLOCK
+    for start in range(behind, tokens, tl.num_programs(0) * BLOCK):
+        t = start + lanes
+        tl.store(gradient_ptr + t, tl.zeros([BLOCK], tl.float32), mask=t < tokens)
+    out = sums_ptr + tl.program_id(0) * 16
     tl.store(out, tl.sum(low, axis=0))
     tl.store(out + 1, tl.sum(high, axis=0))
     tl.store(out + 2, tl.sum(dual, axis=0))
@@ -156,59 +197,60 @@ def _sequence_kernel(
     tl.store(out + 4, tl.sum(ref_kl, axis=0))
     tl.store(out + 5, tl.sum(ratios, axis=0))
     tl.store(out + 6, tl.reduce(biggest, 0, _max_or_nan))
-    tl.store(out + 7, count)
+    tl.store(out + 7, tl.sum(counts, axis=0))
     tl.store(out + 8, tl.sum(broken, axis=0))
-    tl.store(out + 9, tl.sum(loss, axis=0) * own)
+    tl.store(out + 9, tl.sum(loss, axis=0))
+    tl.store(out + 10, active)
+    # The release makes these sums visible to whoever draws a later ticket.
+    tl.debug_barrier()
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
+    if ticket == tl.num_programs(0) - 1:
+        tl.store(ticket_ptr, 0)
+        _total(
+            sums_ptr, normalizer_ptr, loss_ptr, metrics_ptr, inverse_ptr, HAS_NORMALIZER,
+            AGGREGATION,
+        )  # fmt: skip
 
 
 @triton.jit
-def _total_kernel(
+def _picked(values, lanes, index: tl.constexpr):
+    return tl.sum(tl.where(lanes == index, values, 0.0), axis=0)
+
+
+@triton.jit
+def _total(
     sums_ptr,
     normalizer_ptr,
     loss_ptr,
     metrics_ptr,
     inverse_ptr,
-    sequences,
     HAS_NORMALIZER: tl.constexpr,
-    TOKEN_MEAN: tl.constexpr,
-    SUMS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    AGGREGATION: tl.constexpr,
 ):
-    lanes = tl.arange(0, BLOCK)
-    tokens = tl.zeros([BLOCK], tl.float32)
-    active = tl.zeros([BLOCK], tl.float32)
-    loss = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, sequences, BLOCK):
-        s = start + lanes
-        count = tl.load(sums_ptr + s * SUMS + 7, mask=s < sequences, other=0.0)
-        tokens += count
-        active += tl.where(count > 0, 1.0, 0.0)
-        loss += tl.load(sums_ptr + s * SUMS + 9, mask=s < sequences, other=0.0)
-    total = tl.sum(tokens, axis=0)
+    """Adds the programs' sums in order: metrics 0 to 8, 9 the loss, 10 sequences that count."""
+    k = tl.arange(0, 16)
+    rows = tl.arange(0, 32)
+    totals = tl.zeros([32, 16], tl.float64)
+    tops = tl.zeros([32, 16], tl.float64)
+    for start in range(0, tl.num_programs(0), 32):
+        inside = (start + rows < tl.num_programs(0))[:, None] & (k < 11)[None, :]
+        at = sums_ptr + (start + rows)[:, None] * 16 + k[None, :]
+        part = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+        totals += part
+        tops = _max_or_nan(tops, part)
+    total = tl.sum(totals, axis=0)
+    top = tl.reduce(tops, 0, _max_or_nan)
+    tokens = _picked(total, k, 7)
     if HAS_NORMALIZER:
-        normalizer = tl.load(normalizer_ptr)
-    elif TOKEN_MEAN:
-        normalizer = tl.maximum(total, 1.0)
+        normalizer = tl.load(normalizer_ptr).to(tl.float64)
+    elif AGGREGATION == 1:
+        normalizer = tl.maximum(tokens, 1.0)
     else:
-        normalizer = tl.maximum(tl.sum(active, axis=0), 1.0)
+        normalizer = tl.maximum(_picked(total, k, 10), 1.0)
+    result = tl.where(k < 6, total / tl.maximum(tokens, 1.0), total)
+    tl.store(metrics_ptr + k, tl.where(k == 6, top, result), mask=k < 9)
+    tl.store(loss_ptr, _picked(total, k, 9) / normalizer)
     tl.store(inverse_ptr, 1.0 / normalizer)
-    tl.store(loss_ptr, tl.sum(loss, axis=0) / normalizer)
-    for k in tl.static_range(9):
-        part = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, sequences, BLOCK):
-            s = start + lanes
-            value = tl.load(sums_ptr + s * SUMS + k, mask=s < sequences, other=0.0)
-            if k == 6:
-                part = _max_or_nan(part, value)
-            else:
-                part += value
-        if k == 6:
-            result = tl.reduce(part, 0, _max_or_nan)
-        elif k < 6:
-            result = tl.sum(part, axis=0) / tl.maximum(total, 1.0)
-        else:
-            result = tl.sum(part, axis=0)
-        tl.store(metrics_ptr + k, result)
 
 
 def grpo_loss(
@@ -235,24 +277,25 @@ def grpo_loss(
             kl and aggregation are positions in `arguments`.
     """
     tokens, sequences = logprobs.shape[0], offsets.shape[0] - 1
-    gradient = torch.zeros_like(logprobs)
-    sums = logprobs.new_empty(sequences, SUMS)
+    parts = max(1, min(triton.cdiv(tokens, PIECE), ENOUGH_PROGRAMS // max(sequences, 1)))
+    programs = max(1, min(sequences * parts, MOST_PROGRAMS))
+    gradient = torch.empty_like(logprobs)
+    sums = logprobs.new_empty(programs, SUMS, dtype=torch.float64)
     loss, inverse = logprobs.new_empty(()), logprobs.new_empty(())
     metrics = logprobs.new_empty(n_metrics)
-    if sequences:
-        _sequence_kernel[(sequences,)](
+    with devices.launching_on(logprobs):
+        _grpo_loss_kernel[(programs,)](
             logprobs, old_logprobs, advantages, mask.view(torch.uint8), ref_logprobs, weights,
-            offsets, gradient, sums, float(clip_low), float(clip_high), float(dual_clip),
-            float(kl_coef),
-            HAS_OLD=old_logprobs is not None, HAS_REF=ref_logprobs is not None,
-            HAS_WEIGHTS=weights is not None, TOKEN_ADVANTAGES=advantages.shape[0] == tokens,
+            offsets, normalizer, gradient, sums, loss, metrics, inverse,
+            devices.ticket(logprobs.device), tokens, sequences, parts, float(clip_low),
+            float(clip_high), float(dual_clip), float(kl_coef), HAS_OLD=old_logprobs is not None,
+            HAS_REF=ref_logprobs is not None, HAS_WEIGHTS=weights is not None,
+            HAS_NORMALIZER=normalizer is not None,
+            TOKEN_ADVANTAGES=advantages.shape[0] == tokens,
             TOKEN_WEIGHTS=weights is not None and weights.shape[0] == tokens,
-            DUAL=dual_clip > 0, PENALTY=kl_coef != 0, KL=kl, SEQUENCE_MEAN=aggregation == 0,
-            SUMS=SUMS, BLOCK=BLOCK, num_warps=4,
+            DUAL=dual_clip > 0, PENALTY=kl_coef != 0, KL=kl, AGGREGATION=aggregation, BLOCK=BLOCK,
+            MASK_BLOCK=MASK_BLOCK, num_warps=4,
         )  # fmt: skip
-    _total_kernel[(1,)](
-        sums, normalizer, loss, metrics, inverse, sequences,
-        HAS_NORMALIZER=normalizer is not None, TOKEN_MEAN=aggregation == 1, SUMS=SUMS,
-        BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
-    return loss, gradient.mul_(inverse), metrics
+        if normalizer is None:
+            gradient.mul_(inverse)
+    return loss, gradient, metrics

@@ -1,4 +1,8 @@
-"""Triton kernel of the gradient with respect to the logits: one read, one write."""
+"""Triton kernel of the gradient with respect to the logits: one read, one write.
+
+The cut into parts and the walk from the first 16-byte boundary are those of `logits_triton`; a row
+without upstream gradient is written without being read.
+"""
 # mypy: allow-untyped-defs, allow-untyped-calls
 
 import torch
@@ -6,10 +10,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r1v3.kernels.logits_triton import FLOOR, LN_2, LOG2_E, Layout, row_offset
+from r1v3.kernels import devices
+from r1v3.kernels.logits_triton import (
+    FLOOR,
+    LN_2,
+    LOG2_E,
+    PART_BLOCKS,
+    VECTORS,
+    WARPS,
+    Layout,
+    row_offset,
+)
 
-BLOCK = 2048
-PART_BLOCKS = 8
+
+@triton.jit
+def _stream(pointers, inside):
+    return tl.load(pointers, mask=inside, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -50,9 +66,11 @@ def _row_gradient_kernel(
     HAS_ENTROPY: tl.constexpr,
     ALIGN: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    VECTORS: tl.constexpr,
     PART_BLOCKS: tl.constexpr,
 ):
+    BLOCK: tl.constexpr = VECTORS * ALIGN
+    REST: tl.constexpr = 2 * VECTORS  # narrow loads: fewer at a time, or they take the registers
     pid = tl.program_id(0)
     row = (pid // parts).to(tl.int64)
     part = pid % parts
@@ -64,57 +82,65 @@ def _row_gradient_kernel(
         first_id = tl.load(shard_ptr)
         vocab = tl.minimum(vocab, tl.maximum(tl.load(shard_ptr + 1) - first_id, 0))
     active = slot >= 0
-    m = tl.load(saved_ptr + slot * 3, mask=active, other=-float("inf"))
-    log2_s = tl.load(saved_ptr + slot * 3 + 1, mask=active, other=0.0) * LOG2_E
-    entropy = tl.load(saved_ptr + slot * 3 + 2, mask=active, other=0.0)
-    token = tl.full([], -1, tl.int64)
+    top = tl.load(saved_ptr + slot * 3, mask=active, other=-float("inf"))
+    alive = active & (top != -float("inf"))
+    token = tl.full([], -1, tl.int32)
     g_logp = tl.zeros([], tl.float32)
     g_entropy = tl.zeros([], tl.float32)
     if HAS_LOGPROBS:
         global_token = tl.load(ids_ptr + slot, mask=active, other=-100).to(tl.int64)
-        g_logp = tl.load(grad_logprobs_ptr + slot, mask=active & (global_token != -100), other=0.0)
-        token = tl.where(global_token < 0, -1, global_token - first_id)
+        g_logp = tl.load(grad_logprobs_ptr + slot, mask=alive & (global_token != -100), other=0.0)
+        local = global_token - first_id
+        here = (global_token >= 0) & (local >= 0) & (local < vocab)
+        token = tl.where(here, local, -1).to(tl.int32)
     if HAS_ENTROPY:
-        g_entropy = tl.load(grad_entropy_ptr + slot, mask=active, other=0.0)
-    needed = (m != -float("inf")) & ((g_logp != 0) | (g_entropy != 0))
+        g_entropy = tl.load(grad_entropy_ptr + slot, mask=alive, other=0.0)
+    # Where nothing is needed nothing is loaded, and the arithmetic below gives 0. (The interpreter
+    # cannot combine comparisons of floats: an integer in between.)
+    needed = ((g_logp != 0) | (g_entropy != 0)).to(tl.int32) != 0
+    m = tl.load(saved_ptr + slot * 3, mask=needed, other=0.0)
+    log2_s = tl.load(saved_ptr + slot * 3 + 1, mask=needed, other=0.0) * LOG2_E
+    entropy = tl.load(saved_ptr + slot * 3 + 2, mask=needed, other=0.0)
     offset = row_offset(row, base, inner, stride_outer, stride_inner)
     out = row_offset(row, out_base, inner, out_stride_outer, out_stride_inner)
-    head = tl.minimum((ALIGN - offset % ALIGN) % ALIGN, vocab)
+    head = tl.minimum((ALIGN - offset % ALIGN) % ALIGN, vocab).to(tl.int32)
     full = ((vocab - head) // BLOCK).to(tl.int32)
-    start = tl.multiple_of(offset + head, ALIGN)
-    out_start = tl.multiple_of(out + head, OUT_ALIGN)
     scale = LOG2_E / temperature
     lanes = tl.arange(0, BLOCK)
-    done = full.to(tl.int64) * BLOCK
     dtype = out_ptr.dtype.element_ty
-    for block in range(part * PART_BLOCKS, tl.minimum((part + 1) * PART_BLOCKS, full)):
-        shift = block * BLOCK
-        to = tl.multiple_of(out_start + shift, OUT_ALIGN)
-        g = tl.zeros([BLOCK], tl.float32)
-        if needed:
-            at = tl.multiple_of(start + shift, ALIGN)
-            x = tl.load(x_ptr + at + lanes, eviction_policy="evict_first")
-            g = _gradient(
-                x, head + shift + lanes, token, m, log2_s, entropy, g_logp, g_entropy, scale,
-                HAS_ENTROPY,
-            )  # fmt: skip
-        tl.store(out_ptr + to + lanes, g.to(dtype))
+    first = part * PART_BLOCKS
+    column = head + first * BLOCK
+    at = tl.multiple_of(offset + column, ALIGN)
+    to = tl.multiple_of(out + column, OUT_ALIGN)
+    tl.static_assert(PART_BLOCKS == 2)
+    x0 = _stream(x_ptr + at + lanes, needed & (first < full))
+    x1 = _stream(x_ptr + tl.multiple_of(at + BLOCK, ALIGN) + lanes, needed & (first + 1 < full))
+    g = _gradient(
+        x0, column + lanes, token, m, log2_s, entropy, g_logp, g_entropy, scale, HAS_ENTROPY
+    )
+    tl.store(out_ptr + to + lanes, g.to(dtype), mask=first < full)
+    g = _gradient(
+        x1, column + BLOCK + lanes, token, m, log2_s, entropy, g_logp, g_entropy, scale,
+        HAS_ENTROPY,
+    )  # fmt: skip
+    to = tl.multiple_of(to + BLOCK, OUT_ALIGN)
+    tl.store(out_ptr + to + lanes, g.to(dtype), mask=first + 1 < full)
     if part == parts - 1:
-        for rest in range(0, vocab - done, BLOCK):
-            r = rest + lanes
-            column = tl.where(r < head, r, done + r)
-            mask = r < vocab - done
-            g = tl.zeros([BLOCK], tl.float32)
-            if needed:
-                x = tl.load(x_ptr + offset + column, mask=mask, other=0.0)
-                g = _gradient(
-                    x, column, token, m, log2_s, entropy, g_logp, g_entropy, scale, HAS_ENTROPY
-                )
-            tl.store(out_ptr + out + column, g.to(dtype), mask=mask)
-        for padded in range(0, width - vocab, BLOCK):
-            column = vocab + padded + lanes
-            zero = tl.zeros([BLOCK], dtype)
-            tl.store(out_ptr + out + column, zero, mask=column < width)
+        done = full * BLOCK
+        left = vocab.to(tl.int32) - done
+        few = tl.arange(0, REST)
+        for rest in range(0, left, REST):
+            r = rest + few
+            c = tl.where(r < head, r, done + r)
+            x = tl.load(x_ptr + offset + c, mask=needed & (r < left), other=0.0)
+            piece = _gradient(
+                x, c, token, m, log2_s, entropy, g_logp, g_entropy, scale, HAS_ENTROPY
+            )
+            tl.store(out_ptr + out + c, piece.to(dtype), mask=r < left)
+        for padded in range(0, width - vocab, REST):
+            c = vocab + padded + few
+            zero = tl.zeros([REST], dtype)
+            tl.store(out_ptr + out + c, zero, mask=c < width)
 
 
 def row_gradient(
@@ -142,14 +168,15 @@ def row_gradient(
     if rows is not None:
         slots = torch.full((n,), -1, dtype=torch.int64, device=logits.device)
         slots[rows] = torch.arange(rows.shape[0], device=logits.device)
-    parts = max(1, triton.cdiv(vocab // BLOCK, PART_BLOCKS))
-    _row_gradient_kernel[(n * parts,)](
-        layout.pointer, out_layout.pointer, slots, token_ids, shard, saved, grad_logprobs,
-        grad_entropy, layout.base, out_layout.base, layout.inner, layout.stride_outer,
-        layout.stride_inner, out_layout.stride_outer, out_layout.stride_inner, vocab, width,
-        float(temperature), parts, HAS_SLOTS=rows is not None, HAS_IDS=token_ids is not None,
-        HAS_SHARD=shard is not None, HAS_LOGPROBS=grad_logprobs is not None,
-        HAS_ENTROPY=grad_entropy is not None, ALIGN=layout.align,
-        OUT_ALIGN=layout.align if layout.matches(out_layout) else 1, BLOCK=BLOCK,
-        PART_BLOCKS=PART_BLOCKS, num_warps=8,
-    )  # fmt: skip
+    parts = max(1, triton.cdiv(vocab // (VECTORS * layout.align), PART_BLOCKS))
+    with devices.launching_on(logits):
+        _row_gradient_kernel[(n * parts,)](
+            layout.pointer, out_layout.pointer, slots, token_ids, shard, saved, grad_logprobs,
+            grad_entropy, layout.base, out_layout.base, layout.inner, layout.stride_outer,
+            layout.stride_inner, out_layout.stride_outer, out_layout.stride_inner, vocab, width,
+            float(temperature), parts, HAS_SLOTS=rows is not None, HAS_IDS=token_ids is not None,
+            HAS_SHARD=shard is not None, HAS_LOGPROBS=grad_logprobs is not None,
+            HAS_ENTROPY=grad_entropy is not None, ALIGN=layout.align,
+            OUT_ALIGN=layout.align if layout.matches(out_layout) else 1, VECTORS=VECTORS,
+            PART_BLOCKS=PART_BLOCKS, num_warps=WARPS,
+        )  # fmt: skip

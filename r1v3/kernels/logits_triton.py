@@ -1,10 +1,16 @@
 """Triton kernels over rows of logits: statistics of parts or shards, and their merge.
 
-A row is cut into parts of `PART` columns, one program each, so one long row fills the device and
-how a row is summed never depends on how many rows there are. V = 151,674 makes most rows start
-off a 16-byte boundary: each row skips to the first aligned element, streams unmasked 16-byte
-vectors from there, and the last part collects the skipped head and the tail. The order of
-summation therefore depends on a row's address modulo 16 bytes, and on nothing else.
+A row is cut into parts of 16 KiB, one program each: a program asks for all of its part at once,
+so one row is one memory latency deep and seven fill an H100, and how a row is summed never depends
+on how many rows there are. Between the first load and the end of a part no thread waits for
+another: a state is kept per 16-byte vector, and reduced once.
+
+V = 151,674 makes most rows start off a 16-byte boundary: each row skips to the first aligned
+element, streams unmasked vectors from there, and the last part collects the skipped head and the
+tail. The order of summation therefore depends on a row's address modulo 16 bytes, and on nothing
+else. (To sum in an order counted from the row's start, every thread would have to read across two
+of the aligned vectors: twice the load instructions, for rows that are aligned alike anyway where V
+is a multiple of 8.)
 """
 # mypy: allow-untyped-defs, allow-untyped-calls
 
@@ -13,10 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
-PART_BLOCKS = 8
-PART = BLOCK * PART_BLOCKS
-MERGE_ROWS = 128
+from r1v3.kernels import devices
+
+# Two 16-byte vectors per thread of 8 warps, and two such blocks per program: four loads of a
+# thread are in flight together, at few enough registers for five programs per multiprocessor.
+VECTORS = 512
+PART_BLOCKS = 2
+WARPS = 8
+MERGE_ELEMENTS = 512
 LOWEST = tl.constexpr(-3.4028234e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -25,15 +35,20 @@ FLOOR = tl.constexpr(-1.0e4)
 
 
 @triton.jit
+def _distance(x, top, scale):
+    return tl.maximum((x - top) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _accumulate(x, m, s, w, scale):
-    """Online (max, sum e, sum e d), d = (x - max) * scale in log2 units; s and w per lane."""
-    top = tl.maximum(m, tl.max(x, axis=0))
-    gap = tl.maximum((m - top) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    """Online (max, sum e, sum e d), d = (x - max) * scale in log2 units, per row of x [*, k]."""
+    top = tl.maximum(m, tl.max(x, axis=1))
+    gap = _distance(m, top, scale)
     shrink = tl.exp2(gap)
-    d = tl.maximum((x - top) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    d = _distance(x, top[:, None], scale)
     e = tl.exp2(d)
-    w = shrink * (w + gap * s) + e * d
-    s = shrink * s + e
+    w = shrink * (w + gap * s) + tl.sum(e * d, axis=1)
+    s = shrink * s + tl.sum(e, axis=1)
     return top, s, w
 
 
@@ -47,6 +62,7 @@ def _row_statistics_kernel(
     x_ptr,
     rows_ptr,
     ids_ptr,
+    keep_ptr,
     shard_ptr,
     stats_ptr,
     n_rows: tl.int64,
@@ -59,11 +75,13 @@ def _row_statistics_kernel(
     parts,
     HAS_ROWS: tl.constexpr,
     HAS_IDS: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
     HAS_SHARD: tl.constexpr,
     ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    VECTORS: tl.constexpr,
     PART_BLOCKS: tl.constexpr,
 ):
+    BLOCK: tl.constexpr = VECTORS * ALIGN
     pid = tl.program_id(0)
     selected = (pid // parts).to(tl.int64)
     part = pid % parts
@@ -74,19 +92,23 @@ def _row_statistics_kernel(
     if HAS_SHARD:
         first_id = tl.load(shard_ptr)
         vocab = tl.minimum(vocab, tl.maximum(tl.load(shard_ptr + 1) - first_id, 0))
+    if HAS_KEEP:
+        vocab = tl.where(tl.load(keep_ptr + selected) != 0, vocab, 0)
     offset = row_offset(row, base, inner, stride_outer, stride_inner)
     head = tl.minimum((ALIGN - offset % ALIGN) % ALIGN, vocab)
     full = ((vocab - head) // BLOCK).to(tl.int32)
-    start = tl.multiple_of(offset + head, ALIGN)
     scale = LOG2_E / temperature
-    lanes = tl.arange(0, BLOCK)
-    m = tl.full([], LOWEST, tl.float32)
-    s = tl.zeros([BLOCK], tl.float32)
-    w = tl.zeros([BLOCK], tl.float32)
-    for block in range(part * PART_BLOCKS, tl.minimum((part + 1) * PART_BLOCKS, full)):
-        at = tl.multiple_of(start + block * BLOCK, ALIGN)
-        x = tl.load(x_ptr + at + lanes, eviction_policy="evict_first").to(tl.float32)
-        m, s, w = _accumulate(x, m, s, w, scale)
+    lanes = tl.arange(0, VECTORS)[:, None] * ALIGN + tl.arange(0, ALIGN)[None, :]
+    m = tl.full([VECTORS], LOWEST, tl.float32)
+    s = tl.zeros([VECTORS], tl.float32)
+    w = tl.zeros([VECTORS], tl.float32)
+    first = part * PART_BLOCKS
+    start = tl.multiple_of(offset + head + first * BLOCK, ALIGN)
+    tl.static_assert(PART_BLOCKS == 2)
+    x0 = _stream(x_ptr + start + lanes, first < full)
+    x1 = _stream(x_ptr + tl.multiple_of(start + BLOCK, ALIGN) + lanes, first + 1 < full)
+    m, s, w = _accumulate(x0.to(tl.float32), m, s, w, scale)
+    m, s, w = _accumulate(x1.to(tl.float32), m, s, w, scale)
     if part == parts - 1:
         done = full.to(tl.int64) * BLOCK
         for rest in range(0, vocab - done, BLOCK):
@@ -99,17 +121,26 @@ def _row_statistics_kernel(
         token = tl.load(ids_ptr + selected).to(tl.int64) - first_id
         here = (part == 0) & (token >= 0) & (token < vocab)
         target = tl.load(x_ptr + offset + token, mask=here, other=0.0).to(tl.float32)
+    top = tl.max(m, axis=0)
+    gap = _distance(m, top, scale)
+    shrink = tl.exp2(gap)
     out = stats_ptr + (part * n_rows + selected) * 4
-    tl.store(out, m)
-    tl.store(out + 1, tl.sum(s, axis=0))
-    tl.store(out + 2, tl.sum(w, axis=0) * LN_2)
+    tl.store(out, top)
+    tl.store(out + 1, tl.sum(shrink * s, axis=0))
+    tl.store(out + 2, tl.sum(shrink * (w + gap * s), axis=0) * LN_2)
     tl.store(out + 3, target)
+
+
+@triton.jit
+def _stream(pointers, inside):
+    return tl.load(pointers, mask=inside, other=-float("inf"), eviction_policy="evict_first")
 
 
 @triton.jit
 def _merge_kernel(
     stats_ptr,
     ids_ptr,
+    keep_ptr,
     shard_ptr,
     merged_ptr,
     logprobs_ptr,
@@ -121,27 +152,25 @@ def _merge_kernel(
     parts,
     FINAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
     HAS_SHARD: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < n_rows
-    m = tl.full([ROWS], LOWEST, tl.float32)
-    for part in range(parts):
-        m = tl.maximum(m, tl.load(stats_ptr + (part * n_rows + row) * 4, mask=inside, other=0.0))
-    s = tl.zeros([ROWS], tl.float32)
-    w = tl.zeros([ROWS], tl.float32)
-    t = tl.zeros([ROWS], tl.float32)
-    for part in range(parts):
-        at = stats_ptr + (part * n_rows + row) * 4
-        part_m = tl.load(at, mask=inside, other=0.0)
-        part_s = tl.load(at + 1, mask=inside, other=1.0)
-        gap = (part_m - m) / temperature
-        gap = tl.maximum(gap, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-        shrink = tl.exp(gap)
-        s += shrink * part_s
-        w += shrink * (tl.load(at + 2, mask=inside, other=0.0) + gap * part_s)
-        t += tl.load(at + 3, mask=inside, other=0.0)
+    part = tl.arange(0, PARTS)
+    at = stats_ptr + (part[None, :] * n_rows + row[:, None]) * 4
+    there = inside[:, None] & (part < parts)[None, :]
+    part_m = tl.load(at, mask=there, other=LOWEST)
+    part_s = tl.load(at + 1, mask=there, other=0.0)
+    part_w = tl.load(at + 2, mask=there, other=0.0)
+    t = tl.sum(tl.load(at + 3, mask=there, other=0.0), axis=1)
+    m = tl.max(part_m, axis=1)
+    gap = _distance(part_m, m[:, None], 1.0 / temperature)
+    shrink = tl.exp(gap)
+    s = tl.sum(shrink * part_s, axis=1)
+    w = tl.sum(shrink * (part_w + gap * part_s), axis=1)
     if FINAL:
         dead = s == 0
         log_s = tl.log(tl.where(dead, 1.0, s))
@@ -158,6 +187,9 @@ def _merge_kernel(
             logprobs = tl.where(dead, -float("inf"), (t - m) / temperature - log_s)
             logprobs = tl.where((token < 0) | (token >= vocab), float("nan"), logprobs)
             logprobs = tl.where(token == -100, 0.0, logprobs)
+            if HAS_KEEP:
+                kept = tl.load(keep_ptr + row, mask=inside, other=0) != 0
+                logprobs = tl.where(kept, logprobs, 0.0)
         tl.store(logprobs_ptr + row, logprobs, mask=inside)
     else:
         at = merged_ptr + row * 4
@@ -206,8 +238,15 @@ def as_rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() <= 3 else logits.reshape(-1, *logits.shape[-2:])
 
 
-def _parts(vocab: int) -> int:
-    return max(1, triton.cdiv(vocab // BLOCK, PART_BLOCKS))
+def _flags(keep: Tensor | None) -> Tensor | None:
+    return None if keep is None else keep.view(torch.uint8)
+
+
+def _merge_grid(stats: Tensor) -> tuple[int, int, int]:
+    """Programs, and the shape [rows, parts] that each one merges."""
+    parts = triton.next_power_of_2(stats.shape[0])
+    rows = max(1, MERGE_ELEMENTS // parts)
+    return triton.cdiv(stats.shape[1], rows), rows, parts
 
 
 def row_statistics(
@@ -217,6 +256,7 @@ def row_statistics(
     temperature: float,
     vocab: int,
     shard: Tensor | None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Statistics [parts, n, 4] of the selected rows; m and t in logits, not divided by T.
 
@@ -224,48 +264,60 @@ def row_statistics(
         logits: from `as_rows`; token_ids: [n] global ids; rows: int64 [n] or None.
         vocab: columns to read; shard: int64 [2] on the device, (first id, true vocabulary), which
             bounds them further, or None.
+        keep: bool [n] or None; a row that is not kept is not read.
     """
     layout = Layout(logits)
     n = logits.shape[:-1].numel() if rows is None else rows.shape[0]
-    parts = _parts(vocab)
+    parts = max(1, triton.cdiv(vocab // (VECTORS * layout.align), PART_BLOCKS))
     stats = torch.empty(parts, n, 4, dtype=torch.float32, device=logits.device)
     if n:
-        _row_statistics_kernel[(n * parts,)](
-            layout.pointer, rows, token_ids, shard, stats, n, layout.base, layout.inner,
-            layout.stride_outer, layout.stride_inner, vocab, float(temperature), parts,
-            HAS_ROWS=rows is not None, HAS_IDS=token_ids is not None,
-            HAS_SHARD=shard is not None, ALIGN=layout.align, BLOCK=BLOCK,
-            PART_BLOCKS=PART_BLOCKS, num_warps=8,
-        )  # fmt: skip
+        with devices.launching_on(logits):
+            _row_statistics_kernel[(n * parts,)](
+                layout.pointer, rows, token_ids, _flags(keep), shard, stats, n, layout.base,
+                layout.inner, layout.stride_outer, layout.stride_inner, vocab, float(temperature),
+                parts, HAS_ROWS=rows is not None, HAS_IDS=token_ids is not None,
+                HAS_KEEP=keep is not None, HAS_SHARD=shard is not None, ALIGN=layout.align,
+                VECTORS=VECTORS, PART_BLOCKS=PART_BLOCKS, num_warps=WARPS,
+            )  # fmt: skip
     return stats
 
 
 def merge_parts(stats: Tensor, temperature: float) -> Tensor:
-    """[parts, n, 4] -> [n, 4], in order."""
+    """[parts, n, 4] -> [n, 4], in an order that depends on the number of parts alone."""
     n = stats.shape[1]
     merged = torch.empty(n, 4, dtype=torch.float32, device=stats.device)
     if n:
-        _merge_kernel[(triton.cdiv(n, MERGE_ROWS),)](
-            stats, None, None, merged, None, None, None, n, 0, float(temperature),
-            stats.shape[0], FINAL=False, HAS_IDS=False, HAS_SHARD=False, ROWS=MERGE_ROWS,
-        )  # fmt: skip
+        programs, rows, parts = _merge_grid(stats)
+        with devices.launching_on(stats):
+            _merge_kernel[(programs,)](
+                stats, None, None, None, merged, None, None, None, n, 0, float(temperature),
+                stats.shape[0], FINAL=False, HAS_IDS=False, HAS_KEEP=False, HAS_SHARD=False,
+                PARTS=parts, ROWS=rows,
+            )  # fmt: skip
     return merged
 
 
 def finalize(
-    stats: Tensor, token_ids: Tensor | None, temperature: float, vocab: int, shard: Tensor | None
+    stats: Tensor,
+    token_ids: Tensor | None,
+    temperature: float,
+    vocab: int,
+    shard: Tensor | None,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[parts, n, 4] -> logprobs [n], entropy [n], saved [n, 3] = (m, log s, entropy).
 
-    A label outside the vocabulary gives NaN, -100 gives 0.
+    A label outside the vocabulary gives NaN, -100 gives 0, and so does a row that is not kept.
     """
     n = stats.shape[1]
     logprobs = torch.empty(n, dtype=torch.float32, device=stats.device)
     entropy, saved = torch.empty_like(logprobs), stats.new_empty(n, 3)
     if n:
-        _merge_kernel[(triton.cdiv(n, MERGE_ROWS),)](
-            stats, token_ids, shard, None, logprobs, entropy, saved, n, vocab,
-            float(temperature), stats.shape[0], FINAL=True, HAS_IDS=token_ids is not None,
-            HAS_SHARD=shard is not None, ROWS=MERGE_ROWS,
-        )  # fmt: skip
+        programs, rows, parts = _merge_grid(stats)
+        with devices.launching_on(stats):
+            _merge_kernel[(programs,)](
+                stats, token_ids, _flags(keep), shard, None, logprobs, entropy, saved, n, vocab,
+                float(temperature), stats.shape[0], FINAL=True, HAS_IDS=token_ids is not None,
+                HAS_KEEP=keep is not None, HAS_SHARD=shard is not None, PARTS=parts, ROWS=rows,
+            )  # fmt: skip
     return logprobs, entropy, saved

@@ -49,7 +49,8 @@ def statistics_arguments(dtype: str, align: int, sharded: bool = False) -> dict[
         "x_ptr": f"*{dtype}:16", "rows_ptr": "*i64:16" if sharded else None,
         "ids_ptr": "*i64:16", "shard_ptr": "*i64:16" if sharded else None,
         "stats_ptr": "*fp32:16", "temperature": "fp32", "parts": "i32", "HAS_ROWS": sharded,
-        "HAS_IDS": True, "HAS_SHARD": sharded, "ALIGN": align, "BLOCK": logits_triton.BLOCK,
+        "HAS_IDS": True, "HAS_KEEP": sharded, "keep_ptr": "*u8:16" if sharded else None,
+        "HAS_SHARD": sharded, "ALIGN": align, "VECTORS": logits_triton.VECTORS,
         "PART_BLOCKS": logits_triton.PART_BLOCKS,
     }  # fmt: skip
 
@@ -63,7 +64,7 @@ def gradient_arguments(dtype: str, align: int, sharded: bool = False) -> dict[st
         "saved_ptr": "*fp32:16", "grad_logprobs_ptr": "*fp32:16", "grad_entropy_ptr": "*fp32:16",
         "temperature": "fp32", "parts": "i32", "HAS_SLOTS": sharded, "HAS_IDS": True,
         "HAS_SHARD": sharded, "HAS_LOGPROBS": True, "HAS_ENTROPY": True, "ALIGN": align,
-        "OUT_ALIGN": align, "BLOCK": logits_gradient_triton.BLOCK,
+        "OUT_ALIGN": align, "VECTORS": logits_gradient_triton.VECTORS,
         "PART_BLOCKS": logits_gradient_triton.PART_BLOCKS,
     }  # fmt: skip
 
@@ -72,13 +73,14 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
     """Name to (kernel, arguments, warps as launched)."""
     from r1v3.kernels import ban_tokens_triton, group_advantages_triton, grpo_loss_triton
     from r1v3.kernels.logits_gradient_triton import _row_gradient_kernel
-    from r1v3.kernels.logits_triton import MERGE_ROWS, _merge_kernel, _row_statistics_kernel
+    from r1v3.kernels.logits_triton import _merge_kernel, _row_statistics_kernel
 
     f, i, u = "*fp32:16", "*i64:16", "*u8:16"
     merge = {
         "stats_ptr": f, "ids_ptr": i, "shard_ptr": i, "merged_ptr": None, "logprobs_ptr": f,
         "entropy_ptr": f, "saved_ptr": f, "temperature": "fp32", "parts": "i32", "FINAL": True,
-        "HAS_IDS": True, "HAS_SHARD": True, "ROWS": MERGE_ROWS,
+        "HAS_IDS": True, "HAS_KEEP": True, "keep_ptr": u, "HAS_SHARD": True, "PARTS": 32,
+        "ROWS": 16,
     }  # fmt: skip
     advantages = {
         "rewards_ptr": f, "order_ptr": i, "offsets_ptr": i, "batch_std_ptr": None, "out_ptr": f,
@@ -87,16 +89,14 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
     }  # fmt: skip
     loss = {
         "logprobs_ptr": f, "old_ptr": f, "advantages_ptr": f, "mask_ptr": u, "ref_ptr": f,
-        "weights_ptr": f, "offsets_ptr": i, "gradient_ptr": f, "sums_ptr": f, "clip_low": "fp32",
-        "clip_high": "fp32", "dual_clip": "fp32", "kl_coef": "fp32", "HAS_OLD": True,
-        "HAS_REF": True, "HAS_WEIGHTS": True, "TOKEN_ADVANTAGES": True, "TOKEN_WEIGHTS": True,
-        "DUAL": True, "PENALTY": True, "KL": 2, "SEQUENCE_MEAN": True,
-        "SUMS": grpo_loss_triton.SUMS, "BLOCK": grpo_loss_triton.BLOCK,
-    }  # fmt: skip
-    total = {
-        "sums_ptr": f, "normalizer_ptr": f, "loss_ptr": f, "metrics_ptr": f, "inverse_ptr": f,
-        "sequences": "i32", "HAS_NORMALIZER": True, "TOKEN_MEAN": False,
-        "SUMS": grpo_loss_triton.SUMS, "BLOCK": grpo_loss_triton.BLOCK,
+        "weights_ptr": f, "offsets_ptr": i, "normalizer_ptr": f, "gradient_ptr": f,
+        "sums_ptr": "*fp64:16", "loss_ptr": f, "metrics_ptr": f, "inverse_ptr": f,
+        "ticket_ptr": "*i32:16", "tokens": "i64", "sequences": "i64", "parts": "i32",
+        "clip_low": "fp32", "clip_high": "fp32", "dual_clip": "fp32", "kl_coef": "fp32",
+        "HAS_OLD": True, "HAS_REF": True, "HAS_WEIGHTS": True, "HAS_NORMALIZER": True,
+        "TOKEN_ADVANTAGES": True, "TOKEN_WEIGHTS": True, "DUAL": True, "PENALTY": True, "KL": 2,
+        "AGGREGATION": 0, "BLOCK": grpo_loss_triton.BLOCK,
+        "MASK_BLOCK": grpo_loss_triton.MASK_BLOCK,
     }  # fmt: skip
     ban = {
         "logits_ptr": "*bf16:16", "ids_ptr": i, "enabled_ptr": u, "n_ids": "i32",
@@ -111,8 +111,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "gradient shard": (_row_gradient_kernel, gradient_arguments("fp16", 8, True), 8),
         "merge": (_merge_kernel, merge, 4),
         "advantages": (group_advantages_triton._group_advantages_kernel, advantages, 4),
-        "loss": (grpo_loss_triton._sequence_kernel, loss, 4),
-        "loss total": (grpo_loss_triton._total_kernel, total, 4),
+        "loss": (grpo_loss_triton._grpo_loss_kernel, loss, 4),
         "ban": (ban_tokens_triton._ban_tokens_kernel, ban, 1),
     }
 
