@@ -2,8 +2,9 @@
 
 `<run>/metrics/<stage>.jsonl` is the record: `{"step": 7, "loss": 0.31, ...}`, one strict JSON
 object per line, steps increasing. A run that was killed and resumed leaves the same file as one
-that was not, except for the keys that start with "seconds" (wall-clock time).
-TensorBoard events under `<run>/tensorboard/<stage>` are a view of it for people.
+that was not, except for the keys that start with "seconds" (wall-clock time) or "machine_" (how
+fast it ran, and on what). TensorBoard events under `<run>/tensorboard/<stage>`, and a run of
+Weights & Biases when asked for, are views of it for people.
 """
 
 import json
@@ -17,8 +18,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from r1v3.files import json_text, write_bytes
+from r1v3.trainer.wandb_run import WandbRun
 
-WALL_CLOCK_PREFIX = "seconds"
+MACHINE_PREFIXES = ("seconds", "machine_")
 HISTOGRAM_SUFFIX = "_histogram"
 
 
@@ -34,8 +36,10 @@ class MetricsLogger:
         tensorboard: also write TensorBoard events.
         histogram_edges: for a key ending in "_histogram", the n + 1 bin edges of its n counts;
             without an entry the bins are drawn at 0, 1, 2, ...
+        wandb_project: also log to this project of Weights & Biases; see `WandbRun`.
     Raises:
         ValueError: a bad stage name, or an existing file that is not a metrics file.
+        ImportError: `wandb_project` is given and wandb is not installed.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class MetricsLogger:
         resume_after: int | None = None,
         tensorboard: bool = True,
         histogram_edges: Mapping[str, Sequence[float]] | None = None,
+        wandb_project: str | None = None,
     ) -> None:
         if not re.fullmatch(r"\w[\w.-]*", stage, flags=re.ASCII):
             raise ValueError(
@@ -53,6 +58,11 @@ class MetricsLogger:
             )
         self.path = Path(run_dir) / "metrics" / f"{stage}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._wandb: WandbRun | None = None
+        if wandb_project is not None:
+            self._wandb = WandbRun(
+                wandb_project, Path(run_dir), stage, resuming=resume_after is not None
+            )
         self._last_step = _prepare(self.path, resume_after)
         self._histogram_edges = dict(histogram_edges or {})
         self._events: Any = None
@@ -89,6 +99,8 @@ class MetricsLogger:
         if self._events is not None:
             for key, value in values.items():
                 self._write_event(self._events, step, key, value)
+        if self._wandb is not None:
+            self._wandb.log(step, values)
 
     def close(self) -> None:
         """Flush and close both outputs; may be called twice."""
@@ -100,6 +112,9 @@ class MetricsLogger:
         if self._events is not None:
             self._events.close()
             self._events = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
 
     def __enter__(self) -> Self:
         return self
@@ -132,9 +147,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def comparable(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`lines` without wall-clock values: what two runs of the same seed must agree on."""
+    """`lines` without values of the machine: what two runs of the same seed must agree on."""
     return [
-        {key: value for key, value in line.items() if not key.startswith(WALL_CLOCK_PREFIX)}
+        {key: value for key, value in line.items() if not key.startswith(MACHINE_PREFIXES)}
         for line in lines
     ]
 

@@ -1,0 +1,242 @@
+"""How fast a stage runs and how the devices are: numbers for the metrics of every step.
+
+All keys start with "machine_": they are of the machine, not of what is learned, and differ between
+two runs of the same seed. Everything is sampled between steps; nothing runs in the background.
+GPU readings need nvidia-ml-py; a reading that the driver or the device refuses is left out.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import InternVLConfig
+
+from r1v3.engine.contract import Batch
+from r1v3.engine.ranks import ALONE, Ranks
+from r1v3.model.flops import Dimensions, Work, train_flops
+
+# Dense bfloat16 FLOP/s by the driver's device name, from NVIDIA's data sheets of H100, H200, A100
+# and HGX B200 (half of the figures with sparsity). A device that is not listed has no MFU.
+PEAK_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA B200": 2250e12,
+}
+
+# How the readings of all ranks become one.
+_ACROSS_RANKS: dict[str, Callable[[list[float]], float]] = {
+    "machine_memory_gb": max,
+    "machine_memory_reserved_gb": max,
+    "machine_power_watts": lambda values: sum(values) / len(values),
+    "machine_temperature_celsius": max,
+    "machine_sm_clock_mhz": min,
+    "machine_throttled": sum,
+    "machine_ecc_errors": sum,
+    "machine_xid_errors": sum,
+}
+
+
+def work_of(batch: Batch) -> Work:
+    """What a micro-batch passes through the model: prompts once, responses up to the last token
+    that counts."""
+    mask = batch.loss_mask
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    lengths = (mask * columns).amax(1).tolist() if mask.shape[1] else [0] * len(mask)
+    return Work.of(
+        batch.prompt_mask.sum(1).tolist(),
+        lengths,
+        int(mask.sum()),
+        int(batch.tiles.sum()),
+    )
+
+
+class Telemetry:
+    """Numbers of a training step.
+
+    Args:
+        config: of the model.
+        modules: which of vision, connector and llm are trained.
+        device: where this rank computes.
+        dtype: of the weights; MFU is stated against the bfloat16 peak, and only for bfloat16.
+        ranks: all processes of the job, one device each.
+    """
+
+    def __init__(
+        self,
+        config: InternVLConfig,
+        modules: Mapping[str, bool],
+        *,
+        device: torch.device | str,
+        dtype: str = "float32",
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.dims, self.modules, self.ranks = Dimensions.of(config), dict(modules), ranks
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self.peak: float | None = None
+        self._gpu: GPU | None = None
+        if self.cuda:
+            if dtype == "bfloat16":
+                self.peak = PEAK_FLOPS.get(torch.cuda.get_device_name(self.device))
+            self._gpu = GPU.of(self.device)
+        self._started = 0.0
+
+    def start(self) -> None:
+        """Call right before the gradient steps."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if self._gpu is not None:
+            self._gpu.start()
+        self._started = time.perf_counter()
+
+    def finish(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """Call right after them, on every rank, with the micro-batches of all replicas.
+
+        Returns:
+            `machine_...` metrics, the same on every rank: tokens and samples per second of the
+            whole job, model TFLOP/s per device, MFU where the peak is known, the largest peak
+            memory of a rank in GB (on the CPU: of the process so far), and where there is a GPU
+            mean power, highest temperature, lowest clock, devices that were throttled, and errors.
+        """
+        seconds = time.perf_counter() - self._started
+        work = sum((work_of(batch) for batch in micro_batches), Work())
+        rate = sum(train_flops(self.dims, work, self.modules).values()) / seconds / self.ranks.size
+        metrics = {
+            "machine_tokens_per_second": work.tokens / seconds,
+            "machine_samples_per_second": work.samples / seconds,
+            "machine_tflops_per_device": rate / 1e12,
+        }
+        if self.peak is not None:
+            metrics["machine_mfu"] = rate / self.peak
+        return metrics | combine(self.ranks.gather(self._readings()))
+
+    def _readings(self) -> dict[str, float]:
+        if not self.cuda:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            return {"machine_memory_gb": peak / 1e9}
+        readings = {
+            "machine_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9,
+            "machine_memory_reserved_gb": torch.cuda.max_memory_reserved(self.device) / 1e9,
+        }
+        return readings | (self._gpu.finish() if self._gpu is not None else {})
+
+
+def combine(readings: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One value for each reading that some rank has."""
+    return {
+        name: reduce([reading[name] for reading in readings if name in reading])
+        for name, reduce in _ACROSS_RANKS.items()
+        if any(name in reading for reading in readings)
+    }
+
+
+class GPU:
+    """Power, clocks, temperature and errors of one device.
+
+    Args:
+        nvml: the `pynvml` module of nvidia-ml-py, initialised.
+        handle: the device's.
+    """
+
+    # Clocks held down against the user's wish: heat, and the power supply's brake.
+    THROTTLES = (
+        "nvmlClocksThrottleReasonHwSlowdown",
+        "nvmlClocksThrottleReasonSwThermalSlowdown",
+        "nvmlClocksThrottleReasonHwThermalSlowdown",
+        "nvmlClocksThrottleReasonHwPowerBrakeSlowdown",
+    )
+
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self.nvml, self.handle = nvml, handle
+        self._energy: float | None = None
+        self._at = 0.0
+        self._xid = 0
+        self._events = self._read(self._watch_errors)
+
+    @classmethod
+    def of(cls, device: torch.device) -> "GPU | None":
+        """The readings of a CUDA device; None without nvidia-ml-py or without its driver."""
+        try:
+            import pynvml
+        except ImportError:
+            return None
+        try:
+            pynvml.nvmlInit()
+            # By identity: NVML does not know how CUDA_VISIBLE_DEVICES renumbers.
+            uuid = torch.cuda.get_device_properties(device).uuid
+            return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
+        except pynvml.NVMLError:
+            return None
+
+    def start(self) -> None:
+        """Note the energy meter."""
+        self._energy = self._read(self.nvml.nvmlDeviceGetTotalEnergyConsumption, self.handle)
+        self._at = time.perf_counter()
+
+    def finish(self) -> dict[str, float]:
+        """Readings now, and the mean power since `start`."""
+        nvml, handle = self.nvml, self.handle
+        readings = {
+            "machine_power_watts": self._power(),
+            "machine_temperature_celsius": self._read(
+                nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU
+            ),
+            "machine_sm_clock_mhz": self._read(
+                nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM
+            ),
+            "machine_throttled": self._throttled(),
+            "machine_ecc_errors": self._read(
+                nvml.nvmlDeviceGetTotalEccErrors,
+                handle,
+                nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+                nvml.NVML_VOLATILE_ECC,
+            ),
+            "machine_xid_errors": self._errors(),
+        }
+        return {name: float(value) for name, value in readings.items() if value is not None}
+
+    def _read(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What NVML answers; None for what this device or driver does not know."""
+        try:
+            return function(*arguments)
+        except self.nvml.NVMLError:
+            return None
+
+    def _power(self) -> float | None:
+        energy = self._read(self.nvml.nvmlDeviceGetTotalEnergyConsumption, self.handle)
+        seconds = time.perf_counter() - self._at
+        if energy is not None and self._energy is not None and seconds > 0.2:
+            return (energy - self._energy) / 1e3 / seconds  # millijoules
+        milliwatts = self._read(self.nvml.nvmlDeviceGetPowerUsage, self.handle)
+        return None if milliwatts is None else milliwatts / 1e3
+
+    def _throttled(self) -> float | None:
+        reasons = self._read(self.nvml.nvmlDeviceGetCurrentClocksThrottleReasons, self.handle)
+        if reasons is None:
+            return None
+        return float(any(reasons & getattr(self.nvml, name) for name in self.THROTTLES))
+
+    def _watch_errors(self) -> Any:
+        events = self.nvml.nvmlEventSetCreate()
+        kind = self.nvml.nvmlEventTypeXidCriticalError
+        self.nvml.nvmlDeviceRegisterEvents(self.handle, kind, events)
+        return events
+
+    def _errors(self) -> float | None:
+        """XID errors of this process's lifetime; waiting for one more takes no time."""
+        if self._events is None:
+            return None
+        while self._read(self.nvml.nvmlEventSetWait_v2, self._events, 0) is not None:
+            self._xid += 1
+        return float(self._xid)
