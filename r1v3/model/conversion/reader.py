@@ -204,9 +204,6 @@ class Checkpoint(Mapping[str, Stored]):
             self.descriptor(stored), skipped + size, access=mmap.ACCESS_COPY, offset=begin - skipped
         )
         count = size // stored.dtype.itemsize
-        if begin % stored.dtype.itemsize:  # the format does not promise alignment
-            values = bytearray(mapped[skipped:])
-            return torch.frombuffer(values, dtype=stored.dtype, count=count)
         return torch.frombuffer(mapped, dtype=stored.dtype, count=count, offset=skipped)
 
 

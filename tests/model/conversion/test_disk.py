@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from r1v3.cli import app
 from r1v3.model.conversion import CheckpointError, convert
+from r1v3.model.conversion.reader import read_header
 from r1v3.model.conversion.writer import Entry, ShardWriter
 from r1v3.model.internvl import load_model
 from tests.model.conversion.checkpoints import (
@@ -140,6 +141,18 @@ def test_shards_and_index_are_those_of_the_format(
             assert sum(sizes) <= 9_000 or len(sizes) == 1
             assert all(index["weight_map"][name] == file.name for name in opened.keys())
         assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
+
+
+def test_values_of_mixed_widths_are_aligned(tmp_path: Path) -> None:
+    """Fails if a float32 tensor begins at an odd half: readers that map the file cannot use it."""
+    entries = [Entry("a", torch.float16, (5,)), Entry("b", torch.float32, (3,))]
+    tensors = {"a": torch.randn(5).half(), "b": torch.randn(3)}
+    with ShardWriter(tmp_path, entries) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    assert_same(tensors_of(tmp_path), tensors)
+    header = read_header(tmp_path / "model.safetensors")
+    assert all(stored.begin % stored.dtype.itemsize == 0 for stored in header.values())
 
 
 def test_a_source_that_does_not_fit_leaves_nothing_behind(
