@@ -128,7 +128,7 @@ def _one_pass(
         copies=_whole_rows(head) and head.operand != head.result,
         sums=gradients.weight is not None and gradients.weight.sums, shared=bool(group),
     )  # fmt: skip
-    width = vocab if _whole_rows(head) else head.tile_columns()
+    width = vocab if _whole_rows(head) else linear_rows.tile_shape(head, size)[1]
     space = states.new_empty(min(size, batch.n), vocab, dtype=head.result)
     for rows in linear_rows.blocks(batch.n, size):
         chunk, ids = states[rows], batch.token_ids[rows]

@@ -20,8 +20,9 @@ from r1v3.kernels.linear_products import Head, aligned
 HOST_WORKSPACE = 160 * 2**20
 DEVICE_WORKSPACE = 2**30
 ROW_ALIGNMENT = 128
-# Tiles of logits, cut into columns as well: rows of one product, and bytes of a tile on a GPU.
+# Tiles of logits, cut into columns as well: rows of one product, and bytes.
 HOST_BLOCK_ROWS = 1024
+HOST_TILE = 16 * 2**20
 DEVICE_BLOCK_ROWS = 8192
 DEVICE_TILE = 288 * 2**20
 
@@ -89,11 +90,11 @@ def tile_shape(head: Head, n: int) -> tuple[int, int]:
     rows = DEVICE_BLOCK_ROWS if cuda else HOST_BLOCK_ROWS
     if head.row_tile:
         rows = max(rows // head.row_tile, 1) * head.row_tile
-    if not cuda:
-        return rows, head.tile_columns()
     # With a row_tile, the shape must not depend on how many rows there are.
     reserved = rows if head.row_tile else max(min(rows, n), ROW_ALIGNMENT)
-    return rows, aligned(DEVICE_TILE // ((head.result.itemsize + head.operand.itemsize) * reserved))
+    logit = head.result.itemsize + (head.operand.itemsize if head.operand != head.result else 0)
+    columns = aligned((DEVICE_TILE if cuda else HOST_TILE) // (logit * reserved))
+    return rows, columns if cuda else min(columns, head.tile_columns())
 
 
 def chunk_rows(head: Head, n: int, vocab: int, *, copies: bool, sums: bool, shared: bool) -> int:
