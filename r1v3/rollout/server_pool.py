@@ -51,8 +51,14 @@ class Server:
     checking: bool = False
 
     def fail(self, reason: str, pause_seconds: float) -> None:
-        """Take it out for a while that grows with its failures in a row."""
-        self.live, self.trouble = False, reason
+        """Take it out for a while that grows with its failures in a row.
+
+        When it goes down, all requests under way on it fail; that is one failure.
+        """
+        self.trouble = reason
+        if not (self.live or self.checking):
+            return
+        self.live = False
         self.retry_at = time.monotonic() + backoff(self.failures, pause_seconds)
         self.failures += 1
 
@@ -75,7 +81,7 @@ class Pool(Generic[Task, Answer]):
         check: finds out whether a server can be used again, and readies it.
             Both raise RequestFailed when they fail; what else they raise ends the run.
         retries: further attempts at a task after the first.
-        patience_seconds: longest time without any live server.
+        patience_seconds: longest time without any live server; a server that restarts needs less.
         pause_seconds: before a failed server is checked again; doubles each time, at most 8 s.
         failed: attempts that failed so far.
         resent: tasks that were sent to a second server so far, because they were late.

@@ -76,7 +76,8 @@ class VLLMServers:
         timeout_seconds: of one attempt at one request.
         retries: further attempts at a request after the first, on another server if there is one.
         concurrency: requests under way at a time, over all servers.
-        patience_seconds: longest time to wait when no server is live.
+        patience_seconds: longest time to wait when no server is live; a server that restarts
+            needs less, loading weights included.
         update_seconds: longest time for a server to load weights.
         pause_seconds: before a failed server is checked again; doubles each time, at most 8 s.
     Raises:

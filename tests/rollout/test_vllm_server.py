@@ -1,28 +1,30 @@
 """Rollouts over HTTP: every prompt is answered once, with the tokens that were sampled."""
 
 import math
-import queue
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from r1v3.data.encoding import encode_sample
-from r1v3.data.sample import Sample, make_sample
-from r1v3.engine.hf import HFEngine
-from r1v3.engine.ranks import Ranks
-from r1v3.model.conversion import Checkpoint, convert
-from r1v3.rollout.contract import Request, Sampler
-from r1v3.rollout.local import Rollout, Sampling
+from r1v3.rollout.contract import Request
+from r1v3.rollout.local import Sampling
 from r1v3.rollout.server_pool import NoServers
 from r1v3.rollout.vllm_server import VLLMServers
-from r1v3.rollout.weights import in_layout, published_step
 from tests import tiny
+from tests.rollout.served import (
+    NET,
+    PICTURES,
+    TEXTS,
+    TINY,
+    G,
+    a_text,
+    client,
+    complete,
+    expect,
+    request,
+)
 from tests.rollout.speaking_server import (
     RULES,
     Fault,
@@ -30,77 +32,11 @@ from tests.rollout.speaking_server import (
     changed,
     cut,
     hang,
-    local,
     serving,
     slow,
     status,
     truncated,
 )
-
-G = 3
-SAMPLING = Sampling(1.0, 8)
-TINY = Path(__file__).parents[2] / "assets" / "tiny-internvl"
-NET = tiny.model(3)
-tiny.sharpen(NET, 5.0)
-
-
-def request(sample: Sample, thinking: bool = True) -> Request:
-    example = encode_sample(sample, tiny.tokenizer(), tiny.SHAPE, thinking=thinking)
-    return Request(example, sample, thinking)
-
-
-def a_text(index: int) -> Sample:
-    question = f"{index}+{index + 1}?"
-    return make_sample(question=question, ground_truth="", data_source="t", index=index)
-
-
-TEXTS = [request(a_text(i)) for i in range(6)]
-PICTURES = [request(sample) for sample in tiny.some_questions(3)]
-
-
-@pytest.fixture
-def two() -> Iterator[list[SpeakingServer]]:
-    with serving(NET, NET) as servers:
-        yield servers
-
-
-def client(servers: list[SpeakingServer], **options: Any) -> VLLMServers:
-    settings = {"timeout_seconds": 20.0, "patience_seconds": 5.0, "pause_seconds": 0.05}
-    folder = options.pop("model_folder", TINY)
-    return VLLMServers([s.url for s in servers], RULES, folder, **{**settings, **options})
-
-
-def complete(
-    sampler: Sampler, requests: list[Request], sampling: Sampling = SAMPLING, g: int = G
-) -> Rollout:
-    generator = torch.Generator().manual_seed(5)
-    return sampler.complete(requests, sampling, group_size=g, generator=generator)
-
-
-def expect(
-    found: Rollout,
-    requests: list[Request],
-    sampling: Sampling = SAMPLING,
-    g: int = G,
-    net: Any = NET,
-) -> None:
-    """The rows are those of local generation under the requests' own seeds, group by group."""
-    generator = torch.Generator().manual_seed(5)
-    seeds = torch.randint(0, 2**48, (len(requests),), generator=generator).tolist()
-    assert found.response_ids.shape[0] == len(requests) * g
-    for p, (asked, seed) in enumerate(zip(requests, seeds, strict=True)):
-        true = local(net, asked.example, sampling, g if sampling.temperature else 1, seed)
-        for i in range(g):
-            row, other = p * g + i, i if sampling.temperature else 0
-            ids = found.response_ids[row][found.mask[row]]
-            assert torch.equal(ids, true.response_ids[other][true.mask[other]])
-            values = found.logprobs[row][found.mask[row]]
-            torch.testing.assert_close(
-                values, true.logprobs[other][true.mask[other]], atol=1e-5, rtol=0
-            )
-            assert found.finished[row] == true.finished[other]
-    assert found.sampled.equal(found.mask)
-    assert found.entropy[found.mask].isnan().all() and (found.entropy[~found.mask] == 0).all()
 
 
 def test_completions_are_those_of_local_generation(two: list[SpeakingServer]) -> None:
@@ -188,10 +124,11 @@ def test_a_refused_request_is_not_repeated(two: list[SpeakingServer]) -> None:
 
 
 def test_a_server_that_hangs_times_out_and_another_answers(two: list[SpeakingServer]) -> None:
-    two[0].faults.extend([hang] * 9)
-    began = time.monotonic()
-    expect(complete(client(two, timeout_seconds=1.5), TEXTS), TEXTS)
-    assert time.monotonic() - began < 20
+    two[0].faults.append(hang)
+    sampler = client(two, timeout_seconds=3.0, retries=8)
+    expect(complete(sampler, TEXTS[:1]), TEXTS[:1])
+    assert sampler.counters()["rollout_failed_attempts"] >= 1
+    assert "no answer within 3 s" in sampler.servers[0].trouble
 
 
 def test_a_late_answer_is_overtaken_by_another_server(two: list[SpeakingServer]) -> None:
@@ -229,14 +166,14 @@ def test_without_any_server_the_error_names_all_and_comes_in_time(
 ) -> None:
     """Fails if the trainer would wait for ever, or not say where to look."""
     urls = [server.url for server in two]
-    sampler = client(two, patience_seconds=0.5)
+    sampler = client(two, patience_seconds=2.0)
     complete(sampler, TEXTS[:2])
     for server in two:
         server.stop()
     began = time.monotonic()
     with pytest.raises(NoServers) as raised:
         complete(sampler, TEXTS)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert all(f"{url}: connection" in str(raised.value) for url in urls)
     assert "6 requests are unanswered" in str(raised.value)
     for server in two:
@@ -281,135 +218,6 @@ def test_a_spent_thought_is_closed_and_goes_on(two: list[SpeakingServer]) -> Non
     assert cut_off.response_ids[:, 4:].tolist() == [list(forced[:2])] * G
     with pytest.raises(ValueError, match="budget 4: .* sample locally"):
         complete(client(two), PICTURES[:1], budgeted)
-
-
-def _export(net: Any) -> Iterator[tuple[str, Tensor]]:
-    return HFEngine(net, tiny.tokenizer(), modules={}).export_hf()
-
-
-def test_new_weights_reach_every_server_also_one_that_was_away(
-    two: list[SpeakingServer], tmp_path: Path
-) -> None:
-    """Fails if a server that missed an update would answer with old weights."""
-    base, new, newer = tiny.save(tmp_path / "base"), tiny.model(8), tiny.model(9)
-    for server in two:
-        server.loads = tmp_path / "weights" / "current"
-    sampler = client(two, weights_folder=tmp_path / "weights", model_folder=base)
-    sampler.update_weights(_export(new), 1)
-    expect(complete(sampler, TEXTS), TEXTS, net=new)
-    names = ["/pause?mode=abort", "/collective_rpc", "/reset_prefix_cache", "/resume"]
-    assert two[0].controls == two[1].controls == names
-    first = complete(sampler, PICTURES[:1])
-    expect(first, PICTURES[:1], net=new)
-    two[1].stop()
-    sampler.update_weights(_export(newer), 2)
-    expect(complete(sampler, TEXTS), TEXTS, net=newer)
-    two[1].start(two[1].port)
-    two[0].stop()
-    expect(complete(sampler, TEXTS + PICTURES), TEXTS + PICTURES, net=newer)
-    assert two[1].controls == names * 2
-    assert published_step(tmp_path / "weights") == 2
-    names_of_pictures = [
-        part["uuid"].rpartition("-")
-        for server in two
-        for body in server.asked
-        for message in body.get("messages", ())
-        for part in message["content"]
-        if isinstance(part, dict) and part["type"] == "image_url"
-    ]
-    assert {step for _, _, step in names_of_pictures} == {"1", "2"}
-    two[0].start(two[0].port)
-
-
-def test_a_model_in_the_original_layout_is_published_and_asked_in_it(tmp_path: Path) -> None:
-    """Fails if names, fused tensors or placeholders of the 38B's own layout were wrong."""
-    convert(tiny.save(tmp_path / "native"), tmp_path / "base", "original")
-    new = tiny.model(8)
-    with serving(NET) as servers:
-        servers[0].placeholder = "<image>"
-        servers[0].loads = tmp_path / "w" / "current"
-        sampler = client(servers, weights_folder=tmp_path / "w", model_folder=tmp_path / "base")
-        sampler.update_weights(_export(new), 3)
-        expect(complete(sampler, PICTURES[:2]), PICTURES[:2], net=new)
-    published = Checkpoint(tmp_path / "w" / "current")
-    assert set(published) == set(Checkpoint(tmp_path / "base"))
-    assert "vision_model.encoder.layers.0.attn.qkv.weight" in published
-    lacking = (item for item in list(_export(new))[:-1])
-    with pytest.raises(ValueError, match="1 weights did not come, such as "):
-        list(in_layout(lacking, tmp_path / "base"))
-
-
-class Pair(Ranks):
-    """One of two ranks that are threads of this process."""
-
-    def __init__(self, rank: int, box: queue.Queue[Any]) -> None:
-        super().__init__()
-        self.rank, self.size, self.box = rank, 2, box
-
-    def lead(self, function: Callable[[], Any]) -> Any:
-        if self.leads:
-            try:
-                self.box.put((function(), None))
-            except Exception as error:
-                self.box.put((None, error))
-            value, failure = self.box.queue[-1]
-        else:
-            value, failure = self.box.get(timeout=30)
-        if failure is not None:
-            raise failure
-        return value
-
-
-def test_only_the_first_rank_talks_to_servers_and_all_have_the_outcome(tmp_path: Path) -> None:
-    """Fails if ranks would disagree, or if one would not take its part in gathering weights."""
-    new, read, base = tiny.model(8), [], tiny.save(tmp_path / "base")
-
-    def counted(rank: int) -> Iterator[tuple[str, Tensor]]:
-        for item in _export(new):
-            read.append(rank)
-            yield item
-
-    def rank_of(rank: int, box: queue.Queue[Any], url: str) -> Any:
-        sampler = VLLMServers(
-            [url if rank == 0 else "http://127.0.0.1:9"],
-            RULES,
-            base,
-            weights_folder=tmp_path / "w",
-            ranks=Pair(rank, box),
-            patience_seconds=0.2,
-        )
-        sampler.update_weights(counted(rank), 1)
-        generator = torch.Generator().manual_seed(5)
-        found = sampler.complete(TEXTS[:2], SAMPLING, group_size=G, generator=generator)
-        with pytest.raises(NoServers):
-            sampler.complete([Request(TEXTS[0].example, a_text(0))], SAMPLING, generator=generator)
-        return found
-
-    with serving(NET) as servers, ThreadPoolExecutor(2) as pool:
-        servers[0].loads = tmp_path / "w" / "current"
-        servers[0].faults.extend([lambda s, h, a: a] * 2 + [status(400)])
-        box: queue.Queue[Any] = queue.Queue()
-        ranks = [pool.submit(rank_of, rank, box, servers[0].url) for rank in range(2)]
-        first, second = (rank.result(60) for rank in ranks)
-    expect(first, TEXTS[:2], net=new)
-    assert torch.equal(first.response_ids, second.response_ids)
-    assert torch.equal(first.logprobs, second.logprobs)
-    assert read.count(0) == read.count(1) == len(list(_export(new)))
-
-
-def test_weights_that_no_server_loads_are_an_error(
-    two: list[SpeakingServer], tmp_path: Path
-) -> None:
-    base = tiny.save(tmp_path / "base")
-    sampler = client(two, weights_folder=tmp_path / "w", model_folder=base, patience_seconds=0.2)
-    with pytest.raises(NoServers, match="/pause.mode=abort: http 404.*VLLM_SERVER_DEV_MODE=1"):
-        sampler.update_weights(_export(NET), 1)
-    with pytest.raises(ValueError, match="no weights_folder"):
-        client(two).update_weights(_export(NET), 1)
-    other = client(two, weights_folder=tmp_path / "other")
-    with pytest.raises(ValueError, match=r"has shape \(.*\), the model in .*tiny-internvl has"):
-        other.update_weights(_export(NET), 1)
-    assert list((tmp_path / "other").iterdir()) == []
 
 
 @pytest.mark.parametrize(
