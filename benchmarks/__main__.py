@@ -16,6 +16,7 @@ from benchmarks import (
     bench_entropy,
     bench_group_advantages,
     bench_grpo_loss,
+    bench_linear_grpo_loss,
     bench_linear_logprobs_and_entropy,
     bench_logprobs_and_entropy,
     bench_selective_log_softmax,
@@ -34,6 +35,7 @@ OPS: dict[str, ModuleType] = {
     "grpo_loss": bench_grpo_loss,
     "ban_tokens": bench_ban_tokens,
     "linear_logprobs_and_entropy": bench_linear_logprobs_and_entropy,
+    "linear_grpo_loss": bench_linear_grpo_loss,
 }
 SECONDS_PER_TASK = {"small": 0.5, "full": 2.0}
 EXAMPLES = """examples:

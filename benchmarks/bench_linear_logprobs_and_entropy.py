@@ -7,46 +7,72 @@ from benchmarks.problem import VOCABULARY, Mode, Problem, Size, random_ids, rand
 from r1v3 import kernels
 from r1v3.kernels import reference
 
-MODES: tuple[Mode, ...] = ("forward", "backward")
+MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 
 
 def eager(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """All logits, also of the rows that label -100 then drops."""
     logp = torch.log_softmax((hidden @ weight.T).float(), dim=-1)
-    chosen = logp.gather(-1, token_ids[:, None]).squeeze(-1)
-    return chosen, -(logp.exp() * logp).sum(-1)
+    chosen = logp.gather(-1, token_ids.clamp(min=0)[:, None]).squeeze(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    kept = token_ids >= 0
+    return torch.where(kept, chosen, 0.0), torch.where(kept, entropy, 0.0)
 
 
 def shapes(device: str, size: Size) -> list[dict[str, int]]:
-    """T tokens of width H; V is 18,976 for one of eight tensor-parallel shards of the 38B model."""
+    """T tokens of width H, `masked` percent of them with label -100, `bits` per number.
+
+    V is 18,976 for one of eight tensor-parallel shards of the 38B model. On the CPU a quarter of
+    Qwen3's vocabulary: of all of it, the float64 gradient alone takes gigabytes.
+    """
     if device == "cpu":
-        small = [{"T": 128, "H": 1024, "V": 18_976}]
-        return small if size == "small" else [*small, {"T": 512, "H": 1024, "V": 18_976}]
-    small = [{"T": 1024, "H": 5120, "V": 18_976}]
-    large = [{"T": rows, "H": 5120, "V": VOCABULARY} for rows in (1024, 8192, 32_768)]
-    return small if size == "small" else [*small, *large]
+        small = [{"T": 128, "H": 1024, "V": 18_976, "bits": 16}]
+        quarter = {"T": 512, "H": 1024, "V": 151_936 // 4}
+        large = [
+            {**quarter, "bits": bits, "masked": masked} for bits in (32, 16) for masked in (0, 50)
+        ]
+        return small if size == "small" else [*small, *large]
+    small = [{"T": 1024, "H": 5120, "V": 18_976, "bits": 16}]
+    large = [
+        {"T": rows, "H": 5120, "V": vocab, "bits": 16}
+        for vocab in (VOCABULARY, 18_976)
+        for rows in (1024, 8192, 32_768)
+    ]
+    masked = {"T": 8192, "H": 5120, "V": VOCABULARY, "bits": 16, "masked": 50}
+    return small if size == "small" else [*small, *large, masked]
+
+
+def head(rows: int, width: int, vocab: int, bits: int, device: str) -> tuple[Tensor, Tensor]:
+    """Hidden states and a weight whose logits have a standard deviation of 3."""
+    dtype = {16: torch.bfloat16, 32: torch.float32}[bits]
+    hidden = random_normal(rows, width, device=device, seed=5).to(dtype)
+    weight = random_normal(vocab, width, device=device, seed=6).mul_(3 * width**-0.5).to(dtype)
+    return hidden, weight
 
 
 def problem(shape: dict[str, int], mode: Mode, device: str) -> Problem:
-    """bfloat16 hidden states and weight.
+    """One product makes the logits, two make the gradients.
 
-    One product makes the logits, two make the gradients. Computing the logits again in the
-    backward is the price of not keeping them and is not counted as work.
+    Rows that are dropped are not counted as work, and neither is computing the logits again in
+    the backward: it is the price of not keeping them.
     """
     rows, width, vocab = shape["T"], shape["H"], shape["V"]
-    hidden = random_normal(rows, width, device=device, seed=5).bfloat16()
-    weight = random_normal(vocab, width, device=device, seed=6).mul_(3 * width**-0.5).bfloat16()
-    products = 1 if mode == "forward" else 2
+    hidden, weight = head(rows, width, vocab, shape.get("bits", 16), device)
+    token_ids = random_ids(rows, vocab, device)
+    dropped = torch.arange(rows, device=device) * 100 < rows * shape.get("masked", 0)
+    token_ids[dropped] = reference.IGNORED_TOKEN
+    products = {"forward": 1, "backward": 2, "forward+backward": 3}[mode]
     return Problem(
         op="linear_logprobs_and_entropy",
         mode=mode,
         shape=shape,
         dtype=hidden.dtype,
-        inputs={"hidden": hidden, "weight": weight, "token_ids": random_ids(rows, vocab, device)},
+        inputs={"hidden": hidden, "weight": weight, "token_ids": token_ids},
         ours=kernels.linear_logprobs_and_entropy,
         eager=eager,
         reference=reference.linear_logprobs_and_entropy,
         upstream=(random_normal(rows, device=device), random_normal(rows, device=device, seed=3)),
         differentiated=("hidden", "weight"),
         row_inputs=("hidden", "token_ids"),
-        flops=products * 2 * rows * width * vocab,
+        flops=products * 2 * int((~dropped).sum()) * width * vocab,
     )

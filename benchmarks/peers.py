@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import bench_group_advantages, bench_grpo_loss
+from benchmarks import bench_group_advantages, bench_grpo_loss, bench_linear_grpo_loss
 from benchmarks.problem import Function, Mode
 
 BOTH_MODES: tuple[Mode, ...] = ("forward", "backward")
+LINEAR_MODES: tuple[Mode, ...] = (*BOTH_MODES, "forward+backward")
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,44 @@ def _liger_selective(liger: ModuleType) -> Function:
     return selective
 
 
+def _liger_linear(liger: ModuleType) -> Function:
+    function = liger.LigerFusedLinearScaledCrossEntropyFunction
+
+    def both(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        nll, entropy = function.apply(hidden, weight, token_ids, 1.0, -100, 1, True)
+        return -nll, entropy
+
+    return both
+
+
+def _liger_linear_grpo(liger: ModuleType) -> Function:
+    loss = liger.LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, loss_type="bnpo",
+        epsilon_low=bench_linear_grpo_loss.CLIP_LOW, epsilon_high=bench_linear_grpo_loss.CLIP_HIGH,
+    )  # fmt: skip
+
+    def grpo(
+        hidden: Tensor,
+        weight: Tensor,
+        token_ids: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        loss_mask: Tensor,
+    ) -> tuple[Tensor]:
+        states = hidden.view(*token_ids.shape, -1)
+        given = loss(
+            states, weight, token_ids, loss_mask, advantages, old_per_token_logps=old_logprobs
+        )
+        return (given[0],)
+
+    return grpo
+
+
+def _rl_kernel_linear(registry: ModuleType) -> Function:
+    op = registry.kernel_registry.get_op("linear_logp")
+    return lambda hidden, weight, token_ids: (op(hidden, weight, token_ids),)
+
+
 def _cut_cross_entropy(module: ModuleType) -> Function:
     return lambda hidden, weight, token_ids: (
         -module.linear_cross_entropy(hidden, weight, token_ids, reduction="none"),
@@ -215,10 +254,36 @@ PEERS = (
     Peer("verl", _ONE, _VERL, _verl_selective),
     Peer("verl", "group_advantages", _VERL_ALGORITHMS, _verl_group_advantages),
     Peer("verl", "grpo_loss", _VERL_ALGORITHMS, _verl_grpo_loss, modes=("forward+backward",)),
-    Peer("verl", _LINEAR, _VERL_LINEAR, _verl_linear_torch, "torch", BOTH_MODES),
-    Peer("verl", _LINEAR, _VERL_TRITON, _verl_linear_triton, "triton", BOTH_MODES, True),
+    Peer("verl", _LINEAR, _VERL_LINEAR, _verl_linear_torch, "torch", LINEAR_MODES),
+    Peer("verl", _LINEAR, _VERL_TRITON, _verl_linear_triton, "triton", LINEAR_MODES, True),
     Peer("liger", _ONE, "liger_kernel.ops.grpo_loss", _liger_selective, cuda_only=True),
-    Peer("cut-cross-entropy", _LINEAR, "cut_cross_entropy", _cut_cross_entropy, cuda_only=True),
+    Peer("liger", _LINEAR, "liger_kernel.ops", _liger_linear, "scaled", LINEAR_MODES, True),
+    Peer(
+        "liger",
+        "linear_grpo_loss",
+        "liger_kernel.chunked_loss",
+        _liger_linear_grpo,
+        "chunked",
+        ("forward+backward",),
+    ),
+    Peer(
+        "rl-kernel",
+        _LINEAR,
+        "rl_engine.kernels.registry",
+        _rl_kernel_linear,
+        "",
+        LINEAR_MODES,
+        True,
+    ),
+    Peer(
+        "cut-cross-entropy",
+        _LINEAR,
+        "cut_cross_entropy",
+        _cut_cross_entropy,
+        "",
+        LINEAR_MODES,
+        True,
+    ),
     Peer("fla", _ONE, _FLA, _triton_cross_entropy, cuda_only=True),
     Peer("flash-attn", _ONE, _FLASH, _triton_cross_entropy, cuda_only=True),
     Peer("transformers", "ban_tokens", "transformers", _transformers_ban),
