@@ -72,25 +72,29 @@ double lane_sum(F value) {
 // The largest element that is not NaN.
 template <int D>
 float chunk_max(const typename Element<D>::type* x, int64_t n) {
-  F a = broadcast(kMinusInfinity), b = a;
+  F top[4];
+  for (F& lanes : top) lanes = broadcast(kMinusInfinity);
+  const auto add = [&top](const Pair& v, int k) {
+    top[k] = max_keep_second(v.first, top[k]);
+    top[k + 1] = max_keep_second(v.second, top[k + 1]);
+  };
   int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) {
-    const Pair v = load_pair<D>(x + i);
-    a = max_keep_second(v.first, a);
-    b = max_keep_second(v.second, b);
+  for (; i + 2 * kPair <= n; i += 2 * kPair) {
+    add(load_pair<D>(x + i), 0);
+    add(load_pair<D>(x + i + kPair), 2);
   }
-  const Pair v = load_tail<D>(x + i, n - i);
-  a = max_keep_second(max_keep_second(v.first, a), max_keep_second(v.second, b));
-  float result = a[0];
-  for (int k = 1; k < kWidth; ++k) result = a[k] > result ? a[k] : result;
+  for (; i < n; i += kPair) add(load_tail<D>(x + i, n - i < kPair ? n - i : kPair), 0);
+  const F all = max_keep_second(max_keep_second(top[0], top[1]), max_keep_second(top[2], top[3]));
+  float result = all[0];
+  for (int k = 1; k < kWidth; ++k) result = all[k] > result ? all[k] : result;
   return result;
 }
 
-// 2^z for z <= 127, 0 below the normal numbers (or half of them), NaN for NaN and for -inf.
-// Largest relative error 1.7e-7, or 2.9e-6 where a rounded 16-bit logit is off by far more; 2^0 is 1.
+// 2^(r + n) for n = nearest(r + n) <= 127, 0 below the normal numbers (or half of them), NaN where r
+// is. Largest relative error 1.7e-7, or 2.9e-6 for 16-bit logits, whose rounding is off by far more;
+// 2^0 is 1.
 template <bool Fine>
-inline F exp2_of(F z) {
-  const F n = nearest(z), r = z - n;
+inline F exp2_of(F r, F n) {
   F p;
   if constexpr (Fine) {
     p = fma(broadcast(0x1.5bba14p-10f), r, broadcast(0x1.3cea88p-7f));
@@ -118,9 +122,11 @@ struct Accumulator {
   F sum[2] = {}, weighted[2] = {};
 
   inline void add(F x, int i) {
-    F z = (x - base) * scale;
+    const F d = x - base;
+    F z = d * scale;
     if constexpr (Clamped) z = max_keep_second(broadcast(kUnderflow), z);
-    const F e = exp2_of<D == kFloat32>(z);
+    const F n = nearest(z);
+    const F e = exp2_of<D == kFloat32>(Clamped ? z - n : fma(d, scale, -n), n);
     sum[i] += e;
     if constexpr (Weighted) weighted[i] = fma(e, z, weighted[i]);
   }
@@ -158,7 +164,8 @@ inline float inverse(double numerator, double temperature) {
 }
 
 // One pass of a row, chunk by chunk. A chunk whose sum stays below 1 holds nothing above the maximum
-// so far; only the others are searched for a new one. The clamp is paid from the first -inf on.
+// so far; only the others are searched for a new one. The clamp is paid from the first -inf on, and
+// from the first logit so far below the others that z is not exact to a unit.
 template <int D, bool Weighted>
 class RowPass {
  public:
@@ -184,7 +191,8 @@ class RowPass {
   ChunkSums sums(const typename Element<D>::type* x, int64_t n, float base) {
     if (!clamped_) {
       const ChunkSums part = chunk_sums<D, Weighted, false>(x, n, base, scale_);
-      if (part.sum == part.sum && part.weighted == part.weighted) return part;
+      const bool finite = part.sum >= 0.0 && part.sum <= FLT_MAX;
+      if (finite && part.weighted == part.weighted) return part;
       clamped_ = true;
     }
     return chunk_sums<D, Weighted, true>(x, n, base, scale_);
@@ -222,7 +230,8 @@ struct GradientOf {
 
   inline F operator()(F x) const {
     const F z = max_keep_second(broadcast(kUnderflow), fma(x - m, scale, log2_s));
-    return exp2_of<D == kFloat32>(z) * fma(z, slope, offset) * inv_temperature;
+    const F n = nearest(z);
+    return exp2_of<D == kFloat32>(z - n, n) * fma(z, slope, offset) * inv_temperature;
   }
   inline Pair operator()(const Pair& v) const { return {(*this)(v.first), (*this)(v.second)}; }
 };
