@@ -28,7 +28,8 @@ def save_hf(
 
     Collective over all ranks of the job. Global rank 0 writes, one tensor at a time, under a
     temporary name that replaces `folder` at the end; data-parallel replicas other than the first
-    only wait. The names are those of transformers' own `save_pretrained`.
+    only wait, so the process group's timeout must be longer than the writing takes. The names are
+    those of transformers' own `save_pretrained`.
 
     Raises:
         OSError: on every rank, if rank 0 could not write; an earlier `folder` is as it was.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedConfig
 
 from r1v3.model.internvl import build_model, internvl_config
 
@@ -96,6 +96,29 @@ def original_tensors(native: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def _original_text_config(text: PreTrainedConfig) -> dict[str, object]:
+    return {
+        "_name_or_path": "./pretrained/Qwen2.5-32B-Instruct",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "max_position_embeddings": text.max_position_embeddings,
+        "model_type": "qwen2",
+        "moe_config": None,
+        "num_attention_heads": text.num_attention_heads,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_key_value_heads": text.num_key_value_heads,
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": text.vocab_size,
+    }
+
+
 def original_config(model: InternVLForConditionalGeneration) -> dict[str, object]:
     """config.json as Skywork publishes it: with fields that no native config has."""
     vision, text = model.config.vision_config, model.config.text_config
@@ -108,26 +131,7 @@ def original_config(model: InternVLForConditionalGeneration) -> dict[str, object
         "force_image_size": vision.image_size[0],
         "freeze_llm": False,
         "image_token_id": IMAGE_TOKEN_ID,
-        "llm_config": {
-            "_name_or_path": "./pretrained/Qwen2.5-32B-Instruct",
-            "architectures": ["Qwen2ForCausalLM"],
-            "hidden_act": "silu",
-            "hidden_size": text.hidden_size,
-            "intermediate_size": text.intermediate_size,
-            "max_position_embeddings": text.max_position_embeddings,
-            "model_type": "qwen2",
-            "moe_config": None,
-            "num_attention_heads": text.num_attention_heads,
-            "num_hidden_layers": text.num_hidden_layers,
-            "num_key_value_heads": text.num_key_value_heads,
-            "rms_norm_eps": text.rms_norm_eps,
-            "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
-            "rope_theta": 1e6,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-            "use_cache": True,
-            "vocab_size": text.vocab_size,
-        },
+        "llm_config": _original_text_config(text),
         "max_dynamic_patch": 12,
         "model_type": "skywork_chat",
         "ps_version": "v2",

@@ -170,4 +170,5 @@ def test_the_38b_converts_and_shards_in_bounded_memory(tmp_path: Path) -> None:
     assert read(tmp_path / "target", HEAD, 0, DATA_BYTES) == data
     assert set(read(tmp_path / "target", HEAD, DATA_BYTES, MEBIBYTE)) == {0}
     shard_bytes = 151680 // 8 * 5120 * 2
-    assert told["head"] == zlib.crc32(data[:shard_bytes])
+    expected = zlib.crc32(data.ljust(shard_bytes, bytes(1)))
+    assert told["head"] == expected
