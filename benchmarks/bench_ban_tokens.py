@@ -31,8 +31,8 @@ def exact(logits: Tensor, token_ids: Tensor) -> tuple[Tensor]:
 
 def shapes(device: str, size: Size) -> list[dict[str, int]]:
     """T rows of V logits, K banned tokens: about what the spellings of NoWait's words come to."""
-    rows = (64,) if size == "small" else (64, 256)
-    return [{"T": n, "V": VOCABULARY, "K": 48} for n in rows]
+    rows = (256,) if size == "small" else (64, 256)
+    return [{"T": n, "V": VOCABULARY, "K": 64} for n in rows]
 
 
 def problem(shape: dict[str, int], mode: Mode, device: str) -> Problem:

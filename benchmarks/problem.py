@@ -1,7 +1,7 @@
 """What is benchmarked: inputs, the code that is compared, and the work that cannot be avoided."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -35,6 +35,8 @@ class Problem:
         row_inputs: inputs whose first dimension counts rows that do not depend on each other,
             so that the truth can be computed a few rows at a time.
         mutated: inputs that the functions overwrite.
+        restated: by label, what other projects run without kernels, written here in their form;
+            they are timed whether or not these projects are installed.
         bytes_read, bytes_written: what any implementation must move, for memory-bound ops.
         flops: what any implementation must compute, for ops bound by a matrix product.
     """
@@ -51,6 +53,7 @@ class Problem:
     differentiated: tuple[str, ...] = ()
     row_inputs: tuple[str, ...] = ()
     mutated: tuple[str, ...] = ()
+    restated: dict[str, Function] = field(default_factory=dict)
     bytes_read: int = 0
     bytes_written: int = 0
     flops: int = 0

@@ -52,7 +52,7 @@ def print_problem(console: Console, report: ProblemReport, absent: dict[str, str
     table.add_column("implementation")
     headings = (
         "median", "p20 - p80", rate, f"% of {report.yardstick}", "peak memory", "max error",
-        "x eager", "x compile",
+        "x eager", "x compile", "time / r1v3",
     )  # fmt: skip
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -90,6 +90,7 @@ def _cells(result: Result) -> list[str]:
         f"{result.error:.1e}",
         _number(result.over_eager),
         _number(result.over_compile),
+        _number(result.times_ours),
     ]
 
 

@@ -24,6 +24,7 @@ class Result:
         first_call_seconds: of the checked call, with compilation.
         percent_of_yardstick: speed relative to a copy, sum or matrix product of the same work.
         over_eager, over_compile: how many times faster than these.
+        times_ours: how many times r1v3's own time it takes.
     """
 
     implementation: str
@@ -38,6 +39,7 @@ class Result:
     percent_of_yardstick: float | None = None
     over_eager: float | None = None
     over_compile: float | None = None
+    times_ours: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def run(
         OURS: problem.ours,
         EAGER: problem.eager,
         COMPILE: torch.compile(problem.eager, dynamic=False),
+        **problem.restated,
         **peers,
     }
     truth = gate.solve(problem)
@@ -166,4 +169,5 @@ def _timed(
         percent_of_yardstick=100 * best_possible / own.median,
         over_eager=timings[EAGER].median / own.median if EAGER in timings else None,
         over_compile=timings[COMPILE].median / own.median if COMPILE in timings else None,
+        times_ours=own.median / timings[OURS].median if OURS in timings else None,
     )
