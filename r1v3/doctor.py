@@ -21,6 +21,7 @@ OPTIONAL = {
     "vllm": "rollouts at scale",
     "verl": "the verl adapter",
     "trl": "the TRL adapter",
+    "nvidia-ml-py": "GPU power, clocks and errors in the metrics",
     "wandb": "logging to Weights & Biases",
 }
 LEAST_FREE_GIB = 2.0

@@ -1,5 +1,6 @@
 """`r1v3 doctor` says what is really installed."""
 
+import importlib.metadata
 import io
 import sys
 from pathlib import Path
@@ -21,6 +22,17 @@ def test_report_states_the_installed_versions(tmp_path: Path) -> None:
     assert checks["compiled kernels"].status == "ok"
     assert checks["compiled kernels"].finding.startswith(_C.cpu_capability())
     assert str(tmp_path) in checks["disk"].finding
+
+
+def test_what_training_at_scale_wants_is_listed(tmp_path: Path) -> None:
+    """Fails if an optional package that is missing goes unmentioned, or is called a problem."""
+    checks = by_name(doctor.report(tmp_path))
+    for name in ("megatron-core", "flash-attn", "vllm", "nvidia-ml-py", "wandb"):
+        assert checks[name].status == "ok"
+        try:
+            assert checks[name].finding == importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            assert checks[name].finding.startswith("not installed (optional: ")
 
 
 def test_another_version_is_a_note_and_a_missing_package_a_problem(

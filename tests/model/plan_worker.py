@@ -7,6 +7,7 @@ tensors of the right size on the CPU.
 import json
 import sys
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,12 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import InternVLConfig
 
 from r1v3.engine.contract import Batch
-from r1v3.model.megatron import cpu
+from r1v3.model.megatron import attention, cpu
 from r1v3.model.megatron.internvl import InternVL, part_of
 from r1v3.model.megatron.options import ModelOptions
 from r1v3.model.megatron.packing import Packed, pack
@@ -55,6 +57,34 @@ def saved_bytes(model: InternVL, packed: Packed) -> tuple[int, torch.Tensor]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = model(packed)
     return sum(size for size, _ in found.values()), result
+
+
+class _NoScores(torch.autograd.Function):
+    """Attention that keeps what fused attention keeps, without CausalBias, which the tracker
+    below cannot handle."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        mixed = torch.zeros_like(inputs[0])
+        ctx.save_for_backward(*inputs, mixed)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.zeros_like(saved) for saved in ctx.saved_tensors[:3])
+
+
+def peak_bytes(model: InternVL, packed: Packed) -> int:
+    """Most bytes at a time in a forward and backward, weights and their gradients apart."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with mock.patch.object(attention, "_segment_attention", _NoScores.apply), tracker:
+        result = model(packed)
+        result.backward(torch.ones_like(result))
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    return int(peak) - 2 * sum(parameter.nbytes for parameter in model.parameters())
 
 
 def state_bytes(model: InternVL, element: int) -> dict[str, Any]:
@@ -109,9 +139,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             first_stage_layers=case["first"],
             recompute=case["recompute"],
         )
-        model = InternVL(
-            config, options, pre_process=stage == 0, post_process=stage == stages - 1
-        )
+        model = InternVL(config, options, pre_process=stage == 0, post_process=stage == stages - 1)
         parts: dict[str, int] = {}
         for name, parameter in model.named_parameters():
             part = part_of(name)
@@ -131,6 +159,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             "keys": len(packed.key_index),
             "labels": len(packed.token_ids),
         }
+        if case["peak"]:
+            found["peak"] = peak_bytes(model, packed)
         return found | (state_bytes(model, dtype.itemsize) if case["state"] else {})
     finally:
         parallel_state.destroy_model_parallel()

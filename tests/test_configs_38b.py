@@ -1,0 +1,168 @@
+"""The presets of the 38B: the report's numbers, and a plan that fits every stated cluster."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import InternVLConfig
+
+from r1v3.config import load
+from r1v3.model.flops import Dimensions
+from r1v3.model.plan import Plan, make_plan
+from r1v3.model.plan_job import TEXT_TOKENS, Cluster, job_of, model_folder
+from r1v3.model.plan_run import stage_kind
+from r1v3.model.plan_search import propose
+
+FOLDER = Path(__file__).parents[1] / "configs" / "r1v3-38b"
+LAUNCH = FOLDER / "launch"
+PRESETS = ("sft", "grpo_4k", "grpo_8k", "connector", "eval")
+TRAINING = ("sft", "grpo_4k", "grpo_8k", "connector")
+
+
+def preset(name: str, *overrides: str) -> Any:
+    path = FOLDER / f"{name}.yaml"
+    return load(stage_kind(path, None), path, overrides)
+
+
+@cache
+def dims() -> Dimensions:
+    return Dimensions.of(InternVLConfig.from_pretrained(FOLDER / "model"))
+
+
+def planned(name: str, gpus: int, *overrides: str) -> Plan:
+    """By formulas, which `tests/model/test_plan.py` compares with the built modules."""
+    return make_plan(job_of(preset(name, *overrides), dims(), Cluster(gpus)), dims())
+
+
+def test_every_file_is_a_preset() -> None:
+    """Fails if a file is added that no test below looks at."""
+    assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == sorted(PRESETS)
+    assert model_folder(preset("sft"), FOLDER / "sft.yaml") == FOLDER / "model"
+
+
+def test_the_report_s_numbers() -> None:
+    """Fails if a preset no longer trains what the report trained."""
+    for name, tokens in (("grpo_4k", 4096), ("grpo_8k", 8192)):
+        grpo = preset(name)
+        assert (grpo.prompts_per_step, grpo.group_size, grpo.gradient_steps) == (32, 32, 1)
+        assert (grpo.loss.clip_low, grpo.loss.clip_high, grpo.loss.kl_coef) == (0.2, 0.2, 0.0)
+        assert grpo.loss.aggregation == "sequence-mean" and grpo.rewards.accuracy_weight == 0.8
+        assert grpo.optimizer.learning_rate == 1e-5 and grpo.decoding.max_tokens == tokens
+        assert all(grpo.modules.model_dump().values())
+        assert grpo.rollout.engine == "vllm"
+    connector = preset("connector")
+    assert (connector.epochs, connector.batch_size, connector.max_length) == (2, 64, 16384)
+    assert connector.modules.model_dump() == {"vision": False, "connector": True, "llm": False}
+    assert connector.early_stopping is not None
+    for name in ("sft", "connector"):
+        optimizer = preset(name).optimizer
+        assert (optimizer.learning_rate, optimizer.warmup_ratio) == (1e-5, 0.03)
+        assert optimizer.schedule == "cosine" and preset(name).batch_size == 64
+    evaluation = preset("eval")
+    assert (evaluation.decoding.temperature, evaluation.decoding.max_tokens) == (1.0, 16384)
+    assert evaluation.samples == 5 and set(evaluation.modes) == {"slow", "nothink", "nowait"}
+    assert (min(evaluation.budgets), max(evaluation.budgets)) == (1024, 16384)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("gpus", [32, 64, 128])
+def test_a_preset_fits_80_gb(name: str, gpus: int) -> None:
+    """Fails if a team that starts from the preset would run out of memory."""
+    config = preset(name)
+    assert (config.engine, config.dtype, config.device) == ("megatron", "bfloat16", "cuda")
+    plan = planned(name, gpus)
+    assert plan.problems == [] and plan.overflow < -0.5e9
+    assert sum(plan.parameters.values()) == 38_388_164_992
+
+
+def test_the_evaluation_fits_one_node() -> None:
+    """Fails if the weights leave no room for the longest answers."""
+    plan = planned("eval", 8)
+    assert plan.problems == []
+    rollout = plan.ranks[0].rollout
+    assert rollout is not None and (rollout.sequences or 0) >= 16
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_number_names_its_source_or_is_of_the_layout(name: str) -> None:
+    """Fails if a preset stops saying where its numbers are from."""
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    assert len(re.findall(r"#.*(report|RL settings|grpo_4k\.yaml)", text)) >= 2
+    assert f"{name}.yaml" in text or name == "sft"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("parallel.recompute=none",), "parallel.recompute=full"),
+        (("rollout.memory_share=0.9",), "rollout.memory_share="),
+        (("rollout.memory_share=0.1",), "rollout.memory_share="),
+        (("micro_batch_prompts=4",), "micro_batch_prompts="),
+        (("parallel.tensor=1", "parallel.sequence=false", "rollout.tensor=8"), "parallel.tensor="),
+    ],
+)
+def test_what_does_not_fit_comes_with_what_would(overrides: tuple[str, ...], expected: str) -> None:
+    """Fails if the plan says no and leaves the user alone, or proposes what does not fit."""
+    assert planned("grpo_8k", 64, *overrides).problems
+    proposals = propose(
+        lambda changes: preset("grpo_8k", *overrides, *changes),
+        dims(),
+        Cluster(64),
+        text_tokens=TEXT_TOKENS,
+    )
+    assert proposals
+    for proposal in proposals:
+        assert planned("grpo_8k", 64, *overrides, *proposal.overrides).fits
+    assert any(expected in setting for p in proposals for setting in p.overrides)
+
+
+def test_scripts_are_clean() -> None:
+    """Fails if a launch script does not parse or would go on after an error."""
+    for script in LAUNCH.glob("*.sh"):
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        assert os.access(script, os.X_OK)
+        assert "set -euo pipefail" in script.read_text(encoding="utf-8")
+
+
+STAND_IN = """#!/usr/bin/env bash
+# torchrun with one worker, which takes a second to save; dies of a signal itself.
+echo "$@" > arguments
+bash -c 'trap "sleep 1; echo saved > worker; exit 130" TERM; touch ready
+         while :; do sleep 0.05; done' &
+wait $!
+exit 1
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_reaches_the_workers_and_not_torchrun(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Fails if a preempted job is killed by torchrun before it has saved."""
+    stand_in = tmp_path / "torchrun"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    job = subprocess.Popen(
+        ["bash", str(LAUNCH / "torchrun.sh"), "grpo", "some.yaml", "--resume"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GPUS": "2"},
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "ready").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        job.send_signal(number)
+        assert job.wait(timeout=30) == 1
+    finally:
+        job.kill()
+    assert (tmp_path / "worker").read_text() == "saved\n"
+    arguments = (tmp_path / "arguments").read_text()
+    assert "--nproc-per-node 2" in arguments and "-m r1v3 grpo some.yaml --resume" in arguments
