@@ -1,5 +1,7 @@
 """The command line: one verb per stage. Heavy modules are imported inside the verbs."""
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +41,24 @@ def _friendly() -> Iterator[None]:
         typer.secho("interrupted; what was saved is kept: go on with --resume", err=True)
         raise typer.Exit(INTERRUPTED) from stopped
     except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(_error_line(error), fg="red", err=True)
         raise typer.Exit(1) from error
+
+
+def _error_line(error: Exception) -> str:
+    """What went wrong and, in a job of several ranks, on which; the loss of a peer by its name."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return f"error: {error}"
+    text = str(error)
+    if re.search(r"gloo|NCCL|ProcessGroup", text):
+        text = f"another rank has died or hangs; checkpoints are kept: go on with --resume ({text})"
+    return f"error: rank {os.environ['RANK']}: {text}"
+
+
+def _echo(result: object) -> None:
+    """Print a result once, not on every rank of a job."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(result)
 
 
 def _require_begun(name: str, run: Path, resuming: bool) -> None:
@@ -93,7 +111,7 @@ def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False)
         _require_begun("sft", loaded.run, resume)
         from r1v3.trainer import sft as stage
 
-        typer.echo(stage.train(loaded, resuming=resume))
+        _echo(stage.train(loaded, resuming=resume))
 
 
 @app.command(epilog="Example: r1v3 grpo configs/demo/grpo.yaml run=runs/mine loss.clip_high=0.28")
@@ -106,7 +124,7 @@ def grpo(config: ConfigFile, overrides: Overrides = None, resume: Resume = False
         _require_begun("grpo", loaded.run, resume)
         from r1v3.trainer import grpo as stage
 
-        typer.echo(stage.train(loaded, resuming=resume))
+        _echo(stage.train(loaded, resuming=resume))
 
 
 @app.command(epilog="Example: r1v3 connector configs/demo/connector.yaml run=runs/mine")
@@ -119,7 +137,7 @@ def connector(config: ConfigFile, overrides: Overrides = None, resume: Resume = 
         _require_begun("connector", loaded.run, resume)
         from r1v3.trainer import connector as stage
 
-        typer.echo(stage.train(loaded, resuming=resume))
+        _echo(stage.train(loaded, resuming=resume))
 
 
 @app.command(epilog="Example: r1v3 select configs/demo/select.yaml run=runs/mine")

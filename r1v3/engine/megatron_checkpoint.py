@@ -10,6 +10,8 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
 
 from r1v3.engine.megatron_optimizer import MegatronAdamW
 from r1v3.engine.ranks import Ranks
@@ -54,7 +56,32 @@ def load_sharded(directory: Path, model: InternVL, optimizer: MegatronAdamW) -> 
     """Go on from what `save_sharded` wrote."""
     state = dist_checkpointing.load(_state(model, optimizer, loading=True), str(directory / FOLDER))
     model.load_state_dict(state["model"])
+    chained = optimizer.optimizer.chained_optimizers
+    for one in chained:
+        if isinstance(one, DistributedOptimizer):
+            _keep_step(one)
     optimizer.optimizer.load_state_dict(state["optimizer"])
+    for one in chained:
+        # torch's AdamW counts in place, and was given one counter for all parameters.
+        for moments in one.optimizer.state.values():
+            if isinstance(moments.get("step"), Tensor):
+                moments["step"] = moments["step"].clone()
+
+
+def _keep_step(optimizer: DistributedOptimizer) -> None:
+    """Let parameters be loaded without their step, which is restored before, for all at once.
+
+    megatron-core leaves it out of what it reads and then misses it, with torch's AdamW.
+    """
+    store = optimizer._set_main_param_and_optimizer_states
+
+    def with_step(parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
+        group, place = optimizer.model_param_group_index_map[parameter]
+        main = optimizer.optimizer.param_groups[group]["params"][place]
+        state = optimizer.optimizer.state[main]
+        store(parameter, {**({"step": state["step"]} if "step" in state else {}), **tensors})
+
+    optimizer._set_main_param_and_optimizer_states = with_step
 
 
 def _state(model: InternVL, optimizer: MegatronAdamW, *, loading: bool) -> dict[str, Any]:

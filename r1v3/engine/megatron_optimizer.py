@@ -61,6 +61,20 @@ class MegatronAdamW:
             clip_grad=0.0,
         )
         self.optimizer: ChainedOptimizer = get_megatron_optimizer(config, [model])
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Make torch's moments now: megatron-core can only save and load those that exist."""
+        for chained in self.optimizer.chained_optimizers:
+            if not isinstance(chained.optimizer, torch.optim.AdamW):
+                continue
+            for group in chained.optimizer.param_groups:
+                for parameter in group["params"]:
+                    chained.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter.data),
+                        "exp_avg_sq": torch.zeros_like(parameter.data),
+                    }
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step before."""

@@ -27,6 +27,9 @@ def connect(parallel: Parallel, *, device: str = "cpu") -> Ranks:
             f"divide the {size} processes; start a multiple of "
             f"{parallel.tensor * parallel.pipeline} with torchrun --nproc-per-node"
         )
+    # megatron-core warns of every extension that is not installed, torch of how it is called.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger")
     on_cpu = torch.device(device).type == "cpu"
     if on_cpu:
         from r1v3.model.megatron import cpu
@@ -34,9 +37,6 @@ def connect(parallel: Parallel, *, device: str = "cpu") -> Ranks:
         cpu.enable()
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # It warns of every extension that is not installed, and torch of calls that it makes.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger")
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
