@@ -1,4 +1,4 @@
-"""The compiled host kernels for group advantages and the clipped policy loss."""
+"""The compiled host kernel of the clipped policy loss."""
 
 import math
 from dataclasses import dataclass
@@ -8,105 +8,13 @@ import torch
 from torch import Tensor
 
 from r1v3 import _C
+from tests.kernels.host import CAPABILITIES, each_capability
 
-BASELINES = {"mean": 0, "leave_one_out": 1, "none": 2}
-SCALES = {"group": 0, "batch": 1, "none": 2}
 KLS = {"k1": 0, "k2": 1, "k3": 2}
 AGGREGATIONS = {"sequence-mean": 0, "token-mean": 1, "sequence-sum": 2, "constant": 3}
 NAMES = (
     "clip_low clip_high dual_clip approx_kl ref_kl ratio_mean ratio_max tokens nonfinite".split()
 )
-
-
-def advantages(
-    rewards: list[float] | Tensor,
-    groups: list[list[int]],
-    baseline: str = "mean",
-    scale: str = "group",
-    ddof: int = 1,
-    eps: float = 1e-6,
-    singleton: int = 0,
-) -> Tensor:
-    values = torch.as_tensor(rewards, dtype=torch.float32)
-    order = torch.tensor([i for group in groups for i in group], dtype=torch.int64)
-    offsets = torch.tensor([0, *torch.tensor([len(g) for g in groups]).cumsum(0).tolist()])
-    out = torch.full_like(values, 777.0)
-    _C.group_advantages(
-        rewards=values.data_ptr(),
-        n=values.shape[0],
-        order=order.data_ptr(),
-        offsets=offsets.data_ptr(),
-        n_groups=len(groups),
-        baseline=BASELINES[baseline],
-        scale=SCALES[scale],
-        ddof=ddof,
-        eps=eps,
-        singleton=singleton,
-        out=out.data_ptr(),
-    )
-    return out
-
-
-@pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("ddof", [0, 1])
-def test_advantages_match_the_formula(baseline: str, scale: str, ddof: int) -> None:
-    """Fails if a group reads another's rewards, or a baseline or scale is computed otherwise."""
-    groups = [[4, 0, 9, 2], [1, 3], [8, 5, 7, 6, 10]]
-    rewards = torch.randn(11)
-    out = advantages(rewards, groups, baseline, scale, ddof)
-    exact = rewards.double()
-    batch_std = exact.std(correction=ddof)
-    for group in groups:
-        r = exact[group]
-        n = len(group)
-        centre = {
-            "mean": r.mean().expand(n),
-            "leave_one_out": (r.sum() - r) / (n - 1),
-            "none": torch.zeros(n),
-        }[baseline]
-        std = {"group": r.std(correction=ddof) + 1e-6, "batch": batch_std + 1e-6, "none": 1.0}
-        torch.testing.assert_close(
-            out[group].double(), (r - centre) / std[scale], rtol=1e-6, atol=1e-7
-        )
-
-
-def test_a_group_without_variance_gives_exactly_zero() -> None:
-    """Fails if the mean of equal rewards is rounded: 0.1 seven times, divided by eps."""
-    assert advantages([0.1] * 7, [list(range(7))]).tolist() == [0.0] * 7
-    assert advantages([0.1] * 7, [list(range(7))], eps=0.0).tolist() == [0.0] * 7
-    assert advantages([0.1] * 7, [list(range(7))], scale="batch", eps=0.0).tolist() == [0.0] * 7
-    out = advantages([1.0, 1.0, 0.0, 1.0], [[0, 1], [2, 3]], "leave_one_out", "none")
-    assert out.tolist() == [0.0, 0.0, -1.0, 1.0]
-
-
-def test_a_common_offset_keeps_the_variance() -> None:
-    """Fails if the variance is E[x^2] - E[x]^2, which gives tens of thousands here."""
-    out = advantages([10000.0, 10000.125, 10000.25], [[0, 1, 2]])
-    assert out.tolist() == pytest.approx([-1.0, 0.0, 1.0], abs=1e-4)
-
-
-def test_almost_equal_rewards_are_not_equal() -> None:
-    """Fails if zero variance is decided by a threshold instead of equality."""
-    out = advantages([1.0, 1.0 + 2**-23], [[0, 1]], eps=0.0)
-    assert out.tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)])
-
-
-def test_groups_of_one_and_of_none() -> None:
-    """Fails if a lone sample divides by eps or zero, or an empty group moves the others."""
-    groups = [[], [2], [], [0, 1]]
-    assert advantages([1.0, 3.0, 5.0], groups)[2].item() == 0.0
-    assert advantages([1.0, 3.0, 5.0], groups, singleton=1)[2].item() == 5.0
-    assert advantages([1.0, 3.0, 5.0], groups, "leave_one_out", "none")[2].item() == 0.0
-    assert advantages([1.0, 3.0, 5.0], groups, "none", "none")[2].item() == 5.0
-    _C.group_advantages(0, 0, 0, 0, 0, 0, 0, 1, 1e-6, 0, 0)
-
-
-def test_a_broken_reward_stays_visible() -> None:
-    """Fails if NaN becomes a plausible advantage, or spreads to another group."""
-    out = advantages([math.nan, 1.0, 0.0, 1.0, math.nan], [[0, 1], [2, 3], [4]])
-    assert out[[0, 1, 4]].isnan().all()
-    assert out[[2, 3]].isfinite().all()
 
 
 @dataclass
@@ -245,21 +153,25 @@ def test_loss_and_gradient_match_autograd(
     options = dict(
         dual_clip=dual_clip, kl_coef=0.1, kl=kl, aggregation=aggregation, normalizer=normalizer
     )
-    loss, grad, _ = policy_loss(batch, **options)
     exact_loss, exact_grad = autograd_loss(batch, **options)
-    assert loss == pytest.approx(exact_loss, rel=1e-6, abs=1e-7)
-    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-6, atol=1e-9)
-    assert (grad[batch.mask == 0] == 0).all()
+    for capability in CAPABILITIES:
+        loss, grad, _ = policy_loss(batch, **options, capability=capability)
+        assert loss == pytest.approx(exact_loss, rel=1e-6, abs=1e-7)
+        torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-6, atol=1e-9)
+        assert (grad[batch.mask == 0] == 0).all()
 
 
-def test_metrics_by_hand() -> None:
+@each_capability
+def test_metrics_by_hand(capability: str) -> None:
     """Fails if a fraction counts the wrong side of the clip, or divides by all tokens."""
     old = torch.zeros(5)
     logprobs = torch.tensor([1.5, 0.5, 1.0, 4.0, 9.0]).log()
     a = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
     mask = torch.tensor([1, 1, 1, 1, 0], dtype=torch.uint8)
     batch = Batch(logprobs, old, a, mask, torch.tensor([0, 5]), old.clone())
-    loss, grad, metrics = policy_loss(batch, clip_high=0.2, dual_clip=3.0, aggregation="token-mean")
+    loss, grad, metrics = policy_loss(
+        batch, capability=capability, clip_high=0.2, dual_clip=3.0, aggregation="token-mean"
+    )
     # -1.2 (clipped high), +0.8 (clipped low), -1, +3 (dual clip)
     assert loss == pytest.approx((-1.2 + 0.8 - 1.0 + 3.0) / 4)
     assert grad.tolist() == pytest.approx([0.0, 0.0, -0.25, 0.0, 0.0])
@@ -273,23 +185,25 @@ def test_metrics_by_hand() -> None:
     assert metrics["ref_kl"] == pytest.approx(sum(k3) / 4)
 
 
-def test_on_policy_tokens_have_ratio_one_and_a_gradient() -> None:
+@each_capability
+def test_on_policy_tokens_have_ratio_one_and_a_gradient(capability: str) -> None:
     """Fails if old_logprobs = None gives no gradient, or is read."""
     batch = make_batch([3, 4])
     batch.old_logprobs = None
-    _, grad, metrics = policy_loss(batch)
+    _, grad, metrics = policy_loss(batch, capability=capability)
     assert metrics["ratio_mean"] == metrics["ratio_max"] == 1.0
     torch.testing.assert_close(grad.double(), autograd_loss(batch)[1], rtol=1e-6, atol=1e-9)
 
 
-def test_masked_tokens_are_never_touched() -> None:
+@each_capability
+def test_masked_tokens_are_never_touched(capability: str) -> None:
     """Fails if a masked NaN or infinity is multiplied by 0 instead of being skipped."""
     batch = make_batch([6, 6], per_token=True)
-    clean = policy_loss(batch, kl_coef=0.1)
+    clean = policy_loss(batch, capability=capability, kl_coef=0.1)
     for values in (batch.logprobs, batch.old_logprobs, batch.advantages, batch.ref_logprobs):
         assert values is not None
         values[batch.mask == 0] = torch.nan
-    dirty = policy_loss(batch, kl_coef=0.1)
+    dirty = policy_loss(batch, capability=capability, kl_coef=0.1)
     assert dirty[0] == clean[0] and dirty[2] == clean[2]
     assert torch.equal(dirty[1], clean[1])
 
@@ -305,7 +219,8 @@ def test_nothing_valid_gives_zero(aggregation: str) -> None:
     assert policy_loss(empty, aggregation=aggregation, normalizer=2.0)[0] == 0.0
 
 
-def test_far_ratios_are_finite_and_get_no_gradient() -> None:
+@each_capability
+def test_far_ratios_are_finite_and_get_no_gradient(capability: str) -> None:
     """Fails if exp overflows before the clamp: inf * 0 makes the gradient NaN."""
     n = 6
     logprobs = torch.tensor([200.0, 200.0, 200.0, -200.0, -200.0, -torch.inf])
@@ -313,20 +228,21 @@ def test_far_ratios_are_finite_and_get_no_gradient() -> None:
     ones = torch.ones(n, dtype=torch.uint8)
     zeros = torch.zeros(n)
     batch = Batch(logprobs, zeros, a, ones, torch.tensor([0, n]), zeros)
-    loss, grad, metrics = policy_loss(batch, kl_coef=0.1)
+    loss, grad, metrics = policy_loss(batch, capability=capability, kl_coef=0.1)
     assert math.isfinite(loss)
     assert (grad == 0).all()
     assert metrics["ratio_max"] == pytest.approx(math.exp(20.0))
     assert metrics["nonfinite"] == 1.0
 
 
+@each_capability
 @pytest.mark.parametrize("where", ["logprobs", "old_logprobs", "advantages"])
-def test_nan_is_counted_and_reaches_loss_and_gradient(where: str) -> None:
+def test_nan_is_counted_and_reaches_loss_and_gradient(where: str, capability: str) -> None:
     """Fails if a comparison with NaN picks the clipped branch and hides it."""
     batch = make_batch([4], per_token=True)
     batch.mask.fill_(1)
     getattr(batch, where)[2] = torch.nan
-    loss, grad, metrics = policy_loss(batch)
+    loss, grad, metrics = policy_loss(batch, capability=capability)
     assert math.isnan(loss)
     assert grad.isnan().tolist() == [False, False, True, False]
     assert metrics["nonfinite"] == 1.0
@@ -371,5 +287,25 @@ def test_wrong_options_name_the_value() -> None:
     """Fails if a missing normalizer divides by a count, or an unknown code picks a default."""
     with pytest.raises(ValueError, match="normalizer must be > 0 .*got 0"):
         policy_loss(make_batch([2]), aggregation="constant")
-    with pytest.raises(ValueError, match="ddof must be 0 or 1, got 2"):
-        advantages([1.0, 2.0], [[0, 1]], ddof=2)
+
+
+@each_capability
+@pytest.mark.parametrize("n", [1, 3, 7, 8, 9, 17])
+def test_every_tail_and_mask_byte(capability: str, n: int) -> None:
+    """Fails if lanes beyond a short sequence count, or only the mask's lowest bit is looked at."""
+    batch = make_batch([n, 2 * n], per_token=True)
+    batch.mask = (batch.mask * torch.randint(1, 256, (3 * n,))).to(torch.uint8)
+    exact_loss, exact_grad = autograd_loss(batch, kl_coef=0.1)
+    loss, grad, metrics = policy_loss(batch, kl_coef=0.1, capability=capability)
+    assert loss == pytest.approx(exact_loss, rel=1e-6, abs=1e-7)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-6, atol=1e-9)
+    assert metrics["tokens"] == (batch.mask != 0).sum()
+
+
+@pytest.mark.parametrize("offsets", [[1, 4], [0, 3, 2], [0, 5]])
+def test_wrong_offsets_are_named(offsets: list[int]) -> None:
+    """Fails if offsets that run backwards or past the tokens are followed into other memory."""
+    batch = make_batch([4])
+    batch.offsets = torch.tensor(offsets)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to at most 4, got"):
+        policy_loss(batch)
