@@ -176,18 +176,18 @@ void ban_tokens_cuda(Address logits, int dtype, int64_t n_rows, int64_t row_stri
 }
 
 int logits_grpo_loss_cluster(int dtype, int64_t vocab) {
-  require(dtype >= 0 && dtype <= 2, "dtype", dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
+  require(dtype == 0 || dtype == 1, "dtype", dtype, "0 (float32) or 1 (bfloat16)");
   return r1v3::logits_grpo_loss_cluster(dtype, vocab);
 }
 
 void logits_grpo_loss_cuda(Address logits, std::array<int64_t, 3> logits_layout, Address gradient,
                            std::array<int64_t, 3> gradient_layout, int dtype, int64_t n_rows,
                            int64_t width, int64_t vocab, Address token_ids, Address shares,
-                           Address inverse, Address old_logprobs, Address advantages,
-                           Address weights, Address ref_logprobs, double temperature,
+                           Address old_logprobs, Address advantages, Address weights,
+                           Address ref_logprobs, double temperature,
                            double clip_low, double clip_high, double dual_clip, double kl_coef,
                            int kl, Address logprobs, Address entropy, int blocks, Address stream) {
-  require(dtype >= 0 && dtype <= 2, "dtype", dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
+  require(dtype == 0 || dtype == 1, "dtype", dtype, "0 (float32) or 1 (bfloat16)");
   require(temperature > 0.0, "temperature", temperature, "> 0");
   require(kl >= 0 && kl <= 2, "kl", kl, "0 (k1), 1 (k2) or 2 (k3)");
   require(vocab >= 0 && vocab <= width, "vocab", static_cast<double>(vocab), "in [0, width]");
@@ -197,9 +197,8 @@ void logits_grpo_loss_cuda(Address logits, std::array<int64_t, 3> logits_layout,
   };
   const char* error = r1v3::logits_grpo_loss_cuda(
       layout(logits, logits_layout), layout(gradient, gradient_layout), dtype, n_rows, width, vocab,
-      {at<const int64_t>(token_ids), at<const float>(shares), at<const float>(inverse),
-       at<const float>(old_logprobs), at<const float>(advantages), at<const float>(weights),
-       at<const float>(ref_logprobs)},
+      {at<const int64_t>(token_ids), at<const float>(shares), at<const float>(old_logprobs),
+       at<const float>(advantages), at<const float>(weights), at<const float>(ref_logprobs)},
       {temperature, clip_low, clip_high, dual_clip, kl_coef, kl}, at<float>(logprobs),
       at<float>(entropy), blocks, at<void>(stream));
   if (error) throw std::runtime_error(std::string("logits_grpo_loss_cuda: ") + error);
@@ -257,10 +256,10 @@ PYBIND11_MODULE(_C, m) {
         "Blocks per cluster that hold such a row on the current device, 0 where none do.");
   m.def("logits_grpo_loss_cuda", &logits_grpo_loss_cuda, WithoutGil(), arg("logits"),
         arg("logits_layout"), arg("gradient"), arg("gradient_layout"), arg("dtype"), arg("n_rows"),
-        arg("width"), arg("vocab"), arg("token_ids"), arg("shares"), arg("inverse"),
-        arg("old_logprobs"), arg("advantages"), arg("weights"), arg("ref_logprobs"),
-        arg("temperature"), arg("clip_low"), arg("clip_high"), arg("dual_clip"), arg("kl_coef"),
-        arg("kl"), arg("logprobs"), arg("entropy"), arg("blocks"), arg("stream"));
+        arg("width"), arg("vocab"), arg("token_ids"), arg("shares"), arg("old_logprobs"),
+        arg("advantages"), arg("weights"), arg("ref_logprobs"), arg("temperature"),
+        arg("clip_low"), arg("clip_high"), arg("dual_clip"), arg("kl_coef"), arg("kl"),
+        arg("logprobs"), arg("entropy"), arg("blocks"), arg("stream"));
   m.attr("built_with_cuda") = true;
 #else
   m.attr("built_with_cuda") = false;

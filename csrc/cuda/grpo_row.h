@@ -17,7 +17,6 @@
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #define R1V3_BOTH __host__ __device__ __forceinline__
 #else
 #define R1V3_BOTH inline
@@ -39,7 +38,6 @@ constexpr float kLogRatioLimit = 20.0f;
 constexpr int64_t kIgnored = -100;
 
 struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
 struct alignas(kVectorBytes) Vector { uint32_t words[4]; };
 
 template <typename T>
@@ -87,7 +85,7 @@ R1V3_BOTH float exp2_fast(float x) {
 
 R1V3_BOTH bool finite(float x) { return x - x == 0.0f; }
 
-R1V3_BOTH uint32_t pack_pair(float low, float high, bf16) {
+R1V3_BOTH uint32_t pack_pair(float low, float high) {
 #ifdef __CUDA_ARCH__
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
@@ -102,34 +100,9 @@ R1V3_BOTH uint32_t pack_pair(float low, float high, bf16) {
 #endif
 }
 
-R1V3_BOTH uint32_t pack_pair(float low, float high, fp16) {
-#ifdef __CUDA_ARCH__
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-#else
-  const _Float16 pair[2] = {static_cast<_Float16>(low), static_cast<_Float16>(high)};
-  uint32_t bits;
-  std::memcpy(&bits, pair, sizeof bits);
-  return bits;
-#endif
-}
-
-R1V3_BOTH void unpack_pair(uint32_t bits, float& low, float& high, bf16) {
+R1V3_BOTH void unpack_pair(uint32_t bits, float& low, float& high) {
   low = as_float(bits << 16);
   high = as_float(bits & 0xffff0000u);
-}
-
-R1V3_BOTH void unpack_pair(uint32_t bits, float& low, float& high, fp16) {
-#ifdef __CUDA_ARCH__
-  const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&bits));
-  low = pair.x;
-  high = pair.y;
-#else
-  _Float16 pair[2];
-  std::memcpy(pair, &bits, sizeof pair);
-  low = static_cast<float>(pair[0]);
-  high = static_cast<float>(pair[1]);
-#endif
 }
 
 template <typename T>
@@ -137,7 +110,7 @@ R1V3_BOTH void unpack(const Vector& vector, float (&x)[kLanes<T>]) {
   if constexpr (sizeof(T) == 4) {
     for (int i = 0; i < 4; ++i) x[i] = as_float(vector.words[i]);
   } else {
-    for (int i = 0; i < 4; ++i) unpack_pair(vector.words[i], x[2 * i], x[2 * i + 1], T{});
+    for (int i = 0; i < 4; ++i) unpack_pair(vector.words[i], x[2 * i], x[2 * i + 1]);
   }
 }
 
@@ -147,7 +120,7 @@ R1V3_BOTH Vector pack(const float (&x)[kLanes<T>]) {
   if constexpr (sizeof(T) == 4) {
     std::memcpy(vector.words, x, sizeof vector.words);
   } else {
-    for (int i = 0; i < 4; ++i) vector.words[i] = pack_pair(x[2 * i], x[2 * i + 1], T{});
+    for (int i = 0; i < 4; ++i) vector.words[i] = pack_pair(x[2 * i], x[2 * i + 1]);
   }
   return vector;
 }
@@ -158,7 +131,7 @@ R1V3_BOTH float to_float(T x) {
     return x;
   } else {
     float low, high;
-    unpack_pair(x.bits, low, high, T{});
+    unpack_pair(x.bits, low, high);
     return low;
   }
 }
@@ -168,7 +141,7 @@ R1V3_BOTH T from_float(float x) {
   if constexpr (sizeof(T) == 4) {
     return x;
   } else {
-    return T{static_cast<uint16_t>(pack_pair(x, 0.0f, T{}) & 0xffffu)};
+    return T{static_cast<uint16_t>(pack_pair(x, 0.0f) & 0xffffu)};
   }
 }
 

@@ -45,7 +45,6 @@ __device__ Token token_of(const GrpoTokens& tokens, int64_t row) {
   token.advantage = token.old_logprob = token.ref_logprob = 0.0f;
   token.weight = 1.0f;
   if (token.share != 0.0f) {  // what a masked token holds is never read
-    token.share *= *tokens.inverse;
     token.advantage = tokens.advantages[row];
     if (token.has_old) token.old_logprob = tokens.old_logprobs[row];
     if (token.has_ref) token.ref_logprob = tokens.ref_logprobs[row];
@@ -224,8 +223,7 @@ size_t slice_bytes(int dtype, int64_t vocab, int blocks) {
 
 const void* kernel_of(int dtype) {
   if (dtype == 0) return reinterpret_cast<const void*>(&logits_grpo_loss_kernel<float>);
-  if (dtype == 1) return reinterpret_cast<const void*>(&logits_grpo_loss_kernel<bf16>);
-  return reinterpret_cast<const void*>(&logits_grpo_loss_kernel<fp16>);
+  return reinterpret_cast<const void*>(&logits_grpo_loss_kernel<bf16>);
 }
 
 cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {

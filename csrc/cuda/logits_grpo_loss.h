@@ -12,11 +12,10 @@ struct RowLayout {
 };
 
 // Device memory of n tokens; null means absent for old_logprobs, weights and ref_logprobs.
-// `shares` is what each token's loss counts in the total before the division by the normalizer,
-// 0 for tokens that do not count; `inverse` is 1 / normalizer, one number.
+// `shares` is what each token's loss is multiplied with in the total, 0 for tokens that do not count.
 struct GrpoTokens {
   const int64_t* labels;
-  const float *shares, *inverse, *old_logprobs, *advantages, *weights, *ref_logprobs;
+  const float *shares, *old_logprobs, *advantages, *weights, *ref_logprobs;
 };
 
 struct GrpoOptions {
@@ -25,7 +24,7 @@ struct GrpoOptions {
 };
 
 // Blocks per cluster with which the current device can keep a row of `vocab` logits of this dtype
-// (0 float32, 1 bfloat16, 2 float16) in shared memory, and 0 where it cannot: an architecture
+// (0 float32, 1 bfloat16) in shared memory, and 0 where it cannot: an architecture
 // before sm_90, a row that is too long, or no driver.
 int logits_grpo_loss_cluster(int dtype, int64_t vocab);
 

@@ -7,6 +7,7 @@ from r1v3.kernels.ban_tokens import ban_tokens_
 from r1v3.kernels.group_advantages import group_advantages
 from r1v3.kernels.grpo_loss import grpo_loss
 from r1v3.kernels.linear import linear_grpo_loss, linear_logprobs_and_entropy
+from r1v3.kernels.logits_grpo_loss import logits_grpo_loss
 from r1v3.kernels.logprobs_and_entropy import (
     entropy_from_logits,
     logprobs_and_entropy,
@@ -20,6 +21,7 @@ __all__ = [
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logprobs_and_entropy",
+    "logits_grpo_loss",
     "logprobs_and_entropy",
     "selective_log_softmax",
 ]

@@ -140,7 +140,6 @@ def _stream(pointers, inside):
 def _merge_kernel(
     stats_ptr,
     ids_ptr,
-    keep_ptr,
     shard_ptr,
     merged_ptr,
     logprobs_ptr,
@@ -152,7 +151,6 @@ def _merge_kernel(
     parts,
     FINAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
     HAS_SHARD: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -187,9 +185,6 @@ def _merge_kernel(
             logprobs = tl.where(dead, -float("inf"), (t - m) / temperature - log_s)
             logprobs = tl.where((token < 0) | (token >= vocab), float("nan"), logprobs)
             logprobs = tl.where(token == -100, 0.0, logprobs)
-            if HAS_KEEP:
-                kept = tl.load(keep_ptr + row, mask=inside, other=0) != 0
-                logprobs = tl.where(kept, logprobs, 0.0)
         tl.store(logprobs_ptr + row, logprobs, mask=inside)
     else:
         at = merged_ptr + row * 4
@@ -264,7 +259,7 @@ def row_statistics(
         logits: from `as_rows`; token_ids: [n] global ids; rows: int64 [n] or None.
         vocab: columns to read; shard: int64 [2] on the device, (first id, true vocabulary), which
             bounds them further, or None.
-        keep: bool [n] or None; a row that is not kept is not read.
+        keep: bool [n] or None; a row that is not kept is not read: it counts as all -inf.
     """
     layout = Layout(logits)
     n = logits.shape[:-1].numel() if rows is None else rows.shape[0]
@@ -290,24 +285,19 @@ def merge_parts(stats: Tensor, temperature: float) -> Tensor:
         programs, rows, parts = _merge_grid(stats)
         with devices.launching_on(stats):
             _merge_kernel[(programs,)](
-                stats, None, None, None, merged, None, None, None, n, 0, float(temperature),
-                stats.shape[0], FINAL=False, HAS_IDS=False, HAS_KEEP=False, HAS_SHARD=False,
-                PARTS=parts, ROWS=rows,
+                stats, None, None, merged, None, None, None, n, 0, float(temperature),
+                stats.shape[0], FINAL=False, HAS_IDS=False, HAS_SHARD=False, PARTS=parts,
+                ROWS=rows,
             )  # fmt: skip
     return merged
 
 
 def finalize(
-    stats: Tensor,
-    token_ids: Tensor | None,
-    temperature: float,
-    vocab: int,
-    shard: Tensor | None,
-    keep: Tensor | None = None,
+    stats: Tensor, token_ids: Tensor | None, temperature: float, vocab: int, shard: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[parts, n, 4] -> logprobs [n], entropy [n], saved [n, 3] = (m, log s, entropy).
 
-    A label outside the vocabulary gives NaN, -100 gives 0, and so does a row that is not kept.
+    A label outside the vocabulary gives NaN, -100 gives 0.
     """
     n = stats.shape[1]
     logprobs = torch.empty(n, dtype=torch.float32, device=stats.device)
@@ -316,8 +306,8 @@ def finalize(
         programs, rows, parts = _merge_grid(stats)
         with devices.launching_on(stats):
             _merge_kernel[(programs,)](
-                stats, token_ids, _flags(keep), shard, None, logprobs, entropy, saved, n, vocab,
+                stats, token_ids, shard, None, logprobs, entropy, saved, n, vocab,
                 float(temperature), stats.shape[0], FINAL=True, HAS_IDS=token_ids is not None,
-                HAS_KEEP=keep is not None, HAS_SHARD=shard is not None, PARTS=parts, ROWS=rows,
+                HAS_SHARD=shard is not None, PARTS=parts, ROWS=rows,
             )  # fmt: skip
     return logprobs, entropy, saved

@@ -25,6 +25,7 @@ def forward(
     group_name: str,
     shard: Tensor | None = None,
     with_entropy: bool = True,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities [n], entropy [n], what the backward needs [n, 3], shard bounds.
 
@@ -34,6 +35,8 @@ def forward(
         shard: the bounds that an earlier call with this group returned, or None to ask for them.
         with_entropy: False where nobody looks at the entropy, which then may hold anything; the
             host kernels save a part of their arithmetic.
+        keep: bool [n], rows somebody looks at; Triton does not read the others, whose entropy is
+            then 0. Elsewhere `rows` does this.
     """
     width = logits.shape[-1]
     if shard is None and group_name:
@@ -42,7 +45,7 @@ def forward(
         shard = torch.empty(0, dtype=torch.int64, device=logits.device)
     if devices.runs_triton(logits) and temperature > 0:
         return *_forward_triton(
-            logits, token_ids, rows, temperature, vocab_size, shard, group_name
+            logits, token_ids, rows, temperature, vocab_size, shard, group_name, keep
         ), shard
     first, vocab, true_size = _columns(width, vocab_size, shard)
     ids = None if token_ids is None else token_ids.to(torch.int64).contiguous()
@@ -121,13 +124,14 @@ def _forward_triton(
     vocab_size: int | None,
     shard: Tensor,
     group_name: str,
+    keep: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from r1v3.kernels import logits_triton
 
     bounds = shard if group_name else None
     vocab = logits.shape[-1] if group_name or vocab_size is None else vocab_size
     stats = logits_triton.row_statistics(
-        logits_triton.as_rows(logits), token_ids, rows, temperature, vocab, bounds
+        logits_triton.as_rows(logits), token_ids, rows, temperature, vocab, bounds, keep
     )
     if group_name:
         merged = logits_triton.merge_parts(stats, temperature)

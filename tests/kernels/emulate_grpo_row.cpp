@@ -134,7 +134,7 @@ Result row(const T* in, T* out, int64_t vocab, int blocks, const Token& token,
 
 }  // namespace
 
-// dtype 0 float32, 1 bfloat16, 2 float16; in may be out; reads and writes are [vocab] counters.
+// dtype 0 float32, 1 bfloat16; in may be out; reads and writes are [vocab] counters.
 // token: share, old log-probability, advantage, weight, reference log-probability.
 // options: temperature, clip low, clip high, dual clip, KL coefficient.
 // Returns false when a 16-byte access would have been unaligned.
@@ -150,7 +150,7 @@ extern "C" bool emulate(int dtype, const void* in, void* out, int64_t vocab, int
     return row(static_cast<const T*>(in), static_cast<T*>(out), vocab, blocks, known, chosen,
                traffic);
   };
-  const Result result = dtype == 0 ? run(0.0f) : dtype == 1 ? run(bf16{}) : run(fp16{});
+  const Result result = dtype == 0 ? run(0.0f) : run(bf16{});
   logprob_and_entropy[0] = result.logprob;
   logprob_and_entropy[1] = result.entropy;
   return !traffic.misplaced;

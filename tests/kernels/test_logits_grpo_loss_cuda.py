@@ -22,7 +22,7 @@ from tests.kernels.conftest import INTERPRETED
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc/cuda/logits_grpo_loss.cu"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 OPTIONS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "kl_coef": 0.1, "kl": "k3"}
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing here is a Triton kernel")
 
@@ -119,10 +119,11 @@ def check(emulator: Any, row: Tensor, label: int, blocks: int, in_place: bool = 
     got = emulate(emulator, row, label, blocks, token, 0.8, in_place=in_place)
     for value, plain, truth in zip(got[:2], single[:2], want[:2], strict=True):
         assert abs(value - truth) <= 2 * abs(plain - truth) + 2e-6 * max(1, abs(truth))
-    rounding = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[row.dtype]
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}[row.dtype]
     error = (got[2].double() - want[2]).abs()
-    # Halves below 6e-8 are rounded to a multiple of it.
-    assert (error <= (rounding + 1e-5) * want[2].abs() + 6e-8).all(), error.max()
+    allowed = (rounding + 1e-5) * want[2].abs() + 1e-12
+    allowed[label] += 1e-7  # 1 - p cancels
+    assert (error <= allowed).all(), (error - allowed).max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

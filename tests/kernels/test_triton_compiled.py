@@ -79,8 +79,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
     merge = {
         "stats_ptr": f, "ids_ptr": i, "shard_ptr": i, "merged_ptr": None, "logprobs_ptr": f,
         "entropy_ptr": f, "saved_ptr": f, "temperature": "fp32", "parts": "i32", "FINAL": True,
-        "HAS_IDS": True, "HAS_KEEP": True, "keep_ptr": u, "HAS_SHARD": True, "PARTS": 32,
-        "ROWS": 16,
+        "HAS_IDS": True, "HAS_SHARD": True, "PARTS": 32, "ROWS": 16,
     }  # fmt: skip
     advantages = {
         "rewards_ptr": f, "order_ptr": i, "offsets_ptr": i, "batch_std_ptr": None, "out_ptr": f,

@@ -11,7 +11,14 @@ from tests.kernels.conftest import INTERPRETED
 
 pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
-SUITE = ("logprobs_and_entropy", "group_advantages", "grpo_loss", "linear", "ban_tokens")
+SUITE = (
+    "logprobs_and_entropy",
+    "group_advantages",
+    "grpo_loss",
+    "linear",
+    "linear_grpo",
+    "ban_tokens",
+)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter")

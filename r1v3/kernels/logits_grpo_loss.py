@@ -1,0 +1,323 @@
+"""The GRPO loss of logits, and its gradient in the same pass over them.
+
+What a token's loss counts in the total is known before its log-probability, and the rest of its
+gradient depends on no other token. So a row's gradient follows at once from its statistics:
+read by the statistics, still in fast memory, and written.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from r1v3.kernels import devices, logits_grpo_loss_cuda, reference, softmax_rows
+from r1v3.kernels.arguments import (
+    AGGREGATIONS,
+    KL_ESTIMATORS,
+    as_scalar,
+    check_logits,
+    check_token_ids,
+)
+from r1v3.kernels.grpo_loss import _check_options, grpo_loss
+from r1v3.kernels.linear import _per_token
+from r1v3.kernels.logprobs_and_entropy import logprobs_and_entropy
+from r1v3.kernels.vocab_parallel import group_name
+
+# Logits of this many bytes per thread are read twice while they are in the cache of the host.
+HOST_CHUNK = 4 * 2**20
+LOSS_BLOCK = 1024
+
+
+def logits_grpo_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    *,
+    ref_logprobs: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k3",
+    aggregation: str = "sequence-mean",
+    cu_seqlens: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    group: ProcessGroup | None = None,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`grpo_loss` of the log-probabilities of `logits`, with their gradient in the same pass.
+
+    Where logits require a gradient it is computed together with the loss, and the backward only
+    multiplies it by the upstream gradient, in place, or not at all where that is 1 (scale by
+    `normalizer` rather than by a factor on the loss). So a second backward raises.
+
+    Traffic per bfloat16 logit, forward and backward together: 4 bytes with the CUDA kernel (sm_90
+    on, r1v3._C built with R1V3_BUILD_CUDA=1, rows up to about 900,000 logits), 6 with Triton on
+    other devices, under torch.compile, and with `group`; on the CPU rows are read again from the
+    cache. Tokens that do not count are not read. float16, whose gradients could underflow before
+    they are scaled, and float64 go the long way: `logprobs_and_entropy`, then `grpo_loss`.
+
+    Args:
+        logits: [B, T, V], or [N, V] with cu_seqlens; float32, bfloat16, float16 or float64, any
+            strides.
+        token_ids: [B, T] or [N] integers in [0, vocabulary) or -100, whose log-probability is 0
+            and whose logits get no gradient. Labels that do not count may be anything.
+        old_logprobs ... weights: as in `grpo_loss`.
+        temperature, vocab_size, group: as in `logprobs_and_entropy`. With `group`, all ranks pass
+            the same tokens and get the same loss; there is one collective.
+        inplace_backward: `logits` may be overwritten with their gradient, by this call already:
+            they must not be read afterwards. Ignored under torch.compile, and where rows share
+            memory.
+
+    Returns:
+        loss and metrics of `grpo_loss`, and besides, detached: "entropy", the mean over valid
+        tokens, and "token_entropy" and "token_logprobs", both the shape of token_ids and 0
+        where the mask or the label -100 is.
+
+    Raises:
+        ValueError: for a shape, dtype or value that makes no sense.
+    """
+    check_logits(logits, temperature, vocab_size if group is None else None)
+    shape = tuple(logits.shape[:-1])
+    check_token_ids(token_ids, shape)
+    _check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
+    mask, tokens = _per_token(
+        shape, reference.accumulation_dtype(logits), loss_mask, cu_seqlens, aggregation,
+        normalizer, advantages, old_logprobs, ref_logprobs, weights,
+    )  # fmt: skip
+    keep = mask & (token_ids.reshape(-1) != reference.IGNORED_TOKEN)
+    ids = torch.where(keep, token_ids.reshape(-1), reference.IGNORED_TOKEN).to(torch.int64)
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    at_once = logits.dtype in logits_grpo_loss_cuda.SUPPORTED
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    if at_once:
+        arguments = (
+            ids, *tokens, as_scalar(temperature), vocab_size, group_name(group),
+            clip_low, clip_high, dual_clip or 0.0, kl_coef, KL_ESTIMATORS.index(kl),
+        )  # fmt: skip
+        x = logits.detach()
+        if wanted and inplace and softmax_rows.writable_in_place(logits):
+            (logprobs, entropy), gradient = _logits_grpo_(x, *arguments), x
+        else:
+            logprobs, entropy, gradient = _logits_grpo(x, wanted, *arguments)
+    else:
+        logprobs, entropy = logprobs_and_entropy(
+            logits, ids.view(shape), temperature=temperature, vocab_size=vocab_size, group=group,
+            inplace_backward=inplace_backward,
+        )  # fmt: skip
+        entropy = torch.where(keep, entropy.detach().reshape(-1), 0.0)
+    loss, metrics = grpo_loss(
+        logprobs.view(shape), old_logprobs, advantages, loss_mask, ref_logprobs=ref_logprobs,
+        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef, kl=kl,
+        aggregation=aggregation, cu_seqlens=cu_seqlens, normalizer=normalizer, weights=weights,
+    )  # fmt: skip
+    if at_once and wanted:
+        loss = _with_logits_gradient(loss, logits, gradient)
+    metrics["entropy"] = entropy.sum() / metrics["tokens"].clamp(min=1)
+    metrics["token_entropy"] = entropy.view(shape)
+    metrics["token_logprobs"] = logprobs.detach().view(shape)
+    return loss, metrics
+
+
+@torch.library.custom_op("r1v3::logits_grpo", mutates_args=())
+def _logits_grpo(
+    logits: Tensor,
+    with_gradient: bool,
+    token_ids: Tensor,
+    share: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    temperature: Tensor,
+    vocab_size: int | None,
+    group: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [n], entropy [n], and the gradient, like logits or empty.
+
+    Tokens with share 0 or label -100 give 0 for all three.
+    """
+    gradient = logits.new_empty(logits.shape if with_gradient else (0,))
+    tokens = share, advantages, old_logprobs, ref_logprobs, weights
+    logprobs, entropy = _compute(
+        logits, gradient if with_gradient else None, token_ids, tokens, float(temperature),
+        vocab_size, group, (clip_low, clip_high, dual_clip, kl_coef, kl),
+    )  # fmt: skip
+    return logprobs, entropy, gradient
+
+
+@_logits_grpo.register_fake
+def _(
+    logits: Tensor, with_gradient: bool, token_ids: Tensor, share: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = share.new_empty(share.shape)
+    gradient = logits.new_empty(logits.shape if with_gradient else (0,))
+    return logprobs, torch.empty_like(logprobs), gradient
+
+
+@torch.library.custom_op("r1v3::logits_grpo_", mutates_args=("logits",))
+def _logits_grpo_(
+    logits: Tensor,
+    token_ids: Tensor,
+    share: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    temperature: Tensor,
+    vocab_size: int | None,
+    group: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl: int,
+) -> tuple[Tensor, Tensor]:
+    """As `_logits_grpo`, with the gradient in place of the logits."""
+    tokens = share, advantages, old_logprobs, ref_logprobs, weights
+    return _compute(
+        logits, logits, token_ids, tokens, float(temperature), vocab_size, group,
+        (clip_low, clip_high, dual_clip, kl_coef, kl),
+    )  # fmt: skip
+
+
+@_logits_grpo_.register_fake
+def _(logits: Tensor, token_ids: Tensor, share: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return share.new_empty(share.shape), share.new_empty(share.shape)
+
+
+@torch.library.custom_op("r1v3::with_logits_gradient", mutates_args=())
+def _with_logits_gradient(loss: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
+    """The loss [], whose gradient by the logits is known."""
+    return loss.clone()
+
+
+@_with_logits_gradient.register_fake
+def _(loss: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(loss)
+
+
+@torch.library.custom_op("r1v3::scale_", mutates_args=("tensor",))
+def _scale_(tensor: Tensor, factor: Tensor) -> None:
+    """tensor *= factor [], without touching the tensor where factor is 1, and without waiting."""
+    if devices.runs_triton(tensor) and tensor.is_contiguous():
+        from r1v3.kernels import scale_triton
+
+        scale_triton.scale_(tensor, factor)
+    elif tensor.device.type != "cpu" or float(factor) != 1:
+        tensor.mul_(factor)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.consumed = False
+    ctx.save_for_backward(inputs[2])
+
+
+def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
+    if ctx.consumed:
+        raise RuntimeError(
+            "logits_grpo_loss has handed out the gradient of its logits, which exists once; "
+            "a second backward needs a second call"
+        )
+    (gradient,) = ctx.saved_tensors
+    ctx.consumed = True
+    _scale_(gradient, grad_loss)
+    return None, gradient.detach(), None
+
+
+_with_logits_gradient.register_autograd(_backward, setup_context=_save)
+
+_Tokens = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+_Options = tuple[float, float, float, float, int]
+
+
+def _compute(
+    logits: Tensor,
+    gradient: Tensor | None,
+    token_ids: Tensor,
+    tokens: _Tokens,
+    temperature: float,
+    vocab_size: int | None,
+    group: str,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropy [n]; writes the gradient, which may be the logits."""
+    vocab = logits.shape[-1] if vocab_size is None else vocab_size
+    if gradient is not None and not group and temperature > 0:
+        blocks = logits_grpo_loss_cuda.cluster(logits, vocab)
+        if blocks:
+            from r1v3.kernels.logits_triton import as_rows
+
+            share, advantages, old, ref, weights = tokens
+            return logits_grpo_loss_cuda.logits_grpo_loss(
+                as_rows(logits), as_rows(gradient), token_ids, share, advantages, old, ref,
+                weights, temperature, vocab, blocks, options,
+            )  # fmt: skip
+    if logits.device.type == "cpu" and not devices.runs_triton(logits) and not group:
+        return _on_host(logits, gradient, token_ids, tokens, temperature, vocab_size, options)
+    keep = (tokens[0] != 0) & (token_ids != reference.IGNORED_TOKEN)
+    ids = torch.where(keep, token_ids, reference.IGNORED_TOKEN)
+    logprobs, entropy, saved, shard = softmax_rows.forward(
+        logits, ids, None, temperature, vocab_size, group, keep=keep
+    )
+    if gradient is not None:
+        softmax_rows.backward(
+            logits, gradient, ids, None, temperature, vocab_size, shard, saved,
+            _slope(logprobs, keep, tokens, options), None,
+        )  # fmt: skip
+    return logprobs, torch.where(keep, entropy, 0.0)
+
+
+def _on_host(
+    logits: Tensor,
+    gradient: Tensor | None,
+    token_ids: Tensor,
+    tokens: _Tokens,
+    temperature: float,
+    vocab_size: int | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:
+    """A few rows at a time, so that the gradient finds their logits in the cache."""
+    n, width = logits.shape[:-1].numel(), logits.shape[-1]
+    x = logits.reshape(n, width)
+    out = None if gradient is None else gradient.view(n, width)
+    keep = (tokens[0] != 0) & (token_ids != reference.IGNORED_TOKEN)
+    logprobs = torch.zeros_like(tokens[0])
+    entropy = torch.zeros_like(logprobs)
+    per_thread = max(1, HOST_CHUNK // max(width * logits.element_size(), 1))
+    for start in range(0, n, per_thread * torch.get_num_threads()):
+        chunk = slice(start, start + per_thread * torch.get_num_threads())
+        rows = keep[chunk].nonzero().squeeze(-1)
+        ids = token_ids[chunk][rows]
+        of_rows = tuple(None if t is None else t[chunk][rows] for t in tokens)
+        chosen, spread, saved, shard = softmax_rows.forward(
+            x[chunk], ids, rows, temperature, vocab_size, ""
+        )
+        logprobs[chunk][rows], entropy[chunk][rows] = chosen, spread
+        if out is not None:
+            slope = _slope(chosen, torch.ones_like(ids, dtype=torch.bool), of_rows, options)
+            softmax_rows.backward(
+                x[chunk], out[chunk], ids, rows, temperature, vocab_size, shard, saved, slope, None
+            )
+    return logprobs, entropy
+
+
+def _slope(logprobs: Tensor, keep: Tensor, tokens: _Tokens, options: _Options) -> Tensor:
+    """d loss / d logprob [n], 0 for rows that are not kept."""
+    share, advantages, old, ref, weights = tokens
+    n = logprobs.shape[0]
+    blocks = torch.arange(-(-n // LOSS_BLOCK) + 1, device=logprobs.device) * LOSS_BLOCK
+    _, slope, _ = torch.ops.r1v3.grpo_loss(
+        logprobs, old, advantages, keep, ref, weights, blocks.clamp(max=n), as_scalar(1.0),
+        *options, AGGREGATIONS.index("constant"),
+    )  # fmt: skip
+    return slope.mul_(share)

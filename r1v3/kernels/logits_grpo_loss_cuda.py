@@ -1,0 +1,75 @@
+"""Launches csrc/cuda/logits_grpo_loss.cu: one read of the logits, one write of their gradient."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from r1v3.kernels import devices, host
+
+SUPPORTED = (torch.float32, torch.bfloat16)
+
+
+def cluster(logits: Tensor, vocab: int) -> int:
+    """Blocks of the cluster that holds a row of vocab logits, 0 where the kernel cannot run.
+
+    It needs r1v3._C built with CUDA, an architecture with thread-block clusters (sm_90 on) and
+    rows of at most eight multiprocessors' shared memory.
+    """
+    if not logits.is_cuda or logits.dtype not in SUPPORTED or not built():
+        return 0
+    with devices.launching_on(logits):
+        return _cluster(host.DTYPE_CODES[logits.dtype], vocab, torch.cuda.current_device())
+
+
+def built() -> bool:
+    """Whether the compiled part has the kernel."""
+    return host._C is not None and bool(host._C.built_with_cuda)
+
+
+@cache
+def _cluster(dtype: int, vocab: int, device: int) -> int:
+    return int(host._C.logits_grpo_loss_cluster(dtype, vocab))
+
+
+def logits_grpo_loss(
+    logits: Tensor,
+    gradient: Tensor,
+    token_ids: Tensor,
+    share: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    temperature: float,
+    vocab: int,
+    blocks: int,
+    options: tuple[float, float, float, float, int],
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [n] and entropy [n]; writes the gradient, which may be the logits.
+
+    Args:
+        logits, gradient: from `logits_triton.as_rows`; token_ids: int64 [n].
+        share ... weights: float32 [n]; a token with share 0 or label -100 is not read.
+        blocks: from `cluster`; options: clip_low, clip_high, dual_clip, kl_coef, kl.
+    """
+    logprobs = torch.empty(share.shape[0], dtype=torch.float32, device=logits.device)
+    entropy = torch.empty_like(logprobs)
+    given = [None if x is None else x.contiguous() for x in
+             (token_ids, share, old_logprobs, advantages, weights, ref_logprobs)]  # fmt: skip
+    with devices.launching_on(logits):
+        host._C.logits_grpo_loss_cuda(
+            logits.data_ptr(), _layout(logits), gradient.data_ptr(), _layout(gradient),
+            host.DTYPE_CODES[logits.dtype], share.shape[0], logits.shape[-1], vocab,
+            *(0 if x is None else x.data_ptr() for x in given), temperature, *options,
+            logprobs.data_ptr(), entropy.data_ptr(), blocks,
+            torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    return logprobs, entropy
+
+
+def _layout(tensor: Tensor) -> list[int]:
+    """Inner size, outer and inner stride of [outer, inner, V] in elements."""
+    view = tensor[None, None] if tensor.dim() == 1 else tensor
+    view = view[None] if view.dim() == 2 else view
+    return [max(view.shape[1], 1), view.stride(0), view.stride(1)]

@@ -1,0 +1,342 @@
+"""`logits_grpo_loss`: the loss of logits and its gradient, on every implementation here."""
+# mypy: disable-error-code="arg-type,union-attr,index"
+
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1v3.kernels import grpo_loss, logits_grpo_loss, logprobs_and_entropy, reference
+from r1v3.kernels.arguments import METRICS
+from tests.kernels.conftest import INTERPRETED
+
+pytestmark = pytest.mark.usefixtures("backend")
+B, T = 3, 5
+DTYPES = [torch.float32, torch.bfloat16]
+if not INTERPRETED:  # which is slow
+    DTYPES += [torch.float16, torch.float64]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "everything": {
+        "clip_low": 0.1, "clip_high": 0.3, "dual_clip": 2.0, "kl_coef": 0.2, "kl": "k3",
+        "aggregation": "token-mean", "temperature": 0.7, "vocab_size": 990,
+    },
+    "constant": {"aggregation": "constant", "normalizer": 40.0, "kl": "k1", "kl_coef": 0.1},
+}  # fmt: skip
+
+
+def batch(vocab: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Logits with masked tokens that hold NaN, a label -100, and ratios on both sides of 1."""
+    logits = (3 * torch.randn(B, T, vocab)).to(dtype)
+    ids = torch.randint(0, min(vocab, 990), (B, T))
+    mask = torch.rand(B, T) < 0.8
+    mask[0, :3] = torch.tensor([True, False, True])
+    exact = reference.logprobs_and_entropy(logits.double(), ids)[0].float()
+    logits[~mask] = math.nan
+    ids[0, 2] = -100
+    return {
+        "logits": logits,
+        "token_ids": ids,
+        "old_logprobs": exact + 0.4 * torch.randn(B, T),
+        "advantages": torch.randn(B, T),
+        "loss_mask": mask,
+        "ref_logprobs": exact + 0.3 * torch.randn(B, T),
+        "weights": torch.rand(B) + 0.5,
+    }
+
+
+def specified(given: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+    """Loss, gradient and metrics by the specification, with logits in this dtype."""
+    x = given["logits"].to(dtype, copy=True).requires_grad_()
+    keep = given["loss_mask"] & (given["token_ids"] != -100)
+    rows = keep.reshape(-1).nonzero().squeeze(-1)
+    temperature, vocab = options.pop("temperature", 1.0), options.pop("vocab_size", None)
+    chosen, spread = reference.logprobs_and_entropy(
+        x, given["token_ids"], temperature=temperature, vocab_size=vocab, rows=rows
+    )
+    zero = chosen.new_zeros(B * T)
+    logprobs, entropy = zero.index_copy(0, rows, chosen), zero.index_copy(0, rows, spread)
+    loss, _, metrics = reference.grpo_loss(
+        logprobs, given["old_logprobs"].reshape(-1), given["advantages"].reshape(-1),
+        given["loss_mask"].reshape(-1), torch.arange(B + 1) * T,
+        ref_logprobs=given["ref_logprobs"].reshape(-1), weights=given["weights"], **options,
+    )  # fmt: skip
+    loss.backward()
+    return {
+        "loss": loss.detach(),
+        "gradient": x.grad,
+        **dict(zip(METRICS, metrics.detach(), strict=True)),
+        "token_logprobs": logprobs.detach().view(B, T),
+        "token_entropy": entropy.detach().view(B, T),
+        "entropy": entropy.detach().sum() / given["loss_mask"].sum(),
+    }
+
+
+def run(given: dict[str, Tensor], factor: float = 1.0, **options: Any) -> dict[str, Tensor]:
+    leaf = given["logits"].clone().requires_grad_()
+    loss, metrics = logits_grpo_loss(**{**given, "logits": leaf * 1}, **options)
+    (factor * loss).backward()
+    return {"loss": loss.detach(), "gradient": leaf.grad, **metrics}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_matches_float64(name: str, dtype: torch.dtype) -> None:
+    """Fails if a result is less accurate than the specification in float32 allows."""
+    given = batch(1003, dtype)
+    truth = specified(given, torch.float64, **OPTIONS[name])
+    single = specified(given, torch.float32, **OPTIONS[name])
+    got = run(given, **OPTIONS[name])
+    assert set(got) == set(truth)
+    for key, exact in truth.items():
+        error = (got[key].double() - exact).abs()
+        plain = (single[key].double() - exact).abs().max()
+        # One rounding of the gradient to the dtype of the logits; the interpreter truncates.
+        ulp = torch.finfo(dtype).eps * (1 if INTERPRETED else 0.5)
+        rounding = ulp * exact.abs() if key == "gradient" else 0.0
+        tiny = torch.finfo(dtype).smallest_normal * ulp
+        assert (error <= 2 * plain + 1e-5 * exact.abs().max() + rounding + tiny).all(), key
+    masked = ~given["loss_mask"] | (given["token_ids"] == -100)
+    assert (got["gradient"][masked] == 0).all()
+    assert (got["token_logprobs"][masked] == 0).all() and (got["token_entropy"][masked] == 0).all()
+    assert (got["gradient"][..., 990:] == 0).all() or name != "everything"
+
+
+def test_model_vocabulary() -> None:
+    """Fails at rows of 151,674 logits, most of which start off 16-byte boundaries."""
+    logits = (3 * torch.randn(1, 3, 151_674)).bfloat16()
+    ids = torch.tensor([[151_673, 0, 70_000]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    leaf, other = (logits.clone().requires_grad_() for _ in range(2))
+    loss, _ = logits_grpo_loss(leaf, ids, None, torch.tensor([1.5]), mask)
+    loss.backward()
+    logprobs, _ = reference.logprobs_and_entropy(other.double(), ids)
+    expected = -(1.5 * (logprobs - logprobs.detach()).exp()).mean()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=2**-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.5])
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_in_place_is_the_same(dtype: torch.dtype, factor: float) -> None:
+    """Fails if the gradient in place has other bits or memory, or an upstream factor is lost."""
+    given = batch(1003, dtype)
+    apart = run(given, factor)
+    leaf = given["logits"].clone().requires_grad_()
+    x = leaf * 1
+    x.retain_grad()
+    loss, _ = logits_grpo_loss(**{**given, "logits": x}, inplace_backward=True)
+    (factor * loss).backward(retain_graph=True)
+    assert torch.equal(leaf.grad, apart["gradient"]) and torch.equal(loss.detach(), apart["loss"])
+    assert x.grad.data_ptr() == x.data_ptr() or torch.equal(x.grad, x.detach())
+    with pytest.raises(RuntimeError, match="second"):
+        loss.backward()
+    unscaled = run(given)["gradient"].double()
+    torch.testing.assert_close(
+        apart["gradient"].double(), factor * unscaled, rtol=2 * torch.finfo(dtype).eps, atol=1e-7
+    )
+
+
+def test_second_backward_says_why() -> None:
+    """Fails if a gradient that was handed out, and perhaps changed, is handed out again."""
+    given = batch(40)
+    leaf = given["logits"].clone().requires_grad_()
+    loss, _ = logits_grpo_loss(**{**given, "logits": leaf})
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward needs a second call"):
+        loss.backward()
+
+
+def test_equals_the_loss_of_its_log_probabilities() -> None:
+    """Fails if this op and `grpo_loss` of `logprobs_and_entropy` mean different things."""
+    given = batch(300)
+    given["logits"] = torch.randn(B, T, 300)
+    got = run(given, kl_coef=0.1)
+    leaf = given["logits"].clone().requires_grad_()
+    logprobs, entropy = logprobs_and_entropy(leaf, given["token_ids"])
+    tokens = {k: v for k, v in given.items() if k not in ("logits", "token_ids")}
+    loss, metrics = grpo_loss(logprobs, kl_coef=0.1, **tokens)
+    loss.backward()
+    torch.testing.assert_close(got["loss"], loss.detach())
+    torch.testing.assert_close(got["gradient"], leaf.grad)
+    for name in METRICS:
+        torch.testing.assert_close(got[name], metrics[name])
+    valid = given["loss_mask"] & (given["token_ids"] != -100)
+    torch.testing.assert_close(got["token_entropy"][valid], entropy.detach()[valid])
+
+
+def test_packed_equals_padded() -> None:
+    """Fails if cu_seqlens cut the tokens elsewhere than the rows of a batch."""
+    given = batch(120)
+    padded = run(given)
+    flat = {k: v if k == "weights" else v.flatten(0, 1) for k, v in given.items()}
+    packed = run(flat, cu_seqlens=torch.arange(B + 1) * T)
+    assert torch.equal(padded["loss"], packed["loss"])
+    assert torch.equal(padded["gradient"], packed["gradient"].view_as(padded["gradient"]))
+
+
+def test_without_gradient() -> None:
+    """Fails if evaluation computes or keeps a gradient, or gives another loss."""
+    given = batch(77)
+    loss, metrics = logits_grpo_loss(**given)
+    assert not loss.requires_grad
+    with torch.no_grad():
+        again, _ = logits_grpo_loss(**{**given, "logits": given["logits"].clone().requires_grad_()})
+    trained = run(given)
+    assert torch.equal(loss, again) and torch.equal(loss, trained["loss"])
+    assert torch.equal(metrics["token_entropy"], trained["token_entropy"])
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_nothing_counts(rows: int) -> None:
+    """Fails if a batch without a valid token, or without tokens, gives NaN."""
+    logits = torch.full((rows, 3, 9), math.nan, requires_grad=True)
+    loss, metrics = logits_grpo_loss(
+        logits, torch.full((rows, 3), 77), None, torch.ones(rows), torch.zeros(rows, 3)
+    )
+    loss.backward()
+    assert loss == 0 and metrics["tokens"] == 0 and metrics["entropy"] == 0
+    assert (logits.grad == 0).all()
+
+
+def test_edge_rows() -> None:
+    """Fails if -inf logits give NaN, or NaN and +inf do not stay in their own row."""
+    logits = torch.randn(1, 5, 4500)
+    logits[0, 0, :4400] = -math.inf
+    logits[0, 1] = -math.inf
+    logits[0, 2, 77] = math.nan
+    logits[0, 3, 4499] = math.inf
+    ids = torch.tensor([[4450, 5, 6, 7, 8]])
+    leaf = logits.clone().requires_grad_()
+    old = torch.full((1, 5), -9.0)
+    loss, metrics = logits_grpo_loss(leaf, ids, old, torch.ones(1), torch.ones(1, 5))
+    loss.backward()
+    assert metrics["token_logprobs"][0, 1] == -math.inf and metrics["token_entropy"][0, 1] == 0
+    assert metrics["nonfinite"] == 3
+    broken = [False, False, True, True, False]
+    assert metrics["token_entropy"][0].isnan().tolist() == broken
+    assert leaf.grad[0].isnan().any(-1).tolist() == broken
+    assert (leaf.grad[0, 1] == 0).all() and (leaf.grad[0, 0, :4400] == 0).all()
+
+
+def test_any_layout() -> None:
+    """Fails if strides of the logits change the result, or shared memory is overwritten."""
+    given = batch(60)
+    given["logits"] = torch.randn(B, T, 60)
+    expected = run(given)
+    wide = torch.randn(B, T + 1, 64)
+    wide[:, :-1, :60] = given["logits"]
+    views = {
+        "cut": wide[:, :-1, :60],
+        "transposed": given["logits"].transpose(0, 1).contiguous().transpose(0, 1),
+        "columns": given["logits"].repeat_interleave(2, -1)[..., ::2],
+    }
+    for inplace in (False, True):
+        for view in views.values():
+            x = view.detach().requires_grad_()
+            loss, _ = logits_grpo_loss(**{**given, "logits": x}, inplace_backward=inplace)
+            loss.backward()
+            assert torch.equal(loss.detach(), expected["loss"])
+            torch.testing.assert_close(x.grad, expected["gradient"])
+    shared = torch.randn(1, 1, 60, requires_grad=True)
+    kept = shared.detach().clone()
+    together = {**given, "logits": shared.expand(B, T, 60)}
+    logits_grpo_loss(**together, inplace_backward=True)[0].backward()
+    assert torch.equal(shared.detach(), kept)
+
+
+def test_wrong_labels_and_arguments_raise(backend: str) -> None:
+    """Fails if a label of a token that counts is wrong and goes through, or masked ones matter."""
+    given = batch(50)
+    given["token_ids"][~given["loss_mask"]] = 10**9
+    run(given)
+    if backend != "triton":
+        given["token_ids"][0, 0] = 50
+        with pytest.raises(ValueError, match=r"token_ids must be in \[0, 50\)"):
+            run(given)
+    for change, message in (
+        ({"token_ids": torch.zeros(B, T + 1, dtype=torch.int64)}, "token_ids must have shape"),
+        ({"kl": "k4"}, "kl must be one of"),
+        ({"loss_mask": torch.ones(B)}, "loss_mask must have shape"),
+        ({"temperature": -1.0}, "temperature must be"),
+        ({"vocab_size": 51}, "vocab_size must be at most the 50"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            logits_grpo_loss(**{**given, **change})
+
+
+@pytest.mark.skipif(INTERPRETED, reason="float64 is the reference's")
+def test_gradcheck() -> None:
+    """Fails if the gradient is not the derivative of the loss."""
+    given = batch(7)
+    tokens = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+    logits = torch.randn(B, T, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x: logits_grpo_loss(**{**tokens, "logits": x}, kl_coef=0.3, temperature=0.8)[0],
+        (logits,),
+    )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="only the host works in chunks")
+def test_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a row's result depends on which rows are in the cache with it."""
+    given = batch(500, torch.bfloat16)
+    whole = run(given)
+    # The package's attribute of this name is the function.
+    monkeypatch.setattr(sys.modules["r1v3.kernels.logits_grpo_loss"], "HOST_CHUNK", 1)
+    for key, value in run(given).items():
+        assert torch.equal(value, whole[key]), key
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compilation does not see the kernels")
+class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def fresh_compiler(self, backend: str) -> None:
+        if backend != "compiled":
+            pytest.skip("once is enough")
+        torch._dynamo.reset()
+
+    def test_opcheck(self) -> None:
+        """Fails if schema, fake tensors, autograd or dispatch of an op are registered wrongly."""
+        x, ids = torch.randn(6, 11), torch.randint(0, 9, (6,))
+        one = torch.ones((), dtype=torch.float64)
+        tokens = torch.rand(6), torch.randn(6), None, torch.randn(6), None
+        rest = (ids, *tokens, 0.7 * one, 9, "", 0.2, 0.3, 0.0, 0.1, 2)
+        torch.library.opcheck(torch.ops.r1v3.logits_grpo, (x, True, *rest))
+        torch.library.opcheck(torch.ops.r1v3.logits_grpo, (x, False, *rest))
+        torch.library.opcheck(torch.ops.r1v3.logits_grpo_, (x.clone(), *rest))
+        torch.library.opcheck(torch.ops.r1v3.scale_, (x.clone(), torch.tensor(2.0)))
+        torch.library.opcheck(
+            torch.ops.r1v3.with_logits_gradient,
+            (torch.ones(()), x.clone().requires_grad_(), torch.randn(6, 11)),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
+
+    def test_full_graph_equals_eager_and_compiles_few_times(self) -> None:
+        """Fails on a graph break, a wrong gradient, or a compile per length or temperature."""
+        from torch._dynamo.testing import CompileCounterWithBackend
+
+        def step(x: Tensor, ids: Tensor, old: Tensor, temperature: float) -> Tensor:
+            loss, metrics = logits_grpo_loss(
+                x, ids, old, old[:, 0], ids > 2, temperature=temperature, inplace_backward=True
+            )
+            return 3 * loss + metrics["entropy"]
+
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(step, fullgraph=True, backend=counter)
+        for n in (10, 12, 20, 26):
+            for temperature in (1.0, 0.7, 0.35):
+                x, ids = torch.randn(2, n, 32), torch.randint(0, 9, (2, n))
+                results = []
+                for function in (step, compiled):
+                    leaf = x.clone().requires_grad_()
+                    loss = function(leaf * 1, ids, torch.randn(2, n).fill_(-3.0), temperature)
+                    loss.backward()
+                    results.append((loss.detach(), leaf.grad))
+                for eager, graph in zip(*results, strict=True):
+                    torch.testing.assert_close(graph, eager)
+        assert counter.frame_count <= 3
