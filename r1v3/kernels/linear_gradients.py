@@ -108,7 +108,7 @@ class Gradients:
         """
         if self.bias is not None:
             self.bias[columns] += gradient.sum(0)
-        gradient = gradient.to(self.head.operand)
+        gradient = self.head.as_operand(gradient)
         if self.hidden is not None:
             self.head.hidden_gradient(gradient, tile, self.hidden[rows], add=not self.at_once)
             if columns.stop == self.head.weight.shape[0]:

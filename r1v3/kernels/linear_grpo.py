@@ -14,7 +14,7 @@ from r1v3.kernels import linear_rows, softmax_rows
 from r1v3.kernels.arguments import AGGREGATIONS
 from r1v3.kernels.linear_gradients import Gradients
 from r1v3.kernels.linear_parallel import HiddenReduction, group_size
-from r1v3.kernels.linear_products import Head
+from r1v3.kernels.linear_products import Head, padded
 from r1v3.kernels.linear_statistics import check_token_ids_on_host, vocabulary_bounds
 from r1v3.kernels.reference import accumulation_dtype
 
@@ -46,7 +46,7 @@ class TokenLoss:
         blocks = torch.arange(-(-n // LOSS_BLOCK) + 1, device=logprobs.device) * LOSS_BLOCK
         _, slope, _ = torch.ops.r1v3.grpo_loss(
             logprobs, old, self.advantages[rows], torch.ones_like(logprobs, dtype=torch.bool),
-            ref, weights, blocks.clamp(max=n), torch.ones((), dtype=torch.float64, device="cpu"),
+            ref, weights, blocks.clamp(max=n), logprobs.new_ones((), dtype=torch.float64),
             *self.options, AGGREGATIONS.index("constant"),
         )  # fmt: skip
         return slope.mul_(self.share[rows])
@@ -129,7 +129,7 @@ def _one_pass(
         sums=gradients.weight is not None and gradients.weight.sums, shared=bool(group),
     )  # fmt: skip
     width = vocab if _whole_rows(head) else linear_rows.tile_shape(head, size)[1]
-    space = states.new_empty(min(size, batch.n), vocab, dtype=head.result)
+    space = states.new_empty(min(size, batch.n), padded(vocab), dtype=head.result)[:, :vocab]
     for rows in linear_rows.blocks(batch.n, size):
         chunk, ids = states[rows], batch.token_ids[rows]
         logits = space[: chunk.shape[0]]

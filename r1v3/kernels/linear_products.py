@@ -18,6 +18,7 @@ from r1v3.kernels import host
 # full-speed product.
 TILE_BYTES = 8 * 2**20
 TILE_ALIGNMENT = 128
+ROW_ALIGNMENT = 64
 
 
 class Head:
@@ -72,12 +73,20 @@ class Head:
         Without `out`, the result is overwritten by the next call.
         """
         if out is None:
-            size = states.shape[0] * tile.shape[0]
-            if self._space.numel() < size:
-                self._space = states.new_empty(size, dtype=self.result)
-            out = self._space[:size].view(states.shape[0], tile.shape[0])
+            rows, stride = states.shape[0], padded(tile.shape[0])
+            if self._space.numel() < rows * stride:
+                self._space = states.new_empty(rows * stride, dtype=self.result)
+            out = self._space[: rows * stride].view(rows, stride)[:, : tile.shape[0]]
         self._multiply_rows(states, tile.T, out, add=False)
         return out if self.bias is None else out.add_(self.bias[columns])
+
+    def as_operand(self, gradient: Tensor) -> Tensor:
+        """The gradient of logits in the dtype in which it is multiplied."""
+        if gradient.dtype == self.operand:
+            return gradient
+        rows, columns = gradient.shape
+        space = gradient.new_empty(rows, padded(columns), dtype=self.operand)
+        return space[:, :columns].copy_(gradient)
 
     def hidden_gradient(self, gradient: Tensor, tile: Tensor, out: Tensor, *, add: bool) -> None:
         """out (+)= gradient @ tile, for the gradient of a tile's logits [n, tile] as operand."""
@@ -114,6 +123,14 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
 def aligned(columns: int) -> int:
     """The largest multiple of `TILE_ALIGNMENT` up to columns, at least one."""
     return max(columns // TILE_ALIGNMENT, 1) * TILE_ALIGNMENT
+
+
+def padded(columns: int) -> int:
+    """Elements from row to row of a matrix that this module allocates.
+
+    A multiple of 128 bytes: of rows of 151,674 most start off the 16 bytes that tensor cores load.
+    """
+    return -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 @cache
