@@ -4,6 +4,7 @@ What to attend to travels with the hidden states in megatron-core's `packed_seq_
 layers and the micro-batches that a pipeline keeps in flight therefore each see their own layout.
 """
 
+import functools
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,20 @@ if TYPE_CHECKING:
     from r1v3.model.megatron.decoding import KeyValueCache
 
 
-def flash_attention(tensor: Tensor) -> ModuleType | None:
-    """The flash-attn package, where it is installed and takes this tensor."""
-    if not tensor.is_cuda or tensor.dtype not in (torch.bfloat16, torch.float16):
-        return None
+@functools.cache
+def _installed_flash_attention() -> ModuleType | None:
     try:
         import flash_attn
     except ImportError:
         return None
     return flash_attn
+
+
+def flash_attention(tensor: Tensor) -> ModuleType | None:
+    """The flash-attn package, where it is installed and takes this tensor."""
+    if not tensor.is_cuda or tensor.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return _installed_flash_attention()
 
 
 class _GatherKeys(torch.autograd.Function):
@@ -112,6 +118,7 @@ class PackedLayout(Layout):
                 max(self.query_lengths),
                 max(self.key_lengths),
                 causal=True,
+                deterministic=torch.are_deterministic_algorithms_enabled(),
             )
         segments = zip(
             query.split(self.query_lengths),
@@ -126,7 +133,8 @@ def _tile_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Full attention within each tile; everything is [tokens, tiles, heads, d]."""
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
     if (flash := flash_attention(q)) is not None:
-        return flash.flash_attn_func(q, k, v).transpose(0, 1)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return flash.flash_attn_func(q, k, v, deterministic=deterministic).transpose(0, 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3)
 

@@ -68,6 +68,7 @@ def check(config: InternVLConfig, options: ModelOptions) -> None:
             (True,),
         ),
         ("vision_config.use_mask_token", vision.use_mask_token, (False,)),
+        ("vision_config.image_size", vision.image_size[1], (vision.image_size[0],)),
         ("projector_hidden_act", config.projector_hidden_act, ("gelu",)),
         ("vision_feature_layer", config.vision_feature_layer, (-1,)),
         ("vision_feature_select_strategy", config.vision_feature_select_strategy, ("default",)),
@@ -93,6 +94,20 @@ def check(config: InternVLConfig, options: ModelOptions) -> None:
         raise ValueError(
             f"{groups} key-value heads neither divide nor are divided by {ranks} tensor-parallel "
             "ranks"
+        )
+    _check_stages(text.num_hidden_layers, options)
+
+
+def _check_stages(layers: int, options: ModelOptions) -> None:
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    given = [options.first_stage_layers, options.last_stage_layers]
+    ends = [number for number in given if number is not None]
+    rest, among = layers - sum(ends), stages - len(ends)
+    if among < 0 or rest < 0 or (rest % among if among else rest):
+        raise ValueError(
+            f"{layers} language layers cannot be split over {stages} pipeline stages with "
+            f"first_stage_layers={given[0]} and last_stage_layers={given[1]}: {rest} layers are "
+            f"left for {among} stages"
         )
 
 

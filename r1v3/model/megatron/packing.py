@@ -100,24 +100,15 @@ def pack(batch: Batch, *, image_token_id: int, multiple_of: int = 1) -> Packed:
     predictors = torch.cat(
         [prompt_starts[1:][prompt_of].unsqueeze(1) - 1, response_starts[:-1, None] + columns], 1
     )[:, :width]
-    slots = batch.prompt_ids[mask] == image_token_id
     position_ids = torch.cat(
         [(mask.long().cumsum(1) - 1)[mask], (before.unsqueeze(1) + columns)[is_input]]
     )
-    samples = inputs.nonzero().flatten()
-    segments = _Segments(
-        queries=torch.cat([lengths, inputs[samples]]),
-        keys=torch.cat([lengths, (before + inputs)[samples]]),
-        key_index=torch.cat(
-            [
-                torch.arange(int(prompt_starts[-1]), device=mask.device),
-                _ranges(
-                    torch.stack([prompt_starts[:-1][prompt_of], response_starts[:-1]], 1)[samples],
-                    torch.stack([before, inputs], 1)[samples],
-                ),
-            ]
-        ),
+    segments = _segments(
+        lengths,
+        torch.stack([prompt_starts[:-1][prompt_of], response_starts[:-1]], 1),
+        torch.stack([before, inputs], 1),
     )
+    slots = batch.prompt_ids[mask] == image_token_id
     input_ids = torch.cat([batch.prompt_ids[mask], batch.response_ids[is_input]])
     padding = -len(input_ids) % multiple_of
     segments = segments.padded(padding, len(input_ids))
@@ -180,6 +171,23 @@ class _Segments:
             torch.cat([self.keys, length]),
             torch.cat([self.key_index, rows + torch.arange(padding, device=length.device)]),
         )
+
+
+def _segments(lengths: Tensor, starts: Tensor, counts: Tensor) -> _Segments:
+    """Segments of the prompts, and of the samples whose responses have inputs.
+
+    Args:
+        lengths: [P], tokens of the prompts, which stand first.
+        starts, counts: [P * G, 2], first row and rows of each sample's prompt and of its response.
+    """
+    samples = counts[:, 1].nonzero().flatten()
+    starts, counts = starts[samples], counts[samples]
+    prompts = torch.arange(int(lengths.sum()), device=lengths.device)
+    return _Segments(
+        queries=torch.cat([lengths, counts[:, 1]]),
+        keys=torch.cat([lengths, counts.sum(1)]),
+        key_index=torch.cat([prompts, _ranges(starts, counts)]),
+    )
 
 
 def _starts(lengths: Tensor) -> Tensor:

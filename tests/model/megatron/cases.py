@@ -108,12 +108,12 @@ def frozen(folder: Path) -> Result:
         return {"trained": trained, "gradients": with_images, "text_only": zeros}
 
 
-def training(folder: Path) -> Result:
-    """Two steps of Megatron's DDP and distributed AdamW with weight decay, at TP2 x DP2."""
-    layout = Layout(2)
-    batches = reference.BATCHES["main"]
+def training(folder: Path, layout: Layout, which: str) -> Result:
+    """Two steps of Megatron's DDP and distributed AdamW with weight decay."""
+    batches = reference.BATCHES[which]
+    stored = load_file(folder / which / "model.safetensors")
     with layout.active():
-        model = layout.build(folder / "main")
+        model = layout.build(folder / which)
         wrapped = DistributedDataParallel(
             model.config, DistributedDataParallelConfig(use_distributed_optimizer=True), model
         )
@@ -137,11 +137,7 @@ def training(folder: Path) -> Result:
             _, norm, _ = optimizer.step()
             norms.append(float(norm))
         padding = largest_padding(model, lambda parameter: parameter.data)
-        moved = [
-            name
-            for name, tensor in export_hf(model)
-            if not torch.equal(tensor, load_file(folder / "main" / "model.safetensors")[name])
-        ]
+        moved = [name for name, tensor in export_hf(model) if not torch.equal(tensor, stored[name])]
         return {"losses": losses, "norms": norms, "padding": padding, "moved": len(moved)}
 
 
@@ -254,6 +250,7 @@ def refusals(folder: Path) -> Result:
         for name, attempt in {
             "heads": lambda: InternVL(config, ModelOptions(head_multiple=1)),
             "vocabulary": lambda: InternVL(config, ModelOptions(vocab_multiple=1)),
+            "stages": lambda: InternVL(config, ModelOptions(first_stage_layers=2)),
             "norm": lambda: InternVL(other, ModelOptions()),
             "rope": lambda: InternVL(scaled, ModelOptions()),
             "features": lambda: model(*packs_for(model, [replace(batch, pixel_values=tiles[1:])])),
@@ -286,7 +283,8 @@ CASES: dict[str, Callable[[Path], Result]] = {
     "recompute": recompute,
     "bfloat16": bfloat16,
     "frozen": frozen,
-    "training": training,
+    "training_tp2": partial(training, layout=Layout(2), which="main"),
+    "training_tied_tp2_pp2_sp": partial(training, layout=Layout(2, 2, True), which="tied"),
     "decode_tp1": partial(decoding, layout=Layout()),
     "decode_tp2_sp": partial(decoding, layout=Layout(2, 1, True)),
     "decode_pp2": partial(decoding, layout=Layout(1, 2)),
