@@ -9,6 +9,7 @@ bytes; GB is 10^9.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from r1v3.kernels.linear_rows import DEVICE_WORKSPACE
 from r1v3.model.flops import Dimensions, Work
 
 # Not measured here; what is usual for a process with NCCL communicators on an 80 GB device.
@@ -17,8 +18,6 @@ CUDA_AND_NCCL = 4e9
 VLLM_ASLEEP = 2e9
 # What vLLM sets aside for activations and graphs besides weights and key-value cache.
 VLLM_WORKSPACE = 3e9
-# `linear_logprobs_and_entropy` has at most this much float32 logits at a time.
-HEAD_CHUNK = 2**29
 
 
 @dataclass(frozen=True)
@@ -252,8 +251,8 @@ def head_workspace(
     # All tokens gathered and their gradient; the counted rows, their gradient in both precisions.
     hidden = 2 * t * h * e + m * h * (2 * e + 4)
     weight = columns * h * (4 + e) if trained else 0
-    chunk = min(HEAD_CHUNK, m * columns * 4)
-    return float(hidden + weight + 1.5 * chunk), float(hidden + weight + 2 * 4 * m * columns)
+    chunk = min(DEVICE_WORKSPACE, m * columns * (4 + e))
+    return float(hidden + weight + chunk), float(hidden + weight + 2 * 4 * m * columns)
 
 
 def layer_workspace(dims: Dimensions, shards: Shards, pack: Pack) -> float:
