@@ -15,6 +15,7 @@ from r1v3.model.conversion import native_shapes
 from tests.model.conversion.checkpoints import (
     IMAGE_TOKEN_ID,
     parameters_of,
+    tiny_config,
     tiny_model,
     write_native,
     write_original,
@@ -37,6 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     del broken.model.language_model.layers[2]
     write_native(broken, folder / "broken")
     write_original(net, folder / "original")
+    config = tiny_config()
+    config.tie_word_embeddings = True
+    tied = tiny_model(config)
+    write_native(tied, folder / "tied")
+    save_file(parameters_of(tied), folder / "tied.safetensors")
     parameters = parameters_of(net)
     save_file(parameters, folder / "expected.safetensors")
     (folder / "order.json").write_text(json.dumps(list(native_shapes(net.config))))
@@ -82,7 +88,7 @@ def results(folder: Path) -> list[dict[str, dict]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in RANKS]
 
 
-@pytest.mark.parametrize("layout", ["tp2pp2", "tp4", "pp2", "tp2"])
+@pytest.mark.parametrize("layout", ["tp2pp2", "tp4", "pp2"])
 def test_what_is_loaded_is_exported_bit_for_bit(results: list[dict], layout: str) -> None:
     """Fails if a shard is cut, fused, ordered or put together wrongly at any layout.
 
@@ -96,6 +102,12 @@ def test_what_is_loaded_is_exported_bit_for_bit(results: list[dict], layout: str
 def test_bfloat16_parameters_hold_rounded_values(results: list[dict]) -> None:
     """Fails if a dtype is converted by reinterpreting bits, or exported in another one."""
     assert all(result["tp4"]["in bfloat16"] is True for result in results)
+
+
+def test_a_tied_head_is_filled_from_the_embedding(results: list[dict]) -> None:
+    """Fails if the last stage's copy of the embedding stays unset, or is exported a second time."""
+    assert all(result["pp2"]["tied"] is True for result in results)
+    assert [result["pp2"].get("tied head") for result in results].count(True) == 2
 
 
 def test_a_checkpoint_that_does_not_fit_is_reported_by_every_rank(results: list[dict]) -> None:

@@ -39,7 +39,7 @@ from r1v3.model.megatron.packing import Packed, pack  # noqa: E402
 from tests.model.conversion.checkpoints import IMAGE_TOKEN_ID  # noqa: E402
 
 # Tensor- and pipeline-parallel size; data parallel over the rest.
-LAYOUTS = {"tp2pp2": (2, 2), "tp4": (4, 1), "pp2": (1, 2), "tp2": (2, 1)}
+LAYOUTS = {"tp2pp2": (2, 2), "tp4": (4, 1), "pp2": (1, 2)}
 
 
 def build(folder: Path, dtype: torch.dtype = torch.float32) -> InternVL:
@@ -182,6 +182,14 @@ def layout(name: str, expected: dict[str, Tensor]) -> dict[str, object]:
             result["report"] = str(error)
         result["unchanged by a failure"] = exported_equals(model, expected)
         result |= train_and_save(model)
+    if name == "pp2":
+        tied = build(FOLDER / "tied")
+        load_hf(tied, FOLDER / "tied")
+        own = load_file(FOLDER / "tied.safetensors")
+        result["tied"] = exported_equals(tied, {key: own[key] for key in expected if key in own})
+        if tied.post_process:
+            head = tied.head_weight[: tied.vocab_size]
+            result["tied head"] = torch.equal(head, own["model.language_model.embed_tokens.weight"])
     if name == "tp4":
         half = build(FOLDER / "native", torch.bfloat16)
         load_hf(half, FOLDER / "native")
