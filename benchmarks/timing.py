@@ -2,6 +2,7 @@
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,13 +68,15 @@ def measure(
 ) -> dict[str, Timing]:
     """Time every task, in turns, so that a slow moment of the machine meets all of them.
 
-    On the CPU, calls shorter than a millisecond are repeated within a sample, unless they need
-    preparation. On CUDA the L2 cache is overwritten before each call.
+    On the CPU, the order within a turn is shuffled, so that no task always finds the caches as
+    another left them. Calls shorter than a millisecond are repeated within a sample, after one
+    that is not timed, unless they need preparation. On CUDA the L2 cache is overwritten before each call.
     """
     if device != "cpu":
         return _measure_cuda(tasks)
     calls = {task.name: _calls_per_sample(task, clock) for task in tasks}
     samples: dict[str, list[float]] = {task.name: [] for task in tasks}
+    order = random.Random(0)
     end = clock() + seconds_per_task * len(tasks)
     collecting = gc.isenabled()
     gc.collect()
@@ -82,8 +85,7 @@ def measure(
         for turn in range(CPU_MOST_ROUNDS):
             if turn >= CPU_FEWEST_ROUNDS and clock() > end:
                 break
-            first = turn % len(tasks)
-            for task in (*tasks[first:], *tasks[:first]):
+            for task in order.sample(tasks, len(tasks)):
                 samples[task.name].append(_sample(task, calls[task.name], clock))
     finally:
         if collecting:
@@ -100,6 +102,8 @@ def _calls_per_sample(task: Task, clock: Callable[[], float]) -> int:
 
 def _sample(task: Task, calls: int, clock: Callable[[], float]) -> float:
     prepared = None if task.prepare is None else task.prepare()
+    if calls > 1:
+        task.run(prepared)
     start = clock()
     for _ in range(calls):
         task.run(prepared)

@@ -100,7 +100,8 @@ void check_offsets(const int64_t* offsets, int64_t count, int64_t limit, const c
 }
 
 void group_advantages(Address rewards, int64_t n, Address order, Address offsets, int64_t n_groups,
-                      int baseline, int scale, int ddof, double eps, int singleton, Address out) {
+                      int baseline, int scale, int ddof, double eps, int singleton, Address out,
+                      int num_threads) {
   require(n_groups >= 0, "n_groups", static_cast<double>(n_groups), ">= 0");
   require(baseline >= 0 && baseline <= 2, "baseline", baseline,
           "0 (mean), 1 (leave one out) or 2 (none)");
@@ -112,7 +113,7 @@ void group_advantages(Address rewards, int64_t n, Address order, Address offsets
                          at<const int64_t>(offsets), n_groups,
                          {static_cast<r1v3::Baseline>(baseline), static_cast<r1v3::Scale>(scale),
                           ddof, eps, singleton == 1},
-                         at<float>(out));
+                         num_threads, at<float>(out));
 }
 
 int64_t segments_of_ids(Address ids, int64_t n, Address order, Address offsets) {
@@ -229,7 +230,7 @@ PYBIND11_MODULE(_C, m) {
         arg("ignored"));
   m.def("group_advantages", &group_advantages, WithoutGil(), arg("rewards"), arg("n"), arg("order"),
         arg("offsets"), arg("n_groups"), arg("baseline"), arg("scale"), arg("ddof"), arg("eps"),
-        arg("singleton"), arg("out"));
+        arg("singleton"), arg("out"), arg("num_threads") = 1);
   m.def("segments_of_ids", &segments_of_ids, WithoutGil(), arg("ids"), arg("n"), arg("order"),
         arg("offsets"));
   m.def("grpo_loss", &grpo_loss, WithoutGil(), arg("logprobs"), arg("n"), arg("old_logprobs"),

@@ -5,11 +5,14 @@
 #include <vector>
 
 #include "ops.h"
+#include "parallel.h"
 
 namespace r1v3 {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int64_t kGroupsAtOnce = 64;
+constexpr int64_t kRewardCost = 8;  // a reward costs about as much as this many logits
 
 // Lane by lane, for the compiler's vectors; the order depends on n alone.
 template <typename Term>
@@ -27,16 +30,16 @@ double sum_of(int64_t n, const Term& term) {
 }
 
 struct Moments {
-  double mean = 0.0;
-  double std = 0.0;
-  bool constant = true;
+  double mean, std;
+  bool constant;
 };
 
-// Two passes: E[x^2] - E[x]^2 loses the variance of rewards with a large common part.
-Moments moments(const float* rewards, int64_t n, int ddof) {
-  Moments result;
-  if (n == 0) return result;
-  const double mean = sum_of(n, [&](int64_t i) { return double{rewards[i]}; }) / n;
+double mean_of(const float* rewards, int64_t n) {
+  return sum_of(n, [&](int64_t i) { return double{rewards[i]}; }) / n;
+}
+
+// A second pass: E[x^2] - E[x]^2 loses the variance of rewards with a large common part.
+Moments moments(const float* rewards, int64_t n, double mean, int ddof) {
   const double squares = sum_of(n, [&](int64_t i) {
     const double difference = rewards[i] - mean;
     return difference * difference;
@@ -44,20 +47,17 @@ Moments moments(const float* rewards, int64_t n, int ddof) {
   const float first = rewards[0];
   int different = 0;
   for (int64_t i = 0; i < n; ++i) different |= rewards[i] != first;
-  result.mean = mean;
-  result.constant = different == 0;
-  if (!result.constant) result.std = std::sqrt(squares / std::max<int64_t>(n - ddof, 1));
-  return result;
+  const double variance = squares / std::max<int64_t>(n - ddof, 1);
+  return {mean, different ? std::sqrt(variance) : 0.0, different == 0};
 }
 
-void one_group(const float* rewards, int64_t n, double batch_std, const AdvantageOptions& options,
-               float* out) {
+void write_group(const float* rewards, int64_t n, const Moments& group, double batch_std,
+                 const AdvantageOptions& options, float* out) {
   const bool centred = options.baseline != Baseline::kNone;
   if (n == 1 && (centred || options.scale == Scale::kGroup)) {
     out[0] = options.keep_singletons ? rewards[0] : 0.0f * rewards[0];
     return;
   }
-  const Moments group = moments(rewards, n, options.ddof);
   const double std = options.scale == Scale::kGroup ? group.std : batch_std;
   const bool scaled = options.scale != Scale::kNone;
   if ((scaled && std == 0.0) || (centred && group.constant)) {
@@ -66,9 +66,27 @@ void one_group(const float* rewards, int64_t n, double batch_std, const Advantag
   }
   const double shift = centred ? group.mean : 0.0;
   const bool others = options.baseline == Baseline::kLeaveOneOut;
-  const double factor = (others ? static_cast<double>(n) / (n - 1) : 1.0) /
-                        (scaled ? std + options.eps : 1.0);
+  const double factor =
+      (others ? static_cast<double>(n) / (n - 1) : 1.0) / (scaled ? std + options.eps : 1.0);
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>((rewards[i] - shift) * factor);
+}
+
+// Step by step for several groups, so that the divisions and roots of one do not wait for another's.
+void some_groups(const float* rewards, const int64_t* offsets, int64_t n_groups, double batch_std,
+                 const AdvantageOptions& options, float* out) {
+  Moments groups[kGroupsAtOnce];
+  for (int64_t g = 0; g < n_groups; ++g) {
+    const int64_t n = offsets[g + 1] - offsets[g];
+    groups[g].mean = n > 0 ? mean_of(rewards + offsets[g], n) : 0.0;
+  }
+  for (int64_t g = 0; g < n_groups; ++g) {
+    const int64_t n = offsets[g + 1] - offsets[g];
+    if (n > 0) groups[g] = moments(rewards + offsets[g], n, groups[g].mean, options.ddof);
+  }
+  for (int64_t g = 0; g < n_groups; ++g) {
+    const int64_t start = offsets[g], n = offsets[g + 1] - start;
+    if (n > 0) write_group(rewards + start, n, groups[g], batch_std, options, out + start);
+  }
 }
 
 // Ids of a range not much wider than their number are sorted by counting.
@@ -89,7 +107,8 @@ bool sort_by_counting(const int64_t* ids, int64_t n, int64_t* order) {
 }  // namespace
 
 void group_advantages(const float* rewards, const int64_t* order, const int64_t* offsets,
-                      int64_t n_groups, const AdvantageOptions& options, float* out) {
+                      int64_t n_groups, const AdvantageOptions& options, int num_threads,
+                      float* out) {
   if (n_groups == 0) return;
   const int64_t begin = offsets[0], total = offsets[n_groups] - begin;
   std::vector<float> sorted, results;
@@ -102,12 +121,16 @@ void group_advantages(const float* rewards, const int64_t* order, const int64_t*
     members = sorted.data() - begin;
     target = results.data() - begin;
   }
-  const bool by_batch = options.scale == Scale::kBatch;
-  const double batch_std = by_batch ? moments(members + begin, total, options.ddof).std : 0.0;
-  for (int64_t g = 0; g < n_groups; ++g) {
-    const int64_t start = offsets[g], n = offsets[g + 1] - start;
-    if (n > 0) one_group(members + start, n, batch_std, options, target + start);
+  double batch_std = 0.0;
+  if (options.scale == Scale::kBatch && total > 0) {
+    const double mean = mean_of(members + begin, total);
+    batch_std = moments(members + begin, total, mean, options.ddof).std;
   }
+  const int64_t blocks = (n_groups + kGroupsAtOnce - 1) / kGroupsAtOnce;
+  parallel_for(blocks, kRewardCost * total / blocks, num_threads, [&](int64_t b) {
+    const int64_t first = b * kGroupsAtOnce, count = std::min(kGroupsAtOnce, n_groups - first);
+    some_groups(members, offsets + first, count, batch_std, options, target);
+  });
   if (order) {
     for (int64_t i = 0; i < total; ++i) out[order[begin + i]] = results[i];
   }

@@ -9,8 +9,8 @@
 namespace r1v3 {
 namespace {
 
-constexpr int64_t kBlock = 4096;  // tokens; sums are taken per block, in block order
-constexpr int64_t kTokenCost = 8;  // a token costs about as much as this many logits
+constexpr int64_t kBlock = 4096;   // tokens; sums are taken per block, in block order
+constexpr int64_t kTokenCost = 16;  // a token costs about as much as this many logits
 
 void add(const PolicySums& block, double coefficient, PolicySums& sums) {
   sums.loss += coefficient * block.loss;

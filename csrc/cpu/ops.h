@@ -60,7 +60,8 @@ struct AdvantageOptions {
 // null order; results go to the sample's place. A group (or batch) without variance gives exactly
 // 0, NaN where a reward is not finite.
 void group_advantages(const float* rewards, const int64_t* order, const int64_t* offsets,
-                      int64_t n_groups, const AdvantageOptions& options, float* out);
+                      int64_t n_groups, const AdvantageOptions& options, int num_threads,
+                      float* out);
 
 // Sorts n samples by group id, samples of a group in their order: fills order [n] and
 // offsets [n + 1], and returns the number of groups.

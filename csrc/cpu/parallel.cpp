@@ -9,7 +9,7 @@
 namespace r1v3 {
 namespace {
 
-constexpr int64_t kMinimumWork = 1 << 18;  // elements per thread; 100 us or more of arithmetic
+constexpr int64_t kMinimumWork = 1 << 20;  // elements per thread; 100 us or more of arithmetic
 
 }  // namespace
 

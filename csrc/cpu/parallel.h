@@ -7,7 +7,7 @@
 namespace r1v3 {
 
 // Calls body(i) once for every i in [0, n) on at most num_threads threads, the calling one included.
-// `cost` is the work of one item in elements; small loops stay on the calling thread.
+// `cost` is the work of one item in logits; small loops stay on the calling thread.
 //
 // Threads live for one call. There is no pool that could deadlock in a forked child, as GNU OpenMP's
 // does, and none that would compete with torch's own; starting a thread takes some 20 us, which the

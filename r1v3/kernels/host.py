@@ -109,7 +109,7 @@ def group_advantages(
         groups = offsets
     _C.group_advantages(
         rewards.data_ptr(), n, _address(order), groups.data_ptr(), n_groups, baseline, scale, ddof,
-        eps, singleton, out.data_ptr(),
+        eps, singleton, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

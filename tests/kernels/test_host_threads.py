@@ -14,9 +14,11 @@ from tests.kernels.host import (
 
 
 def _child(queue: "multiprocessing.Queue[list[float]]") -> None:
-    values = np.arange(2 * 600_000, dtype=np.float32).reshape(2, -1) % 97
+    values = np.arange(2 * 1_200_000, dtype=np.float32).reshape(2, -1) % 97
     stats = np.zeros((2, 4), dtype=np.float32)
-    _C.row_statistics(values.ctypes.data, 0, 2, 600_000, 600_000, 0, 0, 1.0, stats.ctypes.data, 2)
+    _C.row_statistics(
+        values.ctypes.data, 0, 2, 1_200_000, 1_200_000, 0, 0, 1.0, stats.ctypes.data, 2
+    )
     queue.put(stats.ravel().tolist())
 
 
