@@ -70,7 +70,8 @@ def measure(
 
     On the CPU, the order within a turn is shuffled, so that no task always finds the caches as
     another left them. Calls shorter than a millisecond are repeated within a sample, after one
-    that is not timed, unless they need preparation. On CUDA the L2 cache is overwritten before each call.
+    that is not timed, unless they need preparation. On CUDA the L2 cache is overwritten before
+    each call.
     """
     if device != "cpu":
         return _measure_cuda(tasks)

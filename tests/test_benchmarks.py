@@ -263,12 +263,17 @@ def test_measured_times_are_those_of_run_alone() -> None:
 
 
 def test_tasks_take_turns() -> None:
-    """Fails if one implementation is timed in a quiet minute and the other in a busy one."""
+    """Fails if one implementation is timed in a quiet minute and the other in a busy one.
+
+    Or if one always follows the same other, whose leftovers in the caches then count for it.
+    """
     clock = Clock()
     tasks = [clock.task(name, cycle(1.0)) for name in "abc"]
     timing.measure(tasks, "cpu", 0.0, clock)
     turns = ["".join(clock.order[i : i + 3]) for i in range(3, len(clock.order), 3)]
-    assert turns == ["abc", "bca", "cab", "abc", "bca"]
+    assert len(turns) == timing.CPU_FEWEST_ROUNDS
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert len({turn[turn.index("a") - 1] for turn in turns if turn[0] != "a"}) > 1
 
 
 def test_peak_memory_is_the_most_alive_at_once() -> None:
