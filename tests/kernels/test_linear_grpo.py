@@ -115,6 +115,19 @@ def test_is_the_composition(aggregation: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(value.double(), exact[name], rtol=1e-4, atol=1e-4)
 
 
+@host_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_columns_in_one_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the layout of a GPU, where one product takes all columns, loses or adds a term."""
+    monkeypatch.setattr("r1v3.kernels.linear_grpo._whole_rows", lambda head: not head.converts)
+    inputs = make(dtype)
+    truth, _ = run(composed, inputs, torch.float64)
+    baseline, _ = run(composed, inputs, dtype)
+    got, _ = run(linear_grpo_loss, inputs, dtype)
+    for name, g, t, b in zip(("loss", "hidden", "weight"), got, truth, baseline, strict=True):
+        assert_within_budget(name, g, t, b, 2e-5)
+
+
 def cases() -> dict[str, dict[str, Any]]:
     """Options and changed inputs by name."""
     inputs = make()
