@@ -101,6 +101,9 @@ class RolloutEngine(Section):
     local: the training weights themselves. vllm: vLLM in the training processes, asleep while
     they train; `tensor` ranks hold one copy. vllm-server: OpenAI-compatible servers at `urls`.
     timeout_seconds: of one request; it is then sent to another server, at most `retries` times.
+    weights_folder: where servers find new weights, by default `<run>/rollout-weights`; it must be
+    the same path for them. trust_remote_code: let vLLM run the code in the model's folder, which
+    it needs for InternVL's original layout.
     """
 
     engine: Literal["local", "vllm", "vllm-server"] = "local"
@@ -110,6 +113,8 @@ class RolloutEngine(Section):
     timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     retries: Annotated[int, Field(ge=0)] = 3
     concurrency: Positive = 64
+    weights_folder: Path | None = None
+    trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> "RolloutEngine":

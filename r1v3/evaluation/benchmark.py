@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,17 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from r1v3.config import Evaluate
-from r1v3.data.encoding import model_image_shape
+from r1v3.config import Evaluate, Optimizer
+from r1v3.data.encoding import encode_sample, model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import load_tokenizer
 from r1v3.data.words import expand_words
+from r1v3.engine.build import build_engine, connect
+from r1v3.engine.contract import Decoder
 from r1v3.engine.hf_decoder import HFDecoder
+from r1v3.engine.ranks import Ranks
 from r1v3.evaluation.sampling import Answers, Policy
 from r1v3.evaluation.statistics import score
 from r1v3.files import write_bytes, write_json
+from r1v3.model.conversion import load_config
 from r1v3.model.internvl import load_model
+from r1v3.rollout.build import build_sampler
 from r1v3.rollout.contract import TokenRules
 from r1v3.rollout.local import Sampling
 from r1v3.rollout.local_sampler import LocalSampler
@@ -96,13 +102,14 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
     """
     if config.model is None:
         raise ValueError("`model` must name the folder of the checkpoint to score")
+    ranks = connect(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = Path(config.run)
     path = run / "evaluation" / f"{config.name}.json"
     samples = [sample for file in config.data for sample in load_samples(file)]
-    policy = load_policy(config.model, device=config.device, max_tiles=config.max_tiles)
-    record = _read(path, config)
+    policy = _policy(config, samples, ranks)
+    record = ranks.lead(lambda: _read(path, config))
     modes = [*config.modes, *(f"budget-{n}" for n in config.budgets)]
     for mode in modes:
         if mode in record["modes"]:
@@ -111,12 +118,39 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
         record["modes"][mode] = result
         if mode == "slow":
             record["correct"] = answers.correct.astype(int).tolist()
+        if not ranks.leads:
+            continue
+        if mode == "slow":
             _write_transcripts(run, config, policy, samples, answers)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record, indent=None)
         if notify is not None:
             notify(mode, result)
     return record
+
+
+def _policy(config: Evaluate, samples: Sequence[Sample], ranks: Ranks) -> Policy:
+    """The checkpoint, sampled as the configuration says: by vLLM without loading it here."""
+    assert config.model is not None
+    tokenizer = load_tokenizer(config.model)
+    shape = model_image_shape(load_config(config.model), config.max_tiles)
+
+    def local() -> tuple[Decoder, Ranks]:
+        engine = build_engine(config, None, Optimizer(learning_rate=1.0), ranks)
+        return engine.decoder(), engine.replicas
+
+    longest = 0
+    if config.rollout.engine != "local":
+        longest = max(len(encode_sample(s, tokenizer, shape).prompt_ids) for s in samples)
+    sampler = build_sampler(
+        config.rollout,
+        config,
+        tokenizer,
+        ranks=ranks,
+        max_length=longest + config.decoding.max_tokens,
+        local=local,
+    )
+    return Policy(sampler, tokenizer, shape)
 
 
 def _read(path: Path, config: Evaluate) -> dict[str, Any]:
@@ -136,6 +170,8 @@ def _read(path: Path, config: Evaluate) -> dict[str, Any]:
 def _scoring(config: Evaluate) -> dict[str, Any]:
     """What a score depends on: weights and questions by content, and the settings."""
 
+    assert config.model is not None
+
     def digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -150,7 +186,7 @@ def _scoring(config: Evaluate) -> dict[str, Any]:
         "monitor",
     }
     return {
-        "weights": digest(Path(str(config.model)) / "model.safetensors"),
+        "weights": [digest(file) for file in sorted(config.model.glob("*.safetensors"))],
         "data": [digest(Path(file)) for file in config.data],
         **config.model_dump(mode="json", include=fields),
     }
@@ -178,7 +214,7 @@ def _write_transcripts(
         tokens = [
             {
                 "text": policy.tokenizer.decode([token]),
-                "entropy": round(float(entropy), 4),
+                "entropy": None if math.isnan(entropy) else round(entropy, 4),
                 "critical": token in critical,
             }
             for token, entropy, kept in zip(

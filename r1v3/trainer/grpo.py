@@ -5,6 +5,8 @@ from one forward pass per gradient step.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from r1v3.data.encoding import Example, collate, model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.words import expand_words
+from r1v3.engine.build import build_engine
 from r1v3.engine.contract import Batch, Engine
 from r1v3.engine.ranks import Ranks
 from r1v3.evaluation.sampling import Policy
@@ -24,14 +27,13 @@ from r1v3.evaluation.statistics import score as score_interval
 from r1v3.kernels import group_advantages
 from r1v3.model.internvl import PARTS
 from r1v3.rewards import LLMVerifier, Reward, score
+from r1v3.rollout.build import build_sampler
 from r1v3.rollout.contract import Request
 from r1v3.rollout.local import Rollout, Sampling, join
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.loop import run_steps
 from r1v3.trainer.policy_loss import PolicyLossFn, Targets, combine, normalizer
 from r1v3.trainer.stage import (
-    build_engine,
-    build_sampler,
     encode_all,
     learning_rate,
     open_stage,
@@ -40,6 +42,7 @@ from r1v3.trainer.stage import (
     resume,
     torch_stream,
 )
+from r1v3.trainer.telemetry import Telemetry
 
 _SHOWN = ("reward", "accuracy", "response_length", "critical_entropy", "validation_accuracy")
 
@@ -98,8 +101,24 @@ class Trainer:
         self.examples = encode_all(config.train_data, self.samples, tokenizer, shape)
         self.validation = load_samples(config.validation_data)
         # A picture that cannot be decoded is to be found now, not when steps would be lost.
-        encode_all(config.validation_data, self.validation, tokenizer, shape)
-        self.policy = Policy(build_sampler(config.rollout, self.engine), tokenizer, shape)
+        asked = encode_all(config.validation_data, self.validation, tokenizer, shape)
+        longest_prompt = max(len(example.prompt_ids) for example in [*self.examples, *asked])
+        self.sampler = build_sampler(
+            config.rollout,
+            config,
+            tokenizer,
+            ranks=ranks,
+            max_length=longest_prompt + self._most_tokens(),
+            local=lambda: (self.engine.decoder(), self.engine.replicas),
+        )
+        self.policy = Policy(self.sampler, tokenizer, shape)
+        self.telemetry = Telemetry(
+            self.engine.config,
+            config.modules.model_dump(),
+            device=config.device,
+            dtype=config.dtype,
+            ranks=ranks,
+        )
         self.verifier = make_verifier(config)
         self.reference = self._reference(ranks) if config.loss.kl_coef > 0 else None
         self.monitor = CriticalTokenMonitor(
@@ -134,6 +153,21 @@ class Trainer:
             if self.step >= change.step:
                 allowed = change.max_tokens
         return allowed
+
+    def _most_tokens(self) -> int:
+        """The longest response of any step."""
+        later = [change.max_tokens for change in self.config.lengths]
+        return max(self.config.decoding.max_tokens, *later, 0)
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """The sampler, awake and with the weights as they are now."""
+        self.sampler.update_weights(self.engine.export_hf(), self.step)
+        self.sampler.wake()
+        try:
+            yield
+        finally:
+            self.sampler.sleep()
 
     def sample_group(self, indices: list[int], key: int) -> tuple[Rollout, list[Reward]]:
         """Completions and rewards of the prompts with these positions in the training data."""
@@ -193,6 +227,8 @@ class Trainer:
         size = min(config.micro_batch_prompts, share)
         metrics: dict[str, Any] = {}
         old = self._old_logprobs(whole, episode, size)
+        self.telemetry.start()
+        trained: list[Batch] = []
         for gradient_step in range(config.gradient_steps):
             start, stop = gradient_step * share, (gradient_step + 1) * share
             starts = list(range(start, stop, size))
@@ -201,7 +237,8 @@ class Trainer:
                 self.step * config.gradient_steps + gradient_step, total, config.optimizer
             )
             metrics = self._gradient_step(batches, starts, episode, old, share * g, rate)
-        return metrics
+            trained += batches
+        return {**metrics, **self.telemetry.finish(trained)}
 
     def _old_logprobs(self, whole: Batch, episode: Episode, size: int) -> Tensor | None:
         """The old policy's log-probs [P * G, R]; None: the current ones, detached."""
@@ -260,12 +297,13 @@ class Trainer:
     def validate(self) -> dict[str, Any]:
         """Accuracy on the validation questions, by sampling as in training."""
         config = self.config
-        correct, tokens = self.policy.grade(
-            self.validation,
-            Sampling(config.decoding.temperature, self.max_tokens()),
-            samples_each=config.validation_samples,
-            generator=torch_stream(config.seed, "validation"),
-        )
+        with self.sampling():
+            correct, tokens = self.policy.grade(
+                self.validation,
+                Sampling(config.decoding.temperature, self.max_tokens()),
+                samples_each=config.validation_samples,
+                generator=torch_stream(config.seed, "validation"),
+            )
         result = score_interval(correct, tokens)
         return {
             "validation_accuracy": result.accuracy,
@@ -277,7 +315,8 @@ class Trainer:
         """Sample, reward and update once; the step's metrics."""
         started = time.perf_counter()
         failures = self._verifier_failures()
-        episode = self.episode()
+        with self.sampling():
+            episode = self.episode()
         sampled = time.perf_counter()
         metrics = self.update(episode)
         self.step += 1

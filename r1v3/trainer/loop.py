@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+from r1v3.config import Stage
 from r1v3.engine.contract import Engine
 from r1v3.trainer.checkpoint import PendingCheckpoint, start_checkpoint
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
@@ -28,6 +29,9 @@ class Steps(Protocol):
     step: int
     total: int
     resume_after: int | None
+
+    @property
+    def config(self) -> Stage: ...
 
     @property
     def finished(self) -> bool: ...
@@ -134,4 +138,5 @@ def _log(trainer: Steps) -> MetricsLogger:
         trainer.name,
         resume_after=trainer.resume_after,
         histogram_edges={"entropy_histogram": trainer.monitor.bin_edges},
+        wandb_project=trainer.config.wandb_project,
     )

@@ -16,16 +16,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
-from r1v3.config import Architecture, Optimizer, RolloutEngine, Section, Stage, to_yaml
+from r1v3.config import Optimizer, Section, Stage, to_yaml
 from r1v3.data.encoding import Example, ImageShape, encode_sample
 from r1v3.data.sample import Sample
+from r1v3.engine.build import connect
 from r1v3.engine.contract import Engine
-from r1v3.engine.hf import HFEngine
-from r1v3.engine.ranks import ALONE, Ranks
+from r1v3.engine.ranks import Ranks
 from r1v3.files import replace_directory, temporary_sibling, write_json, write_text
-from r1v3.model.internvl import build_model, internvl_config, load_model
-from r1v3.rollout.contract import Sampler, TokenRules
-from r1v3.rollout.local_sampler import LocalSampler
 from r1v3.trainer.checkpoint import (
     Loaded,
     latest_checkpoint,
@@ -132,22 +129,6 @@ def _commit() -> str | None:
         return None
 
 
-def connect(config: Stage) -> Ranks:
-    """All processes of the job, of which torchrun started more than one or none.
-
-    Raises:
-        ValueError: there are several, and the engine is one process; or their number does not
-            fit the parallel layout.
-    """
-    if config.engine == "megatron":
-        from r1v3.engine.megatron_ranks import connect as connect_megatron
-
-        return connect_megatron(config.parallel, device=config.device)
-    if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"engine hf is one process, torchrun started {size}: use engine=megatron")
-    return ALONE
-
-
 def open_stage(name: str, config: Stage, *, resuming: bool) -> Ranks:
     """Connect the ranks, refuse to start over an earlier run, and begin the run folder."""
     ranks = connect(config)
@@ -159,61 +140,6 @@ def open_stage(name: str, config: Stage, *, resuming: bool) -> Ranks:
     ranks.lead(first)
     set_threads(config.threads)
     return ranks
-
-
-def build_engine(
-    config: Stage,
-    modules: dict[str, bool] | None,
-    optimizer: Optimizer,
-    ranks: Ranks,
-    *,
-    architecture: Architecture | None = None,
-    tokenizer: PreTrainedTokenizerFast | None = None,
-    temperature: float = 1.0,
-) -> Engine:
-    """The engine of a stage, from a model folder or a fresh architecture with its tokenizer."""
-    from r1v3.data.tokenizer import IMAGE_CONTEXT, load_tokenizer, token_id
-
-    settings: dict[str, Any] = {
-        "modules": modules,
-        "weight_decay": optimizer.weight_decay,
-        "betas": optimizer.betas,
-        "max_grad_norm": optimizer.max_grad_norm,
-        "temperature": temperature,
-    }
-    if architecture is not None:
-        if config.engine != "hf":
-            raise ValueError("a fresh `architecture` is trained with engine=hf")
-        assert tokenizer is not None
-        model = build_model(
-            internvl_config(
-                vocab_size=len(tokenizer),
-                image_token_id=token_id(tokenizer, IMAGE_CONTEXT),
-                image_size=architecture.image_size,
-                patch_size=architecture.patch_size,
-                vision=architecture.vision,
-                text=architecture.text,
-                rope_theta=architecture.rope_theta,
-            ),
-            config.seed,
-            device=config.device,
-        )
-        return HFEngine(model, tokenizer, **settings)
-    assert config.model is not None
-    tokenizer = load_tokenizer(config.model)
-    if config.engine == "megatron":
-        from r1v3.engine.megatron import MegatronEngine
-
-        return MegatronEngine(config.model, tokenizer, config, ranks, **settings)
-    return HFEngine(load_model(config.model, device=config.device), tokenizer, **settings)
-
-
-def build_sampler(config: RolloutEngine, engine: Engine) -> Sampler:
-    """What completes the prompts of a stage."""
-    rules = TokenRules.of(engine.tokenizer)
-    if config.engine == "local":
-        return LocalSampler(engine.decoder(), rules, engine.replicas)
-    raise NotImplementedError
 
 
 @contextmanager

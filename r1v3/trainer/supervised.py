@@ -15,12 +15,12 @@ from r1v3.data.encoding import Example, collate, encode_sample, model_image_shap
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import SYSTEM_PROMPT, THINK_OPEN, train_tokenizer
 from r1v3.data.words import expand_words
+from r1v3.engine.build import build_engine
 from r1v3.engine.contract import Batch, Engine
 from r1v3.engine.head import Head
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.loop import run_steps
 from r1v3.trainer.stage import (
-    build_engine,
     in_row,
     learning_rate,
     open_stage,
@@ -28,6 +28,7 @@ from r1v3.trainer.stage import (
     publish,
     resume,
 )
+from r1v3.trainer.telemetry import Telemetry
 
 _SHOWN = ("loss", "validation_loss", "grad_norm")
 
@@ -118,6 +119,13 @@ class Trainer:
         self.monitor = CriticalTokenMonitor(
             words, high_entropy_nats=config.monitor.high_entropy_nats
         )
+        self.telemetry = Telemetry(
+            self.engine.config,
+            config.modules.model_dump(),
+            device=config.device,
+            dtype=config.dtype,
+            ranks=ranks,
+        )
         self.best = Best()
         self.step = 0
         loaded = resume(name, self.run, self.engine, resuming)
@@ -150,7 +158,9 @@ class Trainer:
             return sum_loss(logprobs, tokens), {"entropy": entropy}
 
         rate = learning_rate(self.step, self.total, config.optimizer)
+        self.telemetry.start()
         metrics, outputs = self.engine.train_step(batches, loss_fn, learning_rate=rate)
+        metrics |= self.telemetry.finish(batches)
         for batch, output in zip(batches, outputs, strict=True):
             self.monitor.update(batch.response_ids, output["entropy"], batch.loss_mask)
         self.step += 1
