@@ -161,9 +161,9 @@ class MegatronEngine:
         return packed.to(self.device)
 
     def _head(self, hidden: Tensor, packed: Packed) -> Head:
-        """The head on the last stage."""
+        """The head on the last stage; the gather sums gradients over its shards."""
         sharded = parallel_state.get_tensor_model_parallel_world_size() > 1
-        states = self.model.gather_hidden(hidden, reduce_grad=False)
+        states = self.model.gather_hidden(hidden, reduce_grad=sharded)
         mask = torch.zeros(packed.shape, dtype=torch.bool, device=self.device)
         mask.view(-1)[packed.places] = True
         return Head(
@@ -174,6 +174,7 @@ class MegatronEngine:
             self.temperature,
             vocab_size=self.model.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group() if sharded else None,
+            reduce_hidden_grad=not sharded,
         )
 
     def decoder(self) -> Decoder:
