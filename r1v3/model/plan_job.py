@@ -113,21 +113,7 @@ def job_of(
         last_stage_layers=parallel.last_stage_layers,
         dtype=config.dtype,
     )
-    shards = memory.Shards(
-        tensor=parallel.tensor,
-        sequence=parallel.sequence,
-        layers=stage_layers(
-            dims.layers,
-            parallel.pipeline,
-            parallel.first_stage_layers,
-            parallel.last_stage_layers,
-        ),
-        recompute=parallel.recompute == "full",
-        element=4 if config.dtype == "float32" else 2,
-        padded_heads=-(-dims.vision_heads // HEAD_MULTIPLE) * HEAD_MULTIPLE,
-        padded_vocab=-(-dims.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
-        cuda=config.device != "cpu",
-    )
+    shards = _shards(config, dims)
     trains = isinstance(config, Supervised | GRPO)
     modules = config.modules.model_dump() if isinstance(config, Supervised | GRPO) else {}
     rollout = config.rollout if isinstance(config, GRPO | Evaluate) else None
@@ -144,6 +130,25 @@ def job_of(
         rows=rows,
         rollout=rollout,
         reference=isinstance(config, GRPO) and config.loss.kl_coef > 0,
+    )
+
+
+def _shards(config: Stage, dims: Dimensions) -> memory.Shards:
+    parallel = config.parallel
+    return memory.Shards(
+        tensor=parallel.tensor,
+        sequence=parallel.sequence,
+        layers=stage_layers(
+            dims.layers,
+            parallel.pipeline,
+            parallel.first_stage_layers,
+            parallel.last_stage_layers,
+        ),
+        recompute=parallel.recompute == "full",
+        element=4 if config.dtype == "float32" else 2,
+        padded_heads=-(-dims.vision_heads // HEAD_MULTIPLE) * HEAD_MULTIPLE,
+        padded_vocab=-(-dims.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        cuda=config.device != "cpu",
     )
 
 
