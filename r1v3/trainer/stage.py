@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
@@ -81,11 +83,35 @@ def require_fresh(name: str, run: Path, resuming: bool) -> None:
 
 
 def begin(name: str, config: Section, run: Path) -> None:
-    """Write the resolved configuration and the environment into the run folder, first of all."""
-    (run / "config").mkdir(parents=True, exist_ok=True)
-    write_text(run / "config" / f"{name}.yaml", to_yaml(config))
+    """Write the resolved configuration and the environment into the run folder, first of all.
+
+    What differs from the configuration of an earlier start of the stage is named in a warning.
+    """
+    file = run / "config" / f"{name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        before = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+        now = _flat(config.model_dump(mode="json"))
+        changes = [
+            f"{key} {before.get(key)} -> {now.get(key)}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if changes:
+            warnings.warn(
+                f"{name} goes on with another configuration: {', '.join(changes)}", stacklevel=2
+            )
+    write_text(file, to_yaml(config))
     if not (run / "environment.json").exists():
         write_json(run / "environment.json", environment())
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    parts = [_flat(value, f"{prefix}{key}.") for key, value in tree.items()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def set_threads(threads: int | None) -> None:

@@ -1,5 +1,6 @@
 """The pieces that all stages share."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,15 @@ def test_threads_are_set_only_when_asked_for() -> None:
     set_threads(1)
     assert torch.get_num_threads() == 1
     set_threads(before)
+
+
+def test_a_changed_configuration_is_named_when_a_stage_goes_on(tmp_path: Path) -> None:
+    """Otherwise a resumed run could silently be of two experiments."""
+    first = load(Select, None, [f"run={tmp_path}", "rule=critical_entropy"])
+    second = load(Select, None, [f"run={tmp_path}", "rule=validation_accuracy"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin("select", first, tmp_path)
+        begin("select", first, tmp_path)
+    with pytest.warns(UserWarning, match="rule critical_entropy -> validation_accuracy"):
+        begin("select", second, tmp_path)
