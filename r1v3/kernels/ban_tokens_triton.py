@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from r1v3.kernels import devices
+
 BLOCK = 128
 
 
@@ -43,8 +45,8 @@ def ban_tokens(logits: Tensor, token_ids: Tensor, enabled: Tensor | None, vocab_
     ids = token_ids.contiguous()
     flags = None if enabled is None else enabled.contiguous().view(torch.uint8)
     blocks = triton.cdiv(ids.shape[0], BLOCK)
-    _ban_tokens_kernel[(view.shape[0] * view.shape[1] * blocks,)](
-        logits, ids, flags, ids.shape[0], blocks,
-        view.shape[2], vocab_start, view.shape[1], *view.stride(), HAS_ENABLED=enabled is not None,
-        BLOCK=BLOCK, num_warps=1,
-    )  # fmt: skip
+    with devices.launching_on(logits):
+        _ban_tokens_kernel[(view.shape[0] * view.shape[1] * blocks,)](
+            logits, ids, flags, ids.shape[0], blocks, view.shape[2], vocab_start, view.shape[1],
+            *view.stride(), HAS_ENABLED=enabled is not None, BLOCK=BLOCK, num_warps=1,
+        )  # fmt: skip

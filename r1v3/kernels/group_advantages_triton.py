@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 512
+from r1v3.kernels import devices
 
 
 @triton.jit
@@ -83,8 +83,13 @@ def group_advantages(
     out = torch.empty_like(rewards)
     groups = offsets.shape[0] - 1
     if groups and rewards.shape[0]:
-        _group_advantages_kernel[(groups,)](
-            rewards, order, offsets, batch_std, out, float(eps), BASELINE=baseline, SCALE=scale,
-            RAW_SINGLETON=singleton == 1, DDOF=ddof, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+        # A block as wide as the average group, a warp to every 128 of its samples.
+        width = triton.next_power_of_2(triton.cdiv(rewards.shape[0], groups))
+        block = min(max(width, 128), 1024)
+        with devices.launching_on(rewards):
+            _group_advantages_kernel[(groups,)](
+                rewards, order, offsets, batch_std, out, float(eps), BASELINE=baseline,
+                SCALE=scale, RAW_SINGLETON=singleton == 1, DDOF=ddof, BLOCK=block,
+                num_warps=block // 128,
+            )  # fmt: skip
     return out

@@ -58,6 +58,31 @@ def _kl(gap, KL: tl.constexpr):
 
 
 @triton.jit
+def _surrogate(raw, ratio, a, clip_low, clip_high, dual_clip, DUAL: tl.constexpr):
+    """A token's loss, its derivative by the log-probability, and where the dual clip bounds it."""
+    free = ratio * a
+    clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * a
+    constant = free > clipped
+    token = -tl.where(constant, clipped, free)
+    flat = constant | (tl.abs(raw) > LIMIT)
+    bounded = tl.zeros(raw.shape, tl.int1)
+    if DUAL:
+        bounded = (a < 0) & (token > -dual_clip * a)
+        token = tl.where(bounded, -dual_clip * a, token)
+        flat = flat | bounded
+    return token, tl.where(flat, 0.0, -free), bounded
+
+
+@triton.jit
+def _value_of(values_ptr, t, sequence, valid, PER_TOKEN: tl.constexpr):
+    if PER_TOKEN:
+        value = tl.load(values_ptr + t, mask=valid, other=0.0)
+    else:
+        value = tl.where(valid, tl.load(values_ptr + sequence), 0.0)
+    return value
+
+
+@triton.jit
 def _count(mask_ptr, begin, end, BLOCK: tl.constexpr):
     """Valid tokens in [begin, end)."""
     lanes = tl.arange(0, BLOCK)
@@ -140,30 +165,15 @@ def _grpo_loss_kernel(
             old = new
             if HAS_OLD:
                 old = tl.load(old_ptr + t, mask=valid, other=0.0)
-            if TOKEN_ADVANTAGES:
-                a = tl.load(advantages_ptr + t, mask=valid, other=0.0)
-            else:
-                a = tl.where(valid, tl.load(advantages_ptr + sequence), 0.0)
+            a = _value_of(advantages_ptr, t, sequence, valid, TOKEN_ADVANTAGES)
             raw = new - old
             log_ratio = _clamp(raw)
             ratio = tl.exp(log_ratio)
-            free = ratio * a
-            clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * a
-            constant = free > clipped
-            token = -tl.where(constant, clipped, free)
-            flat = constant | (tl.abs(raw) > LIMIT)
-            if DUAL:
-                bounded = (a < 0) & (token > -dual_clip * a)
-                token = tl.where(bounded, -dual_clip * a, token)
-                flat = flat | bounded
-                dual += tl.where(bounded, 1.0, 0.0)
-            slope = tl.where(flat, 0.0, -free)
+            token, slope, bounded = _surrogate(raw, ratio, a, clip_low, clip_high, dual_clip, DUAL)
+            dual += tl.where(bounded, 1.0, 0.0)
             bad = _nonfinite(raw) | _nonfinite(a)
             if HAS_WEIGHTS:
-                if TOKEN_WEIGHTS:
-                    weight = tl.load(weights_ptr + t, mask=valid, other=0.0)
-                else:
-                    weight = tl.where(valid, tl.load(weights_ptr + sequence), 0.0)
+                weight = _value_of(weights_ptr, t, sequence, valid, TOKEN_WEIGHTS)
                 token = token * weight
                 slope = slope * weight
                 bad = bad | _nonfinite(weight)
@@ -190,16 +200,7 @@ def _grpo_loss_kernel(
         t = start + lanes
         tl.store(gradient_ptr + t, tl.zeros([BLOCK], tl.float32), mask=t < tokens)
     out = sums_ptr + tl.program_id(0) * 16
-    tl.store(out, tl.sum(low, axis=0))
-    tl.store(out + 1, tl.sum(high, axis=0))
-    tl.store(out + 2, tl.sum(dual, axis=0))
-    tl.store(out + 3, tl.sum(approx_kl, axis=0))
-    tl.store(out + 4, tl.sum(ref_kl, axis=0))
-    tl.store(out + 5, tl.sum(ratios, axis=0))
-    tl.store(out + 6, tl.reduce(biggest, 0, _max_or_nan))
-    tl.store(out + 7, tl.sum(counts, axis=0))
-    tl.store(out + 8, tl.sum(broken, axis=0))
-    tl.store(out + 9, tl.sum(loss, axis=0))
+    _store_sums(out, low, high, dual, approx_kl, ref_kl, ratios, biggest, counts, broken, loss)
     tl.store(out + 10, active)
     # The release makes these sums visible to whoever draws a later ticket.
     tl.debug_barrier()
@@ -210,6 +211,20 @@ def _grpo_loss_kernel(
             sums_ptr, normalizer_ptr, loss_ptr, metrics_ptr, inverse_ptr, HAS_NORMALIZER,
             AGGREGATION,
         )  # fmt: skip
+
+
+@triton.jit
+def _store_sums(out, low, high, dual, approx_kl, ref_kl, ratios, biggest, counts, broken, loss):
+    tl.store(out, tl.sum(low, axis=0))
+    tl.store(out + 1, tl.sum(high, axis=0))
+    tl.store(out + 2, tl.sum(dual, axis=0))
+    tl.store(out + 3, tl.sum(approx_kl, axis=0))
+    tl.store(out + 4, tl.sum(ref_kl, axis=0))
+    tl.store(out + 5, tl.sum(ratios, axis=0))
+    tl.store(out + 6, tl.reduce(biggest, 0, _max_or_nan))
+    tl.store(out + 7, tl.sum(counts, axis=0))
+    tl.store(out + 8, tl.sum(broken, axis=0))
+    tl.store(out + 9, tl.sum(loss, axis=0))
 
 
 @triton.jit

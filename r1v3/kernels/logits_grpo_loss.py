@@ -5,6 +5,8 @@ gradient depends on no other token. So a row's gradient follows at once from its
 read by the statistics, still in fast memory, and written.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -89,38 +91,45 @@ def logits_grpo_loss(
         shape, reference.accumulation_dtype(logits), loss_mask, cu_seqlens, aggregation,
         normalizer, advantages, old_logprobs, ref_logprobs, weights,
     )  # fmt: skip
-    keep = mask & (token_ids.reshape(-1) != reference.IGNORED_TOKEN)
-    ids = torch.where(keep, token_ids.reshape(-1), reference.IGNORED_TOKEN).to(torch.int64)
-    wanted = torch.is_grad_enabled() and logits.requires_grad
-    at_once = logits.dtype in logits_grpo_loss_cuda.SUPPORTED
-    inplace = inplace_backward and not torch.compiler.is_compiling()
-    if at_once:
-        arguments = (
-            ids, *tokens, as_scalar(temperature), vocab_size, group_name(group),
-            clip_low, clip_high, dual_clip or 0.0, kl_coef, KL_ESTIMATORS.index(kl),
+    ids = torch.where(mask, token_ids.reshape(-1), reference.IGNORED_TOKEN).to(torch.int64)
+    gradient = None
+    if logits.dtype in logits_grpo_loss_cuda.SUPPORTED:
+        logprobs, entropy, gradient = _in_one_pass(
+            logits, inplace_backward, ids, *tokens, as_scalar(temperature), vocab_size,
+            group_name(group), clip_low, clip_high, dual_clip or 0.0, kl_coef,
+            KL_ESTIMATORS.index(kl),
         )  # fmt: skip
-        x = logits.detach()
-        if wanted and inplace and softmax_rows.writable_in_place(logits):
-            (logprobs, entropy), gradient = _logits_grpo_(x, *arguments), x
-        else:
-            logprobs, entropy, gradient = _logits_grpo(x, wanted, *arguments)
     else:
         logprobs, entropy = logprobs_and_entropy(
             logits, ids.view(shape), temperature=temperature, vocab_size=vocab_size, group=group,
             inplace_backward=inplace_backward,
         )  # fmt: skip
+        keep = ids != reference.IGNORED_TOKEN
         entropy = torch.where(keep, entropy.detach().reshape(-1), 0.0)
     loss, metrics = grpo_loss(
         logprobs.view(shape), old_logprobs, advantages, loss_mask, ref_logprobs=ref_logprobs,
         clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef, kl=kl,
         aggregation=aggregation, cu_seqlens=cu_seqlens, normalizer=normalizer, weights=weights,
     )  # fmt: skip
-    if at_once and wanted:
+    if gradient is not None:
         loss = _with_logits_gradient(loss, logits, gradient)
     metrics["entropy"] = entropy.sum() / metrics["tokens"].clamp(min=1)
     metrics["token_entropy"] = entropy.view(shape)
     metrics["token_logprobs"] = logprobs.detach().view(shape)
     return loss, metrics
+
+
+def _in_one_pass(
+    logits: Tensor, inplace: bool, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities and entropy [n], and the gradient where logits require one."""
+    x = logits.detach()
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return *_logits_grpo(x, False, *arguments)[:2], None
+    inplace = inplace and not torch.compiler.is_compiling()
+    if inplace and softmax_rows.writable_in_place(logits):
+        return *_logits_grpo_(x, *arguments), x
+    return _logits_grpo(x, True, *arguments)
 
 
 @torch.library.custom_op("r1v3::logits_grpo", mutates_args=())
@@ -298,12 +307,14 @@ def _on_host(
         chunk = slice(start, start + per_thread * torch.get_num_threads())
         rows = keep[chunk].nonzero().squeeze(-1)
         ids = token_ids[chunk][rows]
-        of_rows = tuple(None if t is None else t[chunk][rows] for t in tokens)
+        share, advantages = tokens[0][chunk][rows], tokens[1][chunk][rows]
+        old, ref, own = (None if t is None else t[chunk][rows] for t in tokens[2:])
         chosen, spread, saved, shard = softmax_rows.forward(
             x[chunk], ids, rows, temperature, vocab_size, ""
         )
         logprobs[chunk][rows], entropy[chunk][rows] = chosen, spread
         if out is not None:
+            of_rows = share, advantages, old, ref, own
             slope = _slope(chosen, torch.ones_like(ids, dtype=torch.bool), of_rows, options)
             softmax_rows.backward(
                 x[chunk], out[chunk], ids, rows, temperature, vocab_size, shard, saved, slope, None

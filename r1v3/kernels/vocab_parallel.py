@@ -1,15 +1,26 @@
 """What the ranks of a vocabulary-parallel group tell each other.
 
-One gather of the shard widths (8 bytes per rank; it keeps uneven shards and padded columns off
-the host) and one of (max, sum, weighted sum, target logit), 16 bytes per row and rank. Every
+One gather per forward: (max, sum, weighted sum, target logit), 16 bytes per row and rank. Every
 rank then merges in rank order, so all hold the same bits, whatever the timing. The backward
 needs no communication.
+
+A label's column must be known before that gather, and with it the widths of the other shards. The
+ranks exchange those once, at the first call with a group and a width, and remember them. Shards of
+different widths for different heads are fine as long as every rank's width differs between the
+heads, or `vocab_size` does.
 """
+
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
+
+# By the group itself: names are given again after destroy_process_group.
+_known_bounds: WeakKeyDictionary[
+    dist.ProcessGroup, dict[tuple[int, int | None, torch.device], Tensor]
+] = WeakKeyDictionary()
 
 
 def group_name(group: dist.ProcessGroup | None) -> str:
@@ -24,6 +35,20 @@ def _group(name: str) -> dist.ProcessGroup:
 def shard_bounds(width: int, vocab_size: int | None, name: str, device: torch.device) -> Tensor:
     """int64 [2] on `device`: this shard's first token id and the true vocabulary size."""
     group = _group(name)
+    known = _known_bounds.setdefault(group, {})
+    key = width, vocab_size, device
+    bounds = known.get(key)
+    if bounds is None:
+        bounds = _exchange_widths(width, vocab_size, group, device)
+        # What a graph under capture computes is there when it is replayed, and not before.
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            known[key] = bounds
+    return bounds.clone()  # an op's results share memory with nothing
+
+
+def _exchange_widths(
+    width: int, vocab_size: int | None, group: dist.ProcessGroup, device: torch.device
+) -> Tensor:
     mine = torch.full((1,), width, dtype=torch.int64, device=device)
     widths = mine.new_empty(dist.get_world_size(group))
     dist.all_gather(list(widths.split(1)), mine, group=group)
@@ -41,7 +66,8 @@ def gather_statistics(stats: Tensor, name: str) -> Tensor:
     """[n, 4] of each rank -> [ranks, n, 4] in rank order."""
     group = _group(name)
     gathered = stats.new_empty(dist.get_world_size(group), *stats.shape)
-    dist.all_gather(list(gathered.unbind()), stats.contiguous(), group=group)
+    # Into one tensor: a list of tensors would be gathered into a copy first.
+    dist.all_gather_into_tensor(gathered.view(-1), stats.contiguous().view(-1), group=group)
     return gathered
 
 

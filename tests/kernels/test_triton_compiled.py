@@ -84,7 +84,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
     advantages = {
         "rewards_ptr": f, "order_ptr": i, "offsets_ptr": i, "batch_std_ptr": None, "out_ptr": f,
         "eps": "fp32", "BASELINE": 1, "SCALE": 0, "RAW_SINGLETON": False, "DDOF": 1,
-        "BLOCK": group_advantages_triton.BLOCK,
+        "BLOCK": 512,
     }  # fmt: skip
     loss = {
         "logprobs_ptr": f, "old_ptr": f, "advantages_ptr": f, "mask_ptr": u, "ref_ptr": f,

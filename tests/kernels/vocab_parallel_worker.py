@@ -7,6 +7,7 @@ the whole vocabulary and writes its outputs for the bitwise comparison between r
 
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from r1v3.kernels import (
     entropy_from_logits,
     linear_grpo_loss,
     linear_logprobs_and_entropy,
+    logits_grpo_loss,
     logprobs_and_entropy,
     selective_log_softmax,
 )
@@ -104,6 +106,54 @@ def check_rest(mine: slice) -> None:
         raise AssertionError("a label or vocabulary outside all shards must raise")
 
 
+def check_grpo(mine: slice) -> list[Tensor]:
+    """The loss of sharded logits, in place and not, is that of the whole vocabulary."""
+    logits, ids = torch.randn(2, 5, PADDED), torch.randint(0, VOCAB, (2, 5))
+    logits[..., VOCAB:] = 9.0
+    ids[0, 1] = -100
+    mask = torch.tensor([[True, True, False, True, True], [True, True, True, False, False]])
+    logits[~mask] = torch.nan
+    old = torch.full((2, 5), -7.0)
+    results = []
+    for part, options in (
+        (logits, {}),
+        (logits[..., mine], {"group": dist.group.WORLD}),
+        (logits[..., mine], {"group": dist.group.WORLD, "inplace_backward": True}),
+    ):
+        leaf = part.clone().requires_grad_()
+        loss, metrics = logits_grpo_loss(
+            leaf * 1, ids, old, torch.tensor([1.0, -2.0]), mask, vocab_size=VOCAB,
+            temperature=0.7, ref_logprobs=old + 0.1, kl_coef=0.2, **options,
+        )  # fmt: skip
+        loss.backward()
+        results.append((loss.detach(), metrics["token_entropy"], leaf.grad))
+    for sharded in results[1:]:
+        torch.testing.assert_close(sharded[:2], results[0][:2])
+        torch.testing.assert_close(sharded[2], results[0][2][..., mine])
+    assert all(torch.equal(a, b) for a, b in zip(*results[1:], strict=True))
+    return list(results[1][:2])
+
+
+def check_collectives(mine: slice) -> None:
+    """A forward has one collective, and a backward none, once the widths are known."""
+    logits, ids = whole(torch.float32)
+    called: list[str] = []
+
+    def counted(name: str, original: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            called.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("all_gather", "all_gather_into_tensor", "all_reduce"):
+        setattr(dist, name, counted(name, getattr(dist, name)))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = logits[:, mine].to(dtype).requires_grad_()
+        sum(logprobs_and_entropy(x, ids, vocab_size=VOCAB, group=dist.group.WORLD)).sum().backward()
+    assert called == ["all_gather_into_tensor"] * 2, called
+
+
 def check_linear(mine: slice) -> None:
     hidden, weight = torch.randn(2, 7, 16), torch.randn(PADDED, 16)
     ids, mask = torch.randint(0, VOCAB, (2, 7)), torch.rand(2, 7) < 0.7
@@ -142,7 +192,9 @@ def main(rank: int, world: int, folder: Path) -> None:
         for temperature in (0.6,) if INTERPRETED else (1.0, 0.6):
             outputs += check_logits(mine, dtype, temperature)
     check_rest(mine)
+    outputs += check_grpo(mine)
     check_linear(mine)
+    check_collectives(mine)
     unsharded = entropy_from_logits(torch.zeros(1, 8))
     assert abs(unsharded.item() - 2.0794415) < 1e-6, "group=None must not mean the world group"
     torch.save([value.nan_to_num() for value in outputs], folder / f"{rank}.pt")
