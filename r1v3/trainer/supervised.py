@@ -55,13 +55,14 @@ def load_examples(
 ) -> list[Example]:
     """Encode the samples of a file, each in the template (thinking or not) it was written for.
 
-    Those of more than `max_length` tokens are left out.
+    Those of more than `max_length` tokens, prompt and response together, are left out, and their
+    number is told.
 
     Raises:
-        ValueError: a sample has no response to learn, named by file and row.
+        ValueError: a sample has no response to learn, named by file and row; or none is left.
     """
     shape = model_image_shape(engine.config, max_tiles)
-    examples = []
+    examples, too_long = [], 0
     for row, sample in enumerate(load_samples(path)):
         thinking = bool(sample.extra_info.get("thinking", True))
         with in_row(path, row):
@@ -71,6 +72,15 @@ def load_examples(
         length = len(example.prompt_ids) + len(example.response_ids)
         if max_length is None or length <= max_length:
             examples.append(example)
+        else:
+            too_long += 1
+    if too_long:
+        told = f"{too_long} of {too_long + len(examples)} samples of {path} have more than "
+        told += f"max_length {max_length} tokens"
+        if not examples:
+            raise ValueError(f"{told}; none is left")
+        if engine.ranks.leads:
+            Console().print(f"{told} and are left out", highlight=False, soft_wrap=True)
     return examples
 
 

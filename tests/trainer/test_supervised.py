@@ -168,3 +168,19 @@ def test_the_tiny_base_is_the_same_every_time() -> None:
     assert digest(home() / "base/model.safetensors") == digest(
         home() / "run/checkpoints/sft-best/model.safetensors"
     )
+
+
+def test_samples_over_the_greatest_length_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise one long sample would end a run by running out of memory, or vanish unseen."""
+    every = Trainer("sft", config(tmp_path), resuming=False).train
+    lengths = sorted(len(e.prompt_ids) + len(e.response_ids) for e in every)
+    limit = lengths[len(lengths) // 2]
+    some = config(tmp_path, f"run={tmp_path / 'short'}", f"max_length={limit}")
+    kept = Trainer("sft", some, resuming=False).train
+    assert len(kept) == sum(length <= limit for length in lengths) < len(every)
+    assert f"{len(every) - len(kept)} of {len(every)} samples" in capsys.readouterr().out
+    none = config(tmp_path, f"run={tmp_path / 'none'}", "max_length=3")
+    with pytest.raises(ValueError, match="max_length 3 tokens; none is left"):
+        Trainer("sft", none, resuming=False)
