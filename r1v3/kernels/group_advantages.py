@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -68,18 +69,21 @@ def _ids(ids: Tensor, rewards: Tensor) -> Tensor:
 
 def _offsets(lengths: Sequence[int], rewards: Tensor) -> Tensor:
     """int64 [G + 1], where each group starts, on the rewards' device."""
-    if len(lengths) == 0 or torch.compiler.is_compiling():
-        counts = torch.tensor(lengths, dtype=torch.int64)
-    else:
-        counts = torch.frombuffer(array("q", lengths), dtype=torch.int64)
     n, total = rewards.shape[0], sum(lengths)
-    if total != n or (len(lengths) > 0 and int(counts.min()) < 0):
+    if len(lengths) == 0 or torch.compiler.is_compiling():
+        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
+        shortest = min(lengths, default=0)
+    else:
+        # A list of a thousand lengths takes torch.tensor longer than the kernel.
+        counts = torch.frombuffer(array("q", lengths), dtype=torch.int64)
+        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        shortest = int(counts.min())
+    if total != n or shortest < 0:
         raise ValueError(
             f"groups must be lengths >= 0 that add up to the {n} rewards, "
             f"got {list(lengths)[:16]} (sum {total})"
         )
-    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=offsets[1:])
     return offsets.to(rewards.device, non_blocking=True)
 
 

@@ -109,3 +109,12 @@ def test_in_place_ban_in_a_graph() -> None:
     x = torch.zeros(2, 6)
     assert torch.equal(step(x, torch.tensor([1, 4])), torch.tensor([4.0, 4.0]))
     assert (x[:, [1, 4]] == -torch.inf).all()
+
+
+def test_group_lengths_in_a_graph() -> None:
+    """Fails if a list of lengths breaks the graph, or is read another way than in eager mode."""
+    rewards = torch.randn(9)
+    step = torch.compile(
+        lambda r: group_advantages(r * 2, [4, 0, 5]), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(step(rewards), group_advantages(rewards * 2, [4, 0, 5]))
