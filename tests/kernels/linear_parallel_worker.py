@@ -1,7 +1,8 @@
-"""One rank of a group that shards a language head, started by `test_linear_parallel.py`.
+"""One of four processes that shard a language head, started by `test_linear_parallel.py`.
 
-python -m tests.kernels.linear_parallel_worker RANK WORLD FOLDER: every rank compares its shard
-with the whole head and writes what must have the same bits everywhere.
+python -m tests.kernels.linear_parallel_worker RANK FOLDER: in groups of 4, 3 and 2 of the
+processes, every rank compares its shard with the whole head and writes what must have the same
+bits everywhere.
 """
 # mypy: disable-error-code="arg-type,union-attr,index"
 
@@ -22,8 +23,12 @@ from r1v3.kernels import (
 )
 
 VOCAB, PADDED, ROWS, WIDTH = 1001, 1024, 36, 16
-# A rank of padding only, and shards of very different width.
-SHARDS = {2: [512, 512], 3: [700, 301, 23], 4: [256, 256, 256, 256]}
+# Members and their columns; among them a rank of padding only, and widths that differ much.
+GROUPS = (
+    ([0, 1, 2, 3], [256, 256, 256, 256]),
+    ([0, 1, 2], [700, 301, 23]),
+    ([1, 3], [512, 512]),
+)
 
 
 def problem(dtype: torch.dtype) -> dict[str, Any]:
@@ -61,13 +66,13 @@ def run(function: Any, inputs: dict[str, Any], **options: Any) -> tuple[list[Ten
     return [x.detach() for x in outputs], [leaf.grad for leaf in leaves.values()]
 
 
-def check(function: Any, dtype: torch.dtype, mine: slice, rank: int, world: int) -> list[Tensor]:
+def check(function: Any, dtype: torch.dtype, mine: slice, group: dist.ProcessGroup) -> list[Tensor]:
     """Compares every way to split the head; returns the results of this rank."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
     inputs = problem(dtype)
     outputs, (grad_hidden, grad_weight) = run(function, inputs)
     close = dict(rtol=1e-4, atol=1e-5) if dtype != torch.bfloat16 else dict(rtol=2e-2, atol=2e-2)
     sharded = {**inputs, "weight": inputs["weight"][mine]}
-    group = dist.group.WORLD
     got, (shard_hidden, shard_weight) = run(function, sharded, group=group)
     for a, b in zip(outputs, got, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
@@ -87,7 +92,7 @@ def check(function: Any, dtype: torch.dtype, mine: slice, rank: int, world: int)
 
     _, (partial, _) = run(function, sharded, group=group, reduce_hidden_grad=False)
     partial = partial.float()
-    dist.all_reduce(partial)
+    dist.all_reduce(partial, group=group)
     torch.testing.assert_close(partial.to(dtype), shard_hidden, **close)
 
     rows = (inputs["loss_mask"] & (inputs["token_ids"] != -100)).flatten().nonzero().squeeze(-1)
@@ -98,25 +103,30 @@ def check(function: Any, dtype: torch.dtype, mine: slice, rank: int, world: int)
     return results
 
 
-def main(rank: int, world: int, folder: Path) -> None:
+def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4,
         timeout=timedelta(seconds=120),
     )  # fmt: skip
     linear_products.TILE_BYTES = 1
     linear_rows.HOST_BLOCK_ROWS = 9
-    linear_rows.HOST_WORKSPACE = 8 * 4 * -(-VOCAB // world)
-    start = sum(SHARDS[world][:rank])
-    mine = slice(start, start + SHARDS[world][rank])
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for function in (logprobs_and_entropy, policy_loss):
-            torch.manual_seed(0)
-            results += check(function, dtype, mine, rank, world)
-    torch.save(results, folder / f"{rank}.pt")
+    groups = [dist.new_group(members) for members, _ in GROUPS]
+    for group, (members, widths) in zip(groups, GROUPS, strict=True):
+        if rank not in members:
+            continue
+        linear_rows.HOST_WORKSPACE = 8 * 4 * -(-VOCAB // len(members))
+        place = members.index(rank)
+        mine = slice(sum(widths[:place]), sum(widths[: place + 1]))
+        results = []
+        for dtype in (torch.float32, torch.bfloat16):
+            for function in (logprobs_and_entropy, policy_loss):
+                torch.manual_seed(0)
+                results += check(function, dtype, mine, group)
+        torch.save(results, folder / f"{len(members)} {place}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))
