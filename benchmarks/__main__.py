@@ -18,6 +18,8 @@ from benchmarks import (
     bench_grpo_loss,
     bench_linear_grpo_loss,
     bench_linear_logprobs_and_entropy,
+    bench_logits_grpo_loss,
+    bench_logits_options,
     bench_logprobs_and_entropy,
     bench_selective_log_softmax,
     machine,
@@ -27,7 +29,7 @@ from benchmarks import (
 )
 from r1v3 import files
 
-OPS: dict[str, ModuleType] = {
+OPS: dict[str, ModuleType | bench_logits_options.Option] = {
     "logprobs_and_entropy": bench_logprobs_and_entropy,
     "entropy": bench_entropy,
     "selective_log_softmax": bench_selective_log_softmax,
@@ -36,6 +38,8 @@ OPS: dict[str, ModuleType] = {
     "ban_tokens": bench_ban_tokens,
     "linear_logprobs_and_entropy": bench_linear_logprobs_and_entropy,
     "linear_grpo_loss": bench_linear_grpo_loss,
+    "logits_grpo_loss": bench_logits_grpo_loss,
+    **bench_logits_options.OPTIONS,
 }
 SECONDS_PER_TASK = {"small": 0.5, "full": 2.0}
 EXAMPLES = """examples:
@@ -63,7 +67,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"rivals, of {', '.join(peers.project_names())}; without a name none "
         "(default: those that are installed)",
     )  # fmt: skip
-    parser.add_argument("--shapes", choices=("small", "full"), default="small")
+    parser.add_argument(
+        "--shapes", choices=("small", "full"), help="default: full on CUDA, small on the CPU"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write a PNG per op into DIR")
     options = parser.parse_args(arguments)
@@ -89,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks; 1 if one of r1v3's kernels failed the gate."""
     options = parse(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = options.shapes or ("small" if device == "cpu" else "full")
     projects = peers.project_names() if options.peers is None else options.peers
     console = Console(width=None if sys.stdout.isatty() else 140)
     facts = machine.header(device)
@@ -98,12 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     absent: list[dict[str, str]] = []
     for op in dict.fromkeys(options.ops or OPS):
         module = OPS[op]
-        for shape in module.shapes(device, options.shapes):
+        for shape in module.shapes(device, shapes):
             for mode in module.MODES:
                 with console.status(f"{op} {mode} {shape}"):
                     functions, missing = peers.find(op, mode, device, projects)
                     problem = module.problem(shape, mode, device)
-                    done = runner.run(problem, functions, device, SECONDS_PER_TASK[options.shapes])
+                    done = runner.run(problem, functions, device, SECONDS_PER_TASK[shapes])
                 reports.append(done)
                 absent.append(missing)
                 report.print_problem(console, done, missing)

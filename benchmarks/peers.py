@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import bench_group_advantages, bench_grpo_loss, bench_linear_grpo_loss
+from benchmarks import (
+    bench_group_advantages,
+    bench_grpo_loss,
+    bench_linear_grpo_loss,
+    bench_logits_grpo_loss,
+)
+from benchmarks.bench_logits_options import world_of_one
 from benchmarks.problem import Function, Mode
 
 BOTH_MODES: tuple[Mode, ...] = ("forward", "backward")
@@ -187,6 +193,77 @@ def _rl_kernel_linear(registry: ModuleType) -> Function:
     return lambda hidden, weight, token_ids: (op(hidden, weight, token_ids),)
 
 
+def _trl_kernel(kernel: ModuleType) -> Function:
+    return lambda logits, token_ids: kernel.selective_log_softmax_and_entropy(logits, token_ids)
+
+
+def _trl_kernel_entropy(kernel: ModuleType) -> Function:
+    def entropy(logits: Tensor) -> tuple[Tensor]:
+        anything = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
+        return (kernel.selective_log_softmax_and_entropy(logits, anything)[1],)
+
+    return entropy
+
+
+class _WithOneRowMore(torch.autograd.Function):
+    """A loss of [1, rows + 1, V] logits, differentiated without a copy for the row too many."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        rows, vocab = logits.shape
+        with torch.enable_grad():
+            ctx.padded = logits.detach().as_strided(
+                (1, rows + 1, vocab), ((rows + 1) * vocab, vocab, 1)
+            )
+            ctx.padded.requires_grad_()
+            ctx.loss = loss(ctx.padded)
+        return ctx.loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = torch.autograd.grad(ctx.loss, ctx.padded, upstream)
+        return gradient[0, :-1], None
+
+
+def _liger_grpo(liger: ModuleType) -> Function:
+    def grpo(
+        logits: Tensor, token_ids: Tensor, old_logprobs: Tensor, advantages: Tensor, count: Tensor
+    ) -> tuple[Tensor]:
+        def loss(padded: Tensor) -> Tensor:
+            per_token = liger.triton_grpo_loss(
+                padded, old_logprobs[None], None, token_ids[None], advantages[:1],
+                temperature=1.0, beta=0.0, eps_low=bench_logits_grpo_loss.CLIP_LOW,
+                eps_high=bench_logits_grpo_loss.CLIP_HIGH, inplace=False, loss_type="grpo",
+            )[0]  # fmt: skip
+            return per_token.sum() / count
+
+        whole = _WithOneRowMore.apply(logits, loss)
+        return (bench_logits_grpo_loss.carried(whole, logits.shape[0]),)
+
+    return grpo
+
+
+def _megatron_selective(megatron: ModuleType) -> Function:
+    def selective(logits: Tensor, token_ids: Tensor) -> tuple[Tensor]:
+        group = world_of_one(logits.device.type)
+        # It overwrites what it is given.
+        nll = megatron.fused_vocab_parallel_cross_entropy(
+            logits.clone()[:, None], token_ids[:, None], group
+        )
+        return (-nll.squeeze(-1),)
+
+    return selective
+
+
+def _quack_selective(quack: ModuleType) -> Function:
+    return lambda logits, token_ids: (-quack.cross_entropy(logits, token_ids, reduction="none"),)
+
+
+def _rl_kernel_selective(registry: ModuleType) -> Function:
+    op = registry.kernel_registry.get_op("logp")
+    return lambda logits, token_ids: (op(logits, token_ids),)
+
+
 def _cut_cross_entropy(module: ModuleType) -> Function:
     return lambda hidden, weight, token_ids: (
         -module.linear_cross_entropy(hidden, weight, token_ids, reduction="none"),
@@ -233,6 +310,8 @@ def _bitmask(banned: Tensor, vocab: int) -> Tensor:
 
 
 _TRL = "trl.trainer.utils"
+_TRL_KERNEL = "trl_losses.logprob_entropy"
+_MEGATRON = "megatron.core.fusions.fused_cross_entropy"
 _VERL = "verl.utils.torch_functional"
 _VERL_ALGORITHMS = "verl.trainer.ppo.core_algos"
 _VERL_LINEAR = "verl.utils.experimental.torch_functional"
@@ -284,6 +363,20 @@ PEERS = (
         LINEAR_MODES,
         True,
     ),
+    Peer("trl", _BOTH, _TRL_KERNEL, _trl_kernel, "triton", BOTH_MODES, True),
+    Peer("trl", "entropy", _TRL_KERNEL, _trl_kernel_entropy, "triton", cuda_only=True),
+    Peer(
+        "liger",
+        "logits_grpo_loss",
+        "liger_kernel.transformers.grpo_loss",
+        _liger_grpo,
+        "",
+        ("forward+backward",),
+        True,
+    ),
+    Peer("megatron", _ONE, _MEGATRON, _megatron_selective, cuda_only=True),
+    Peer("quack", _ONE, "quack.cross_entropy", _quack_selective, cuda_only=True),
+    Peer("rl-kernel", _ONE, "rl_engine.kernels.registry", _rl_kernel_selective, cuda_only=True),
     Peer("fla", _ONE, _FLA, _triton_cross_entropy, cuda_only=True),
     Peer("flash-attn", _ONE, _FLASH, _triton_cross_entropy, cuda_only=True),
     Peer("transformers", "ban_tokens", "transformers", _transformers_ban),

@@ -98,6 +98,7 @@ def logits_shapes(device: str, size: Size) -> list[tuple[int, int]]:
         return [(64, VOCABULARY)] if size == "small" else [(64, VOCABULARY), (512, 151_936)]
     if size == "small":
         return [(64, VOCABULARY), (1024, VOCABULARY)]
-    # 152,064 is Qwen2.5's vocabulary, 18,976 one of eight tensor-parallel shards of InternVL3's.
-    vocabularies = (VOCABULARY, 152_064, 18_976)
-    return [(rows, vocab) for vocab in vocabularies for rows in (64, 1024, 8192, 32_768)]
+    # Rows of 151,674 start off 16-byte boundaries; 151,936 is Qwen3's vocabulary, 152,064
+    # Qwen2.5's, and 18,976 one of eight tensor-parallel shards of InternVL3's.
+    alone = [(rows, VOCABULARY) for rows in (1, 8, 64, 1024, 8192, 32_768)]
+    return [*alone, (8192, 151_936), (8192, 152_064), (8192, 18_976)]

@@ -1,6 +1,7 @@
 """From a problem to results: gate, then time in turns, then memory."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -95,7 +96,7 @@ def run(
         name: check(problem, name, function, truth, device) for name, function in functions.items()
     }
     right = [name for name, result in checked.items() if result.status == "timed"]
-    tasks = [_task(problem, name, functions[name]) for name in right]
+    tasks = [_task(problem, name, functions[name], device) for name in right]
     yardstick, repeats = _yardstick(problem, device)
     if not tasks:
         return ProblemReport(problem, yardstick.name, None, list(checked.values()))
@@ -132,12 +133,26 @@ def check(
     return Result(name, "timed", note, worst, seconds)
 
 
-def _task(problem: Problem, name: str, function: Function) -> Task:
-    if problem.mode == "forward":
-        return Task(name, lambda _: gate.run_forward(problem, function))
+def _task(problem: Problem, name: str, function: Function, device: str) -> Task:
+    """On CUDA, inputs that are overwritten are copied anew for every run, untimed.
+
+    On the CPU that would take longer than the small ops themselves; there, the values of what has
+    been overwritten make no difference.
+    """
+
+    def fresh() -> Problem:
+        if device == "cpu" or not problem.mutated:
+            return problem
+        copies = {name: problem.inputs[name].clone() for name in problem.mutated}
+        return replace(problem, inputs={**problem.inputs, **copies})
+
     if problem.mode == "backward":
-        return Task(name, gate.run_backward, lambda: gate.record(problem, function))
-    return Task(name, lambda _: gate.run_backward(gate.record(problem, function)))
+        return Task(name, gate.run_backward, lambda: gate.record(fresh(), function))
+    if problem.mode == "forward":
+        run: Callable[[Any], object] = lambda given: gate.run_forward(given or problem, function)  # noqa: E731
+    else:
+        run = lambda given: gate.run_backward(gate.record(given or problem, function))  # noqa: E731
+    return Task(name, run, fresh if device != "cpu" and problem.mutated else None)
 
 
 def _yardstick(problem: Problem, device: str) -> tuple[Task, float]:

@@ -66,8 +66,9 @@ def gather_statistics(stats: Tensor, name: str) -> Tensor:
     """[n, 4] of each rank -> [ranks, n, 4] in rank order."""
     group = _group(name)
     gathered = stats.new_empty(dist.get_world_size(group), *stats.shape)
-    # Into one tensor: a list of tensors would be gathered into a copy first.
-    dist.all_gather_into_tensor(gathered.view(-1), stats.contiguous().view(-1), group=group)
+    # Into one tensor: a list of tensors would be gathered into a copy first. The name is new.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered.view(-1), stats.contiguous().view(-1), group=group)
     return gathered
 
 
