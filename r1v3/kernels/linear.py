@@ -175,11 +175,9 @@ def linear_grpo_loss(
     _check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
     mask, per_token = _per_token(
         shape, reference.accumulation_dtype(hidden), loss_mask, cu_seqlens, aggregation,
-        normalizer, advantages, old_logprobs, ref_logprobs, weights,
+        normalizer, advantages, old_logprobs, ref_logprobs, weights, rows,
     )  # fmt: skip
-    _check_rows_are_the_mask(rows, mask)
-    grad = torch.is_grad_enabled()
-    needed = [grad and hidden.requires_grad, grad and weight.requires_grad]
+    needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     states, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
     where = (
         as_scalar(temperature), vocab_size, vocab_parallel.group_name(group), sequence_parallel,
@@ -202,8 +200,7 @@ def linear_grpo_loss(
         accumulated = needed[1] and weight_grad_accumulator is not None
         loss = with_gradient(loss, states, weight, *gradients, accumulated)
     metrics["entropy"] = entropy.sum() / metrics["tokens"].clamp(min=1)
-    metrics["token_entropy"] = entropy.view(shape)
-    metrics["token_logprobs"] = logprobs.view(shape)
+    metrics |= {"token_entropy": entropy.view(shape), "token_logprobs": logprobs.view(shape)}
     return loss, metrics
 
 
@@ -237,6 +234,7 @@ def _per_token(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     weights: Tensor | None,
+    rows: Tensor | None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Mask [N], and per token [N]: share, advantages, old and reference log-probabilities, weights.
 
@@ -251,6 +249,7 @@ def _per_token(
     mask = (loss_mask != 0).reshape(-1)
     sequence, inside = linear_tokens.sequence_of_tokens(offsets, mask.shape[0])
     mask = mask & inside
+    _check_rows_are_the_mask(rows, mask)
     share = linear_tokens.share_of_tokens(
         mask, sequence, sequences, aggregation, _normalizer(normalizer), dtype
     )
