@@ -234,7 +234,7 @@ def _per_token(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     weights: Tensor | None,
-    rows: Tensor | None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Mask [N], and per token [N]: share, advantages, old and reference log-probabilities, weights.
 
