@@ -22,6 +22,7 @@ from benchmarks import (
     bench_logits_options,
     bench_logprobs_and_entropy,
     bench_selective_log_softmax,
+    compilations,
     machine,
     peers,
     report,
@@ -99,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     projects = peers.project_names() if options.peers is None else options.peers
     console = Console(width=None if sys.stdout.isatty() else 140)
     facts = machine.header(device)
+    if device != "cpu":
+        facts["triton_compilations"] = compilations.count(device)
     report.print_header(console, facts, machine.warnings(facts))
     start = time.perf_counter()
     reports: list[runner.ProblemReport] = []

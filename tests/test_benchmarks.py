@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gate, machine, peers, report, runner, timing
+from benchmarks import compilations, gate, machine, peers, report, runner, timing
 from benchmarks.__main__ import OPS, main, parse
 from benchmarks.problem import Function, Mode, Problem
 
@@ -273,6 +274,21 @@ def test_overwritten_inputs_are_fresh_in_every_cuda_run() -> None:
     first, second = (task.run(task.prepare()) for _ in range(2))
     assert torch.equal(first[0], second[0])  # type: ignore[index]
     assert torch.equal(problem.inputs["logits"], kept)
+
+
+def test_compilations_are_counted_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a recompilation goes uncounted, or the hook outlives the count."""
+    knobs = pytest.importorskip("triton.knobs")
+    before = knobs.runtime.jit_post_compile_hook
+
+    def step(length: int, temperature: float, device: str) -> None:
+        if temperature == 1.0:
+            knobs.runtime.jit_post_compile_hook(key="k", fn=SimpleNamespace(name="rows"))
+
+    monkeypatch.setattr(compilations, "_step", step)
+    assert compilations.count("cuda") == {"rows": len(compilations.LENGTHS)}
+    assert knobs.runtime.jit_post_compile_hook is before
+    assert compilations.count("cpu") == {}
 
 
 def test_one_row_more_costs_no_copy() -> None:

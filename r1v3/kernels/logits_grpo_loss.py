@@ -11,22 +11,37 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1v3.kernels import devices, logits_grpo_loss_cuda, reference, softmax_rows
+from r1v3.kernels import (
+    devices,
+    linear_tokens,
+    logits_grpo_loss_cuda,
+    reference,
+    softmax_rows,
+)
 from r1v3.kernels.arguments import (
     AGGREGATIONS,
     KL_ESTIMATORS,
     as_scalar,
     check_logits,
+    check_shape,
     check_token_ids,
 )
-from r1v3.kernels.grpo_loss import _check_options, grpo_loss
-from r1v3.kernels.linear import _per_token
+from r1v3.kernels.grpo_loss import (
+    _check_options,
+    _normalizer,
+    _per_sequence_or_token,
+    _sequence_offsets,
+    grpo_loss,
+)
 from r1v3.kernels.logprobs_and_entropy import logprobs_and_entropy
 from r1v3.kernels.vocab_parallel import group_name
 
 # Logits of this many bytes per thread are read twice while they are in the cache of the host.
 HOST_CHUNK = 4 * 2**20
 LOSS_BLOCK = 1024
+
+_Tokens = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+_Options = tuple[float, float, float, float, int]
 
 
 def logits_grpo_loss(
@@ -87,9 +102,15 @@ def logits_grpo_loss(
     shape = tuple(logits.shape[:-1])
     check_token_ids(token_ids, shape)
     _check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
+    for name, values in (
+        ("loss_mask", loss_mask), ("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs),
+    ):  # fmt: skip
+        if values is not None:
+            check_shape(name, values, shape)
+    dtype = reference.accumulation_dtype(logits)
     mask, tokens = _per_token(
-        shape, reference.accumulation_dtype(logits), loss_mask, cu_seqlens, aggregation,
-        normalizer, advantages, old_logprobs, ref_logprobs, weights,
+        _sequence_offsets(torch.empty_like(loss_mask, dtype=dtype), cu_seqlens), loss_mask, aggregation, normalizer,
+        dtype, advantages, old_logprobs, ref_logprobs, weights,
     )  # fmt: skip
     ids = torch.where(mask, token_ids.reshape(-1), reference.IGNORED_TOKEN).to(torch.int64)
     gradient = None
@@ -117,6 +138,37 @@ def logits_grpo_loss(
     metrics["token_entropy"] = entropy.view(shape)
     metrics["token_logprobs"] = logprobs.detach().view(shape)
     return loss, metrics
+
+
+def _per_token(
+    offsets: Tensor,
+    loss_mask: Tensor,
+    aggregation: str,
+    normalizer: Tensor | float | None,
+    dtype: torch.dtype,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+) -> tuple[Tensor, _Tokens]:
+    """Which of the n tokens count, and their share in the total, advantages, old and so on, [n]."""
+    shape, sequences = tuple(loss_mask.shape), offsets.shape[0] - 1
+    sequence, inside = linear_tokens.sequence_of_tokens(offsets, loss_mask.numel())
+    mask = (loss_mask != 0).reshape(-1) & inside
+    share = linear_tokens.share_of_tokens(
+        mask, sequence, sequences, aggregation, _normalizer(normalizer), dtype
+    )
+
+    def spread(name: str, values: Tensor) -> Tensor:
+        values = _per_sequence_or_token(name, values, shape, sequences)
+        return linear_tokens.per_token(values, sequence, dtype)
+
+    old, ref = (
+        None if x is None else x.detach().reshape(-1).to(dtype)
+        for x in (old_logprobs, ref_logprobs)
+    )
+    own = None if weights is None else spread("weights", weights)
+    return mask, (share, spread("advantages", advantages), old, ref, own)
 
 
 def _in_one_pass(
@@ -244,9 +296,6 @@ def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
 
 
 _with_logits_gradient.register_autograd(_backward, setup_context=_save)
-
-_Tokens = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-_Options = tuple[float, float, float, float, int]
 
 
 def _compute(
