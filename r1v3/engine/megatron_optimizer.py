@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from r1v3.model.internvl import PARTS
 from r1v3.model.megatron.internvl import InternVL, part_of
 
+# Where torch's optimizer keeps a parameter's state: the place of none.
+_NOTHING = "nothing"
+
 
 def wrap(model: InternVL, *, distributed_optimizer: bool) -> DistributedDataParallel:
     """The model with float32 gradient buffers that are reduced over the replicas.
@@ -75,6 +78,9 @@ class MegatronAdamW:
                         "exp_avg": torch.zeros_like(parameter.data),
                         "exp_avg_sq": torch.zeros_like(parameter.data),
                     }
+            if not chained.optimizer.state:
+                # A rank without trained parameters counts too: megatron-core wants a count to save.
+                chained.optimizer.state[_NOTHING] = {"step": torch.tensor(0.0)}
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step before."""
@@ -99,6 +105,9 @@ class MegatronAdamW:
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
         self.optimizer.prepare_grads()
         self.optimizer.step_with_ready_grads()
+        for chained in self.optimizer.chained_optimizers:
+            if chained.optimizer is not None and _NOTHING in chained.optimizer.state:
+                chained.optimizer.state[_NOTHING]["step"] += 1
         return {
             "learning_rate": learning_rate,
             "grad_norm": norm,
