@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compilations, gate, machine, peers, report, runner, timing
+from benchmarks import gate, machine, peers, report, runner, timing
 from benchmarks.__main__ import OPS, main, parse
 from benchmarks.problem import Function, Mode, Problem
 
@@ -27,9 +26,7 @@ TINY = {
     "linear_logprobs_and_entropy": {"T": 5, "H": 16, "V": 300},
     "logits_grpo_loss": {"T": 4, "V": 300},
     "selected_rows": {"T": 6, "V": 300, "n": 2},
-    "tempered": {"T": 5, "V": 300},
-    "in_place": {"T": 5, "V": 300},
-    "vocabulary_shard": {"T": 5, "V": 300},
+    **dict.fromkeys(("tempered", "in_place", "vocabulary_shard"), {"T": 5, "V": 300}),
     "linear_grpo_loss": {"B": 2, "T": 4, "H": 16, "V": 300},
 }
 CASES = [(op, mode) for op, module in OPS.items() for mode in module.MODES]
@@ -214,90 +211,6 @@ def test_quantiles_are_numpys(n: int, q: float) -> None:
     """Fails if median or percentiles are off by one sample."""
     values = np.sort(np.random.default_rng(n).exponential(size=n))
     assert timing.quantile(list(values), q) == pytest.approx(np.quantile(values, q))
-
-
-class FakeDevice:
-    """Events on a clock that only the task moves, in the order the runner asks for them."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.now = 0.0
-
-    def event(self, enable_timing: bool) -> Any:
-        assert enable_timing
-        device = self
-
-        class Event:
-            def record(self) -> None:
-                device.log.append("record")
-                self.at = device.now
-
-            def synchronize(self) -> None:
-                device.log.append("synchronize")
-
-            def elapsed_time(self, end: Any) -> float:
-                return (end.at - self.at) * 1e3
-
-        return Event()
-
-
-def test_cuda_times_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the flush, the head start or the preparation is timed, or warm-up is counted."""
-    fake = FakeDevice()
-    make = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, device, **k: make(1, **k))
-    monkeypatch.setattr(torch.cuda, "Event", fake.event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: fake.log.append("sleep"))
-
-    def run(prepared: object) -> None:
-        assert prepared == "ready"
-        fake.log.append("run")
-        fake.now += 3e-6
-
-    def prepare() -> str:
-        fake.log.append("prepare")
-        fake.now += 1.0
-        return "ready"
-
-    timings = timing.measure([timing.Task("x", run, prepare)], "cuda", 0.0)
-    assert timings["x"].samples == timing.CUDA_ROUNDS
-    assert timings["x"].median == pytest.approx(3e-6)
-    assert fake.log[:6] == ["prepare", "sleep", "record", "run", "record", "synchronize"]
-
-
-def test_overwritten_inputs_are_fresh_in_every_cuda_run() -> None:
-    """Fails if an op in place is timed on what an earlier run left."""
-    problem = OPS["in_place"].problem(TINY["in_place"], "backward", "cpu")
-    task = runner._task(problem, runner.OURS, problem.ours, "cuda")
-    assert task.prepare is not None
-    kept = problem.inputs["logits"].clone()
-    first, second = (task.run(task.prepare()) for _ in range(2))
-    assert torch.equal(first[0], second[0])  # type: ignore[index]
-    assert torch.equal(problem.inputs["logits"], kept)
-
-
-def test_compilations_are_counted_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a recompilation goes uncounted, or the hook outlives the count."""
-    knobs = pytest.importorskip("triton.knobs")
-    before = knobs.runtime.jit_post_compile_hook
-
-    def step(length: int, temperature: float, device: str) -> None:
-        if temperature == 1.0:
-            knobs.runtime.jit_post_compile_hook(key="k", fn=SimpleNamespace(name="rows"))
-
-    monkeypatch.setattr(compilations, "_step", step)
-    assert compilations.count("cuda") == {"rows": len(compilations.LENGTHS)}
-    assert knobs.runtime.jit_post_compile_hook is before
-    assert compilations.count("cpu") == {}
-
-
-def test_one_row_more_costs_no_copy() -> None:
-    """Fails if the rival that wants an extra row is differentiated by other rows than ours."""
-    logits = torch.randn(6, 7)[:5].requires_grad_()
-    weights = torch.randn(5, 7)
-    loss = peers._WithOneRowMore.apply(logits, lambda x: (x[0, :-1] * weights).sum() * 2)
-    (gradient,) = torch.autograd.grad(3 * loss, logits)
-    torch.testing.assert_close(gradient, 6 * weights)
 
 
 def test_a_timing_without_samples_is_an_error() -> None:

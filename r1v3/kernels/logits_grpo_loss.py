@@ -102,15 +102,9 @@ def logits_grpo_loss(
     shape = tuple(logits.shape[:-1])
     check_token_ids(token_ids, shape)
     _check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
-    for name, values in (
-        ("loss_mask", loss_mask), ("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs),
-    ):  # fmt: skip
-        if values is not None:
-            check_shape(name, values, shape)
-    dtype = reference.accumulation_dtype(logits)
     mask, tokens = _per_token(
-        _sequence_offsets(torch.empty_like(loss_mask, dtype=dtype), cu_seqlens), loss_mask, aggregation, normalizer,
-        dtype, advantages, old_logprobs, ref_logprobs, weights,
+        shape, cu_seqlens, loss_mask, aggregation, normalizer,
+        reference.accumulation_dtype(logits), advantages, old_logprobs, ref_logprobs, weights,
     )  # fmt: skip
     ids = torch.where(mask, token_ids.reshape(-1), reference.IGNORED_TOKEN).to(torch.int64)
     gradient = None
@@ -141,7 +135,8 @@ def logits_grpo_loss(
 
 
 def _per_token(
-    offsets: Tensor,
+    shape: tuple[int, ...],
+    cu_seqlens: Tensor | None,
     loss_mask: Tensor,
     aggregation: str,
     normalizer: Tensor | float | None,
@@ -152,7 +147,12 @@ def _per_token(
     weights: Tensor | None,
 ) -> tuple[Tensor, _Tokens]:
     """Which of the n tokens count, and their share in the total, advantages, old and so on, [n]."""
-    shape, sequences = tuple(loss_mask.shape), offsets.shape[0] - 1
+    check_shape("loss_mask", loss_mask, shape)
+    for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
+        if tensor is not None:
+            check_shape(name, tensor, shape)
+    offsets = _sequence_offsets(torch.empty_like(loss_mask, dtype=dtype), cu_seqlens)
+    sequences = offsets.shape[0] - 1
     sequence, inside = linear_tokens.sequence_of_tokens(offsets, loss_mask.numel())
     mask = (loss_mask != 0).reshape(-1) & inside
     share = linear_tokens.share_of_tokens(

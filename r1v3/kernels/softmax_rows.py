@@ -300,7 +300,10 @@ def _zero_rest(target: Tensor, rows: Tensor | None, vocab: int) -> None:
     if rows is not None:
         unselected = torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
         unselected[rows] = False
-        target[unselected] = 0
+        if target.is_cuda:  # where counting them would be a synchronisation
+            target.masked_fill_(unselected[:, None], 0)
+        else:  # filling under a mask would read and write every row
+            target.index_fill_(0, unselected.nonzero().squeeze(-1), 0)
 
 
 def _last_contiguous(logits: Tensor) -> Tensor:
