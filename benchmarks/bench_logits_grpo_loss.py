@@ -21,8 +21,8 @@ CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 
 
 def carried(loss: Tensor, rows: int) -> Tensor:
-    """[rows] zeros with the gradient of the loss: rows are compared one by one, a sum cannot be."""
-    return (loss - loss.detach()).expand(rows)
+    """[rows] zeros that pass ones on as 1: rows are compared one by one, their sum cannot be."""
+    return ((loss - loss.detach()) / rows).expand(rows)
 
 
 def eager(
@@ -116,7 +116,7 @@ def problem(shape: dict[str, int], mode: Mode, device: str) -> Problem:
         ours=ours,
         eager=eager,
         reference=exact,
-        upstream=(torch.full((rows,), 1 / rows, device=device),),
+        upstream=(torch.ones(rows, device=device),),
         differentiated=("logits",),
         row_inputs=("logits", "token_ids", "old_logprobs", "advantages"),
         restated={"r1v3, two steps": in_two_steps},

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compilations, peers, runner, timing
+from benchmarks import compilations, gate, peers, runner, timing
 from benchmarks.__main__ import OPS
 
 
@@ -92,3 +92,14 @@ def test_one_row_more_costs_no_copy() -> None:
     loss = peers._WithOneRowMore.apply(logits, lambda x: (x[0, :-1] * weights).sum() * 2)
     (gradient,) = torch.autograd.grad(3 * loss, logits)
     torch.testing.assert_close(gradient, 6 * weights)
+
+
+def test_the_loss_of_sampled_rows_is_that_of_all() -> None:
+    """Fails if a batch too large to be compared in full is compared with another batch's loss."""
+    problem = OPS["logits_grpo_loss"].problem({"T": 256, "V": 40}, "forward+backward", "cpu")
+    truth = gate.solve(problem)
+    assert truth.rows is not None and len(truth.rows) < 256
+    functions = {runner.OURS: problem.ours, runner.EAGER: problem.eager, **problem.restated}
+    for name, function in functions.items():
+        result = runner.check(problem, name, function, truth, "cpu")
+        assert (result.status, result.note) == ("timed", ""), name

@@ -30,6 +30,9 @@ struct Arguments {
   float *logprobs, *entropy;
 };
 
+// Before sm_90 the kernel is empty, and nobody launches it.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
 template <typename T>
 __device__ T* row_of(const RowLayout& layout, int64_t row) {
   return static_cast<T*>(layout.data) + row / layout.inner * layout.stride_outer +
@@ -85,7 +88,7 @@ __device__ __forceinline__ void accumulate_group(State& state, const Vector* sha
   }
 }
 
-__device__ __forceinline__ State merge_lanes(State state, int width, float scale) {
+__device__ State merge_lanes(State state, int width, float scale) {
   for (int offset = width / 2; offset > 0; offset /= 2) {
     const State other = {__shfl_down_sync(~0u, state.m, offset),
                          __shfl_down_sync(~0u, state.s, offset),
@@ -127,6 +130,8 @@ __device__ void write_gradient(T* out, const Vector* shared, const Slice& slice,
     }
   }
 }
+
+#endif
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) logits_grpo_loss_kernel(const Arguments a) {
