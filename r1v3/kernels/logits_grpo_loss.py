@@ -1,8 +1,7 @@
 """The GRPO loss of logits, and its gradient in the same pass over them.
 
 What a token's loss counts in the total is known before its log-probability, and the rest of its
-gradient depends on no other token. So a row's gradient follows at once from its statistics:
-read by the statistics, still in fast memory, and written.
+gradient depends on no other token. So a row's gradient follows at once from its statistics.
 """
 
 from typing import Any
@@ -36,8 +35,7 @@ from r1v3.kernels.grpo_loss import (
 from r1v3.kernels.logprobs_and_entropy import logprobs_and_entropy
 from r1v3.kernels.vocab_parallel import group_name
 
-# Logits of this many bytes per thread are read twice while they are in the cache of the host.
-HOST_CHUNK = 4 * 2**20
+# Tokens that one thread of the host's loss kernel works on.
 LOSS_BLOCK = 1024
 
 _Tokens = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -74,9 +72,9 @@ def logits_grpo_loss(
 
     Traffic per bfloat16 logit, forward and backward together: 4 bytes with the CUDA kernel (sm_90
     on, r1v3._C built with R1V3_BUILD_CUDA=1, rows up to about 900,000 logits), 6 with Triton on
-    other devices, under torch.compile, and with `group`; on the CPU rows are read again from the
-    cache. Tokens that do not count are not read. float16, whose gradients could underflow before
-    they are scaled, and float64 go the long way: `logprobs_and_entropy`, then `grpo_loss`.
+    other devices, with `group`, and on the CPU. Tokens that do not count are not read. float16,
+    whose gradients could underflow before they are scaled, and float64 go the long way:
+    `logprobs_and_entropy`, then `grpo_loss`.
 
     Args:
         logits: [B, T, V], or [N, V] with cu_seqlens; float32, bfloat16, float16 or float64, any
@@ -344,31 +342,25 @@ def _on_host(
     vocab_size: int | None,
     options: _Options,
 ) -> tuple[Tensor, Tensor]:
-    """A few rows at a time, so that the gradient finds their logits in the cache."""
-    n, width = logits.shape[:-1].numel(), logits.shape[-1]
-    x = logits.reshape(n, width)
-    out = None if gradient is None else gradient.view(n, width)
+    """Only the rows that count, since waiting for their number costs nothing here."""
     keep = (tokens[0] != 0) & (token_ids != reference.IGNORED_TOKEN)
-    logprobs = torch.zeros_like(tokens[0])
-    entropy = torch.zeros_like(logprobs)
-    per_thread = max(1, HOST_CHUNK // max(width * logits.element_size(), 1))
-    for start in range(0, n, per_thread * torch.get_num_threads()):
-        chunk = slice(start, start + per_thread * torch.get_num_threads())
-        rows = keep[chunk].nonzero().squeeze(-1)
-        ids = token_ids[chunk][rows]
-        share, advantages = tokens[0][chunk][rows], tokens[1][chunk][rows]
-        old, ref, own = (None if t is None else t[chunk][rows] for t in tokens[2:])
-        chosen, spread, saved, shard = softmax_rows.forward(
-            x[chunk], ids, rows, temperature, vocab_size, ""
+    rows = keep.nonzero().squeeze(-1)
+    ids = token_ids[rows]
+    chosen, spread, saved, shard = softmax_rows.forward(
+        logits, ids, rows, temperature, vocab_size, ""
+    )
+    if gradient is not None:
+        share, advantages = tokens[0][rows], tokens[1][rows]
+        old, ref, own = (None if t is None else t[rows] for t in tokens[2:])
+        slope = _slope(
+            chosen, torch.ones_like(ids, dtype=torch.bool), (share, advantages, old, ref, own),
+            options,
+        )  # fmt: skip
+        softmax_rows.backward(
+            logits, gradient, ids, rows, temperature, vocab_size, shard, saved, slope, None
         )
-        logprobs[chunk][rows], entropy[chunk][rows] = chosen, spread
-        if out is not None:
-            of_rows = share, advantages, old, ref, own
-            slope = _slope(chosen, torch.ones_like(ids, dtype=torch.bool), of_rows, options)
-            softmax_rows.backward(
-                x[chunk], out[chunk], ids, rows, temperature, vocab_size, shard, saved, slope, None
-            )
-    return logprobs, entropy
+    zero = torch.zeros_like(tokens[0])
+    return zero.index_copy(0, rows, chosen), zero.index_copy(0, rows, spread)
 
 
 def _slope(logprobs: Tensor, keep: Tensor, tokens: _Tokens, options: _Options) -> Tensor:
