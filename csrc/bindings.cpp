@@ -15,7 +15,6 @@
 #include "cpu/gemm_bf16.h"
 #include "cpu/ops.h"
 #ifdef R1V3_WITH_CUDA
-#include "cuda/ban_tokens.h"
 #include "cuda/logits_grpo_loss.h"
 #endif
 
@@ -166,16 +165,6 @@ void gemm_bf16(Address a, int64_t rows, int64_t a_stride, int64_t a_k_stride, Ad
 }
 
 #ifdef R1V3_WITH_CUDA
-void ban_tokens_cuda(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
-                     Address ids, int64_t n_ids, Address enabled, int64_t vocab_start,
-                     Address stream) {
-  require(dtype >= 0 && dtype <= 2, "dtype", dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
-  const char* error = r1v3::ban_tokens_cuda(
-      at<void>(logits), dtype, n_rows, row_stride, vocab, at<const int64_t>(ids), n_ids,
-      at<const uint8_t>(enabled), vocab_start, at<void>(stream));
-  if (error) throw std::runtime_error(std::string("ban_tokens_cuda: ") + error);
-}
-
 int logits_grpo_loss_cluster(int dtype, int64_t vocab) {
   require(dtype == 0 || dtype == 1, "dtype", dtype, "0 (float32) or 1 (bfloat16)");
   return r1v3::logits_grpo_loss_cluster(dtype, vocab);
@@ -249,9 +238,6 @@ PYBIND11_MODULE(_C, m) {
         arg("c"), arg("c_stride"), arg("add"), arg("num_threads"));
   m.attr("has_gemm_bf16") = r1v3::has_gemm_bf16();
 #ifdef R1V3_WITH_CUDA
-  m.def("ban_tokens_cuda", &ban_tokens_cuda, WithoutGil(), arg("logits"), arg("dtype"),
-        arg("n_rows"), arg("row_stride"), arg("vocab"), arg("ids"), arg("n_ids"), arg("enabled"),
-        arg("vocab_start"), arg("stream"));
   m.def("logits_grpo_loss_cluster", &logits_grpo_loss_cluster, WithoutGil(), arg("dtype"),
         arg("vocab"),
         "Blocks per cluster that hold such a row on the current device, 0 where none do.");

@@ -11,9 +11,13 @@ from r1v3.kernels.arguments import (
     AGGREGATIONS,
     KL_ESTIMATORS,
     METRICS,
-    as_scalar,
-    check_choice,
     check_shape,
+)
+from r1v3.kernels.grpo_arguments import (
+    as_normalizer,
+    check_options,
+    per_sequence_or_token,
+    sequence_offsets,
 )
 
 
@@ -73,8 +77,8 @@ def grpo_loss(
     Raises:
         ValueError: for a shape, name or bound that makes no sense.
     """
-    _check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
-    offsets = _sequence_offsets(logprobs, cu_seqlens)
+    check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
+    offsets = sequence_offsets(logprobs, cu_seqlens)
     shape, sequences = tuple(logprobs.shape), offsets.shape[0] - 1
     check_shape("loss_mask", loss_mask, shape)
     for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
@@ -85,14 +89,14 @@ def grpo_loss(
     loss, _, metrics = _grpo_loss(
         logprobs.reshape(-1).to(dtype),
         _flat(old_logprobs, dtype),
-        _flat(_per_sequence_or_token("advantages", advantages, shape, sequences), dtype),
+        _flat(per_sequence_or_token("advantages", advantages, shape, sequences), dtype),
         mask.reshape(-1).contiguous(),
         _flat(ref_logprobs, dtype),
         None
         if weights is None
-        else _flat(_per_sequence_or_token("weights", weights, shape, sequences), dtype),
+        else _flat(per_sequence_or_token("weights", weights, shape, sequences), dtype),
         offsets,
-        _normalizer(normalizer),
+        as_normalizer(normalizer),
         clip_low,
         clip_high,
         0.0 if dual_clip is None else dual_clip,
@@ -101,76 +105,6 @@ def grpo_loss(
         AGGREGATIONS.index(aggregation),
     )
     return loss, dict(zip(METRICS, metrics.detach().unbind(), strict=True))
-
-
-def _check_options(
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    kl: str,
-    aggregation: str,
-    normalizer: Tensor | float | None,
-) -> None:
-    check_choice("kl", kl, KL_ESTIMATORS)
-    check_choice("aggregation", aggregation, AGGREGATIONS)
-    if clip_low < 0 or clip_high < 0:
-        raise ValueError(
-            f"clip_low and clip_high must be >= 0, got clip_low={clip_low}, clip_high={clip_high}"
-        )
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip must be > 1 or None, got {dual_clip}")
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(
-                f"normalizer must be one number, got a tensor of shape {list(normalizer.shape)}"
-            )
-    elif normalizer is None:
-        if aggregation == "constant":
-            raise ValueError('aggregation "constant" needs a normalizer, got None')
-    elif not normalizer > 0:
-        raise ValueError(f"normalizer must be > 0, got {normalizer}")
-
-
-def _sequence_offsets(logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    if not logprobs.is_floating_point():
-        raise ValueError(f"logprobs must be floating point, got {logprobs.dtype}")
-    if cu_seqlens is None:
-        if logprobs.dim() != 2:
-            raise ValueError(
-                "logprobs must be [B, T], or [N] together with cu_seqlens, "
-                f"got shape {list(logprobs.shape)}"
-            )
-        rows, length = logprobs.shape
-        return torch.arange(rows + 1, device=logprobs.device, dtype=torch.int64) * length
-    if logprobs.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            "packed logprobs must be [N] and cu_seqlens [S + 1], "
-            f"got {list(logprobs.shape)} and {list(cu_seqlens.shape)}"
-        )
-    return cu_seqlens.to(device=logprobs.device, dtype=torch.int64).contiguous()
-
-
-def _per_sequence_or_token(
-    name: str, values: Tensor, shape: tuple[int, ...], sequences: int
-) -> Tensor:
-    if tuple(values.shape) == shape:
-        return values
-    if tuple(values.shape) in ((sequences,), (sequences, 1)):
-        values = values.reshape(-1)
-        # [B, 1] log-probabilities: one value per token and per sequence is the same thing.
-        return values
-    raise ValueError(
-        f"{name} must have shape {[sequences]} (per sequence) or {list(shape)} (per token), "
-        f"got {list(values.shape)}"
-    )
-
-
-def _normalizer(normalizer: Tensor | float | None) -> Tensor | None:
-    if normalizer is None:
-        return None
-    if isinstance(normalizer, Tensor):
-        return normalizer.detach().reshape(())
-    return as_scalar(normalizer)
 
 
 def _flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

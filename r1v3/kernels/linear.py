@@ -17,13 +17,13 @@ from r1v3.kernels.arguments import (
     check_shape,
     check_token_ids,
 )
-from r1v3.kernels.grpo_loss import (
-    _check_options,
-    _normalizer,
-    _per_sequence_or_token,
-    _sequence_offsets,
-    grpo_loss,
+from r1v3.kernels.grpo_arguments import (
+    as_normalizer,
+    check_options,
+    per_sequence_or_token,
+    sequence_offsets,
 )
+from r1v3.kernels.grpo_loss import grpo_loss
 from r1v3.kernels.linear_grpo import linear_grpo, with_gradient
 from r1v3.kernels.linear_logprobs import linear_logprobs_and_entropy as logprobs_op
 
@@ -172,7 +172,7 @@ def linear_grpo_loss(
     shape = _check_head(hidden, weight, token_ids, group, sequence_parallel, reduce_hidden_grad)
     check_logits(weight.T, temperature, vocab_size if group is None else None)
     _check_buffers(weight, hidden, weight_grad_accumulator, row_tile)
-    _check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
+    check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
     mask, per_token = _per_token(
         shape, reference.accumulation_dtype(hidden), loss_mask, cu_seqlens, aggregation,
         normalizer, advantages, old_logprobs, ref_logprobs, weights, rows,
@@ -244,14 +244,14 @@ def _per_token(
     for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
         if tensor is not None:
             check_shape(name, tensor, shape)
-    offsets = _sequence_offsets(torch.empty(shape, device=loss_mask.device), cu_seqlens)
+    offsets = sequence_offsets(torch.empty(shape, device=loss_mask.device), cu_seqlens)
     sequences = offsets.shape[0] - 1
     mask = (loss_mask != 0).reshape(-1)
     sequence, inside = linear_tokens.sequence_of_tokens(offsets, mask.shape[0])
     mask = mask & inside
     _check_rows_are_the_mask(rows, mask)
     share = linear_tokens.share_of_tokens(
-        mask, sequence, sequences, aggregation, _normalizer(normalizer), dtype
+        mask, sequence, sequences, aggregation, as_normalizer(normalizer), dtype
     )
     expanded: list[Tensor | None] = [share]
     for name, values in (
@@ -262,7 +262,7 @@ def _per_token(
     ):
         if values is not None:
             if name in ("advantages", "weights"):
-                values = _per_sequence_or_token(name, values, shape, sequences)
+                values = per_sequence_or_token(name, values, shape, sequences)
             values = linear_tokens.per_token(values, sequence, dtype)
         expanded.append(values)
     return mask, expanded

@@ -25,13 +25,13 @@ from r1v3.kernels.arguments import (
     check_shape,
     check_token_ids,
 )
-from r1v3.kernels.grpo_loss import (
-    _check_options,
-    _normalizer,
-    _per_sequence_or_token,
-    _sequence_offsets,
-    grpo_loss,
+from r1v3.kernels.grpo_arguments import (
+    as_normalizer,
+    check_options,
+    per_sequence_or_token,
+    sequence_offsets,
 )
+from r1v3.kernels.grpo_loss import grpo_loss
 from r1v3.kernels.logprobs_and_entropy import logprobs_and_entropy
 from r1v3.kernels.vocab_parallel import group_name
 
@@ -99,7 +99,7 @@ def logits_grpo_loss(
     check_logits(logits, temperature, vocab_size if group is None else None)
     shape = tuple(logits.shape[:-1])
     check_token_ids(token_ids, shape)
-    _check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
+    check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
     mask, tokens = _per_token(
         shape, cu_seqlens, loss_mask, aggregation, normalizer,
         reference.accumulation_dtype(logits), advantages, old_logprobs, ref_logprobs, weights,
@@ -149,16 +149,16 @@ def _per_token(
     for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
         if tensor is not None:
             check_shape(name, tensor, shape)
-    offsets = _sequence_offsets(torch.empty_like(loss_mask, dtype=dtype), cu_seqlens)
+    offsets = sequence_offsets(torch.empty_like(loss_mask, dtype=dtype), cu_seqlens)
     sequences = offsets.shape[0] - 1
     sequence, inside = linear_tokens.sequence_of_tokens(offsets, loss_mask.numel())
     mask = (loss_mask != 0).reshape(-1) & inside
     share = linear_tokens.share_of_tokens(
-        mask, sequence, sequences, aggregation, _normalizer(normalizer), dtype
+        mask, sequence, sequences, aggregation, as_normalizer(normalizer), dtype
     )
 
     def spread(name: str, values: Tensor) -> Tensor:
-        values = _per_sequence_or_token(name, values, shape, sequences)
+        values = per_sequence_or_token(name, values, shape, sequences)
         return linear_tokens.per_token(values, sequence, dtype)
 
     old, ref = (

@@ -1,13 +1,14 @@
 """Writing a Megatron InternVL as an HF model folder."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from r1v3.engine.ranks import Ranks
 from r1v3.files import replace_directory, require_free_space, temporary_sibling, write_json
 from r1v3.model.conversion.parallel import export_hf
 from r1v3.model.conversion.table import native_shapes, saved_name
@@ -42,10 +43,11 @@ def save_hf(
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
 
+    lead = Ranks(dist.group.WORLD).lead
     try:
-        _first_rank(begin)
+        lead(begin)
         write_hf(model, temporary, tokenizer, max_shard_bytes=max_shard_bytes)
-        _first_rank(lambda: replace_directory(temporary, folder))
+        lead(lambda: replace_directory(temporary, folder))
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -83,22 +85,9 @@ def write_hf(
 
     if dist.get_rank() != 0:
         _exhaust(tensors)
-    _first_rank(write)
+    Ranks(dist.group.WORLD).lead(write)
 
 
 def _exhaust(tensors: Iterator[object]) -> None:
     for _ in tensors:
         pass
-
-
-def _first_rank(action: Callable[[], None]) -> None:
-    """Do something on rank 0 while all wait; its error is raised on every rank."""
-    box: list[Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except Exception as error:
-            box[0] = error
-    dist.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        raise box[0]
