@@ -1,0 +1,51 @@
+"""One rank of a job that runs MegatronEngine in many layouts; see test_megatron.py.
+
+python -m tests.engine.megatron_worker FOLDER CASE,CASE: writes what each case reports. A case that
+spans fewer ranks than there are runs on the first ones.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+WORLD = 4
+
+
+def main(folder: Path, names: list[str]) -> None:
+    # Not at the top: megatron-core's checkpoint writer spawns a process that imports this file.
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from tests.engine.megatron_cases import CASES
+
+    rank = int(os.environ["RANK"])
+    faulthandler.dump_traceback_later(570, exit=True)
+    torch.set_num_threads(1)
+    for name in names:
+        world, case = CASES[name]
+        if rank >= world:
+            continue
+        started = time.monotonic()
+        os.environ["WORLD_SIZE"] = str(world)
+        # A new world for every case: megatron-core leaves the groups of the last one behind.
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder / name}.rendezvous",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=120),
+        )
+        report = case(folder, name)
+        (folder / f"{name}.rank{rank}.json").write_text(json.dumps(report))
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2].split(","))

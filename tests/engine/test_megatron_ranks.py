@@ -1,0 +1,36 @@
+"""Starting a job with the wrong number of processes, or the wrong engine, says what is right."""
+
+from pathlib import Path
+
+import pytest
+
+from r1v3.config import Parallel, Stage
+from r1v3.engine.megatron_ranks import connect
+from r1v3.trainer import stage
+
+
+@pytest.mark.parametrize(("processes", "tensor", "pipeline"), [(4, 3, 1), (2, 2, 2), (6, 2, 2)])
+def test_a_number_of_processes_that_does_not_fit_is_refused(
+    monkeypatch: pytest.MonkeyPatch, processes: int, tensor: int, pipeline: int
+) -> None:
+    """Fails if ranks would wait for others that nobody starts."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    wanted = f"does not divide the {processes} processes; start a multiple of {tensor * pipeline} "
+    with pytest.raises(ValueError, match=wanted):
+        connect(Parallel(tensor=tensor, pipeline=pipeline))
+
+
+def test_several_processes_without_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a layout of two ranks would start as one."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="does not divide the 1 processes"):
+        connect(Parallel(tensor=2))
+
+
+def test_the_engine_of_one_process_is_not_started_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Fails if every process of torchrun would train the same model into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="torchrun started 2: use engine=megatron"):
+        stage.connect(Stage(run=tmp_path))

@@ -1,0 +1,72 @@
+"""Several real processes of one job on this machine: started, waited for, and ended."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    """What every process of a test job sees: this tree, one thread, no GPU, the loopback."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process that leads a session, with all it has started there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_ranks(module: str, world: int, folder: Path, *arguments: str, timeout: float) -> None:
+    """Run `python -m module folder *arguments` as the ranks of a job; all must end well in time.
+
+    Each finds RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; what it prints is shown on failure.
+    """
+    common = {**environment(), "WORLD_SIZE": str(world), "MASTER_PORT": str(free_port())}
+    logs = [folder / f"rank{rank}.log" for rank in range(world)]
+    processes = []
+    for rank, path in enumerate(logs):
+        with path.open("wb") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, str(folder), *arguments],
+                    cwd=ROOT,
+                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+    try:
+        deadline = time.monotonic() + timeout
+        while any(process.poll() is None for process in processes):
+            if time.monotonic() > deadline or any(process.returncode for process in processes):
+                break
+            time.sleep(0.1)
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            end(process)
+    texts = [f"rank {rank}: {path.read_text()[-3000:]}" for rank, path in enumerate(logs)]
+    assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(texts)
