@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
+from r1v3.engine import results_process
 from r1v3.engine.megatron_optimizer import MegatronAdamW
 from r1v3.engine.ranks import Ranks
 from r1v3.model.megatron.internvl import InternVL
@@ -44,6 +46,9 @@ def save_sharded(
     """Start to write model and optimizer below an existing directory."""
     folder = directory / FOLDER
     ranks.lead(folder.mkdir)
+    if filesystem_async._results_queue is None:
+        # megatron-core's own dies of the SIGTERM that asks for a save, and outlives a killed rank.
+        filesystem_async._results_queue = results_process.start().Queue()
     request = dist_checkpointing.save(
         _state(model, optimizer, loading=False), str(folder), async_sharded_save=True
     )

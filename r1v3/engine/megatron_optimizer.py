@@ -1,6 +1,7 @@
 """The optimizer of a Megatron model: AdamW on float32 main parameters, norms per part, clipping."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,9 +79,10 @@ class MegatronAdamW:
                         "exp_avg": torch.zeros_like(parameter.data),
                         "exp_avg_sq": torch.zeros_like(parameter.data),
                     }
-            if not chained.optimizer.state:
+            state: dict[Any, Any] = chained.optimizer.state
+            if not state:
                 # A rank without trained parameters counts too: megatron-core wants a count to save.
-                chained.optimizer.state[_NOTHING] = {"step": torch.tensor(0.0)}
+                state[_NOTHING] = {"step": torch.tensor(0.0)}
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step before."""

@@ -92,6 +92,8 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
+            # torchrun sends SIGTERM to the process group; the step under way is still scored.
+            start_new_session=True,
         )
         reply = self.read_line(START_SECONDS)
         if reply != "ready":
