@@ -148,7 +148,9 @@ class HFEngine:
         total, outputs = 0.0, []
         for index, batch in enumerate(micro_batches):
             loss, output = loss_fn(self.head(batch), index)
-            loss.backward()
+            # A micro-batch without pictures reaches nothing when only the connector is trained.
+            if loss.requires_grad:
+                loss.backward()
             total += float(loss.detach())
             outputs.append({name: tensor.detach().cpu() for name, tensor in output.items()})
         norms = {part: _norm(parameters) for part, parameters in self.parts.items()}

@@ -211,6 +211,17 @@ def test_exactly_the_named_parts_are_trained(trained: tuple[str, ...]) -> None:
             assert not any(moved[part]) and result[f"grad_norm_{part}"] == 0
 
 
+def test_a_micro_batch_without_pictures_does_not_stop_the_connector() -> None:
+    """Its loss has no gradient at all; the step is that of the other micro-batches."""
+    batch, modules = a_batch("groups"), {"vision": False, "llm": False}
+    engine, other = an_engine(modules=modules), an_engine(modules=modules)
+    found = steps(engine, [batch.slice(0, 1), batch.slice(1, 2)])
+    assert found["loss"] == pytest.approx(steps(other, [batch])["loss"], rel=1e-5)
+    assert found["grad_norm"] > 0
+    for (name, one), (_, two) in zip(engine.export_hf(), other.export_hf(), strict=True):
+        assert torch.allclose(one, two, atol=1e-5), name
+
+
 def test_modules_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match=r"modules names \['audio'\]"):
         an_engine(modules={"audio": True})

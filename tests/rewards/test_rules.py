@@ -296,6 +296,22 @@ def test_the_child_ends_with_its_parent() -> None:
     pytest.fail(f"process {pid} outlived its parent")
 
 
+def test_a_signal_to_the_process_group_does_not_end_the_child() -> None:
+    """torchrun sends SIGTERM to all that a rank has started; the step under way would be scored 0,
+    or fail."""
+    program = (
+        "import os, signal; from r1v3.rewards.symbolic import symbolically_equal;"
+        "signal.signal(signal.SIGTERM, lambda *_: None);"
+        "assert symbolically_equal('2\\\\sqrt{3}', '\\\\sqrt{12}', 0.0);"
+        "os.killpg(0, signal.SIGTERM);"
+        "assert symbolically_equal('2\\\\sqrt{3}', '\\\\sqrt{12}', 0.0)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, timeout=60, start_new_session=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_missing_math_verify_is_an_error_and_not_a_zero(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
