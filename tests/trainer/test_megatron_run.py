@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from r1v3.model.internvl import load_model
 from r1v3.trainer.metrics import comparable, read_metrics
 from tests.processes import end, environment, free_port
 from tests.tiny_run import finished, home, leftovers, stage_arguments, succeed, write_configs
@@ -164,8 +164,8 @@ def test_supervised_stages_run_split(tmp_path: Path, stage: str) -> None:
     for found, wanted in zip(lines(tmp_path, stage), lines(single, stage), strict=True):
         for key, value in wanted.items():
             assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
-    start = load_file(home() / "base/model.safetensors")
-    trained = load_file(tmp_path / f"run/models/{stage}/model.safetensors")
+    start = dict(load_model(home() / "base").named_parameters())
+    trained = dict(load_model(tmp_path / f"run/models/{stage}").named_parameters())
     moved = {name for name, tensor in trained.items() if not torch.equal(tensor, start[name])}
     projector = {name for name in trained if "multi_modal_projector" in name}
     assert moved == (projector if stage == "connector" else set(trained))
