@@ -179,7 +179,11 @@ class Trainer:
             generator=torch_stream(config.seed, "rollout", self.step, key),
         )
         asked: list[Sample] = [self.samples[i] for i in indices for _ in range(config.group_size)]
-        rewards = score(texts, asked, weight=config.rewards.accuracy_weight, verifier=self.verifier)
+        # Time limits and a verifier's answers could differ from rank to rank; rewards must not.
+        weight = config.rewards.accuracy_weight
+        rewards = self.engine.ranks.lead(
+            lambda: score(texts, asked, weight=weight, verifier=self.verifier)
+        )
         return rollout, rewards
 
     def episode(self) -> Episode:
