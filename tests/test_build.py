@@ -76,7 +76,9 @@ def test_build_needs_neither_torch_nor_a_gpu(built: Path) -> None:
 
     Without nvcc, fails if a plain build carries CUDA code.
     """
-    question = "print(_C.built_with_cuda, hasattr(_C, 'logits_grpo_loss_cuda'), _C.cpu_capability())"
+    question = (
+        "print(_C.built_with_cuda, hasattr(_C, 'logits_grpo_loss_cuda'), _C.cpu_capability())"
+    )
     assert ask_extension(built, question) == f"{HAS_NVCC} {HAS_NVCC} {_C.cpu_capability()}"
     if HAS_NVCC:
         # No rows: nothing may be launched, so this works without a device.
