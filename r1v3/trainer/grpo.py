@@ -369,5 +369,6 @@ def train(config: GRPO, *, resuming: bool = False) -> Path:
         return final
     trainer = Trainer(config, resuming=resuming)
     trainer.loop()
+    trainer.sampler.close()
     publish(trainer.engine, final)
     return final
