@@ -151,6 +151,12 @@ def human_bytes(count: int) -> str:
     return f"{size:.1f} TiB"
 
 
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove directories that a killed process left half written in `folder`."""
+    for leftover in folder.glob(pattern):
+        shutil.rmtree(leftover)
+
+
 def parse_bytes(text: str) -> int:
     """Bytes of a size such as "4GiB", "500 MB" or "1048576" (GB is 10^9, GiB is 2^30).
 

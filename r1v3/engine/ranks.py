@@ -9,6 +9,13 @@ from torch.distributed import ProcessGroup
 T = TypeVar("T")
 
 
+def share_of(count: int, rank: int, size: int) -> range:
+    """Part `rank` of `count` things in `size` parts: contiguous, the earlier parts one larger."""
+    base, extra = divmod(count, size)
+    start = rank * base + min(rank, extra)
+    return range(start, start + base + (rank < extra))
+
+
 class Ranks:
     """A group of processes that run the same program; without a group, this process alone.
 
@@ -27,10 +34,8 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """This rank's part of `count` things: contiguous, the earlier ranks one larger."""
-        base, extra = divmod(count, self.size)
-        start = self.rank * base + min(self.rank, extra)
-        return range(start, start + base + (self.rank < extra))
+        """This rank's part of `count` things; see `share_of`."""
+        return share_of(count, self.rank, self.size)
 
     def barrier(self) -> None:
         """Wait for all."""

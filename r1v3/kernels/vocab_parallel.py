@@ -70,9 +70,3 @@ def gather_statistics(stats: Tensor, name: str) -> Tensor:
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(gathered.view(-1), stats.contiguous().view(-1), group=group)
     return gathered
-
-
-def all_reduce_(tensor: Tensor, name: str) -> Tensor:
-    """Sum over the group, in place."""
-    dist.all_reduce(tensor, group=_group(name))
-    return tensor

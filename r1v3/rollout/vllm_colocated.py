@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerFast
 
 from r1v3.data.images import load_image
 from r1v3.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, token_id
-from r1v3.engine.ranks import ALONE, Ranks
+from r1v3.engine.ranks import ALONE, Ranks, share_of
 from r1v3.rollout.completions import (
     Completion,
     assemble,
@@ -176,7 +176,9 @@ class ColocatedVLLM:
         # The completions of greedy decoding are one, and vLLM wants to be asked for one.
         count = group_size if sampling.temperature > 0 else 1
         seeds = torch.randint(0, 2**48, (len(requests), 1 + count), generator=generator).tolist()
-        mine = self._share(len(requests))
+        # Each copy completes its share; its ranks do so together.
+        copy, copies = self.ranks.rank // self.tensor, self.ranks.size // self.tensor
+        mine = share_of(len(requests), copy, copies)
         found: list[Completion] = []
         failure: Exception | None = None
         try:
@@ -194,13 +196,6 @@ class ColocatedVLLM:
         if count < group_size:
             rows = [row for row in rows for _ in range(group_size)]
         return assemble(rows, self.rules.pad_id)
-
-    def _share(self, count: int) -> range:
-        """The prompts of this rank's copy: contiguous, the earlier copies one larger."""
-        copies, copy = self.ranks.size // self.tensor, self.ranks.rank // self.tensor
-        base, extra = divmod(count, copies)
-        start = copy * base + min(copy, extra)
-        return range(start, start + base + (copy < extra))
 
     def _sample(
         self, requests: Sequence[Request], sampling: Sampling, count: int, seeds: list[list[int]]

@@ -29,6 +29,7 @@ from r1v3.engine.contract import Writing
 from r1v3.engine.ranks import ALONE, Ranks
 from r1v3.files import (
     human_bytes,
+    remove_leftovers,
     replace_directory,
     require_free_space,
     temporary_sibling,
@@ -125,8 +126,7 @@ def start_checkpoint(
 
     def prepare() -> Path:
         root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(".step-*.tmp"):
-            shutil.rmtree(leftover)
+        remove_leftovers(root, ".step-*.tmp")
         require_free_space(root, needed, f"the checkpoint of step {step}")
         temporary = temporary_sibling(checkpoint_path(root, step))
         temporary.mkdir()

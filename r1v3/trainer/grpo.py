@@ -157,7 +157,7 @@ class Trainer:
     def _most_tokens(self) -> int:
         """The longest response of any step."""
         later = [change.max_tokens for change in self.config.lengths]
-        return max(self.config.decoding.max_tokens, *later, 0)
+        return max([self.config.decoding.max_tokens, *later])
 
     @contextmanager
     def sampling(self) -> Iterator[None]:

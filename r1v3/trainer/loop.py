@@ -61,7 +61,10 @@ class Checkpoints:
         self._pending: PendingCheckpoint | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Start to save, `step` counting finished steps; the one before is finished first."""
+        """Start to save, `step` counting finished steps; the one before is finished first.
+
+        `poll` or `finish` puts it in place.
+        """
         self.finish()
         self._pending = start_checkpoint(
             self.root,
@@ -72,7 +75,6 @@ class Checkpoints:
             keep=self.keep,
             ranks=self.engine.ranks,
         )
-        self.poll()
 
     def poll(self) -> None:
         """Put in place what is completely written by now."""

@@ -24,7 +24,13 @@ from r1v3.data.sample import Sample
 from r1v3.engine.build import connect
 from r1v3.engine.contract import Engine
 from r1v3.engine.ranks import Ranks
-from r1v3.files import replace_directory, temporary_sibling, write_json, write_text
+from r1v3.files import (
+    remove_leftovers,
+    replace_directory,
+    temporary_sibling,
+    write_json,
+    write_text,
+)
 from r1v3.trainer.checkpoint import (
     Loaded,
     latest_checkpoint,
@@ -200,7 +206,7 @@ def resume(name: str, run: Path, engine: Engine, wanted: bool) -> Loaded | None:
     if not wanted or not root.exists():
         return None
     # What a kill left half written or half deleted; nothing else would remove it after the end.
-    engine.ranks.lead(lambda: _remove_leftovers(root, ".step-*.tmp"))
+    engine.ranks.lead(lambda: remove_leftovers(root, ".step-*.tmp"))
     path = latest_checkpoint(root, engine.ranks)
     if path is None:
         broken = sorted(root.glob("step-*"))
@@ -212,11 +218,6 @@ def resume(name: str, run: Path, engine: Engine, wanted: bool) -> Loaded | None:
     return loaded
 
 
-def _remove_leftovers(folder: Path, pattern: str) -> None:
-    for leftover in folder.glob(pattern):
-        shutil.rmtree(leftover)
-
-
 def publish(engine: Engine, folder: Path) -> None:
     """Write the engine's model folder in one move, replacing what was there.
 
@@ -226,7 +227,7 @@ def publish(engine: Engine, folder: Path) -> None:
 
     def prepare() -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent, f".{folder.name}.*.tmp")
+        remove_leftovers(folder.parent, f".{folder.name}.*.tmp")
         temporary = temporary_sibling(folder)
         temporary.mkdir()
         return temporary
