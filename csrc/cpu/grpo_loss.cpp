@@ -38,6 +38,22 @@ std::vector<PolicyBlock> make_blocks(const PolicyLossInputs& in) {
   return blocks;
 }
 
+// Bytes that are not 0, counted in lanes of bytes for the compiler's vectors.
+int64_t count_valid(const uint8_t* mask, int64_t n) {
+  constexpr int64_t kLanes = 32, kMost = 255;  // what a lane can count
+  int64_t total = 0, i = 0;
+  while (i + kLanes <= n) {
+    uint8_t lanes[kLanes] = {};
+    const int64_t end = i + std::min(kMost, (n - i) / kLanes) * kLanes;
+    for (; i < end; i += kLanes) {
+      for (int64_t k = 0; k < kLanes; ++k) lanes[k] += mask[i + k] != 0;
+    }
+    for (uint8_t lane : lanes) total += lane;
+  }
+  for (; i < n; ++i) total += mask[i] != 0;
+  return total;
+}
+
 // What one token of each sequence counts in the loss.
 std::vector<double> sequence_coefficients(const PolicyLossInputs& in,
                                           const PolicyLossOptions& options) {
@@ -45,8 +61,8 @@ std::vector<double> sequence_coefficients(const PolicyLossInputs& in,
   std::vector<int64_t> lengths(in.n_seqs, 0);
   int64_t tokens = 0, sequences = 0;
   for (int64_t s = 0; s < in.n_seqs; ++s) {
-    lengths[s] = std::count_if(in.mask + in.seq_offsets[s], in.mask + in.seq_offsets[s + 1],
-                               [](uint8_t byte) { return byte != 0; });
+    const int64_t begin = in.seq_offsets[s];
+    lengths[s] = count_valid(in.mask + begin, in.seq_offsets[s + 1] - begin);
     tokens += lengths[s];
     sequences += lengths[s] > 0 ? 1 : 0;
   }

@@ -1,5 +1,5 @@
-// The policy loss of a block of tokens, in vectors of kWidth / 2 doubles, kWidth being the floats in
-// a vector of the including file. No library templates here, see rows_impl.h.
+// The policy loss of a block of tokens, in the vectors F of kWidth floats of the including
+// file. No library templates here, see rows_impl.h.
 #pragma once
 
 #include <math.h>
@@ -11,204 +11,249 @@
 namespace r1v3 {
 namespace {
 
-constexpr int kTokens = kWidth / 2;
-typedef double V __attribute__((vector_size(8 * kTokens)));
-typedef int64_t M __attribute__((vector_size(8 * kTokens)));
-typedef float V32 __attribute__((vector_size(4 * kTokens)));
+typedef int32_t Lanes __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
 
-constexpr double kMaximumLogRatio = 20.0;  // differences of log-probs are clamped to +-20
+constexpr float kMaximumLogRatio = 20.0f;  // differences of log-probs are clamped to +-20
+// Vectors whose float32 sums are taken before they are added to the block's in double.
+constexpr int64_t kRun = 32;
 
-inline V select(M mask, V a, V b) { return mask ? a : b; }
-inline V only(M mask, V a) { return mask ? a : V{}; }
-inline V all(double value) { return value - V{}; }
+inline F spread(float value) { return value - F{}; }
+inline F choose(Lanes mask, F a, F b) { return mask ? a : b; }
+inline F only(Lanes mask, F a) { return (F)(mask & (Lanes)a); }
 
-// exp for |x| <= 20, relative error below 1e-11; NaN stays.
-inline V exp_small(V x) {
-  const V magic = all(0x1.8p52);  // adding it rounds to an integer, left in the low bits
-  const V shifted = x * 1.4426950408889634 + magic;
-  const V n = shifted - magic;
-  const V r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-  V p = all(1.0 / 362880);
-  constexpr double kFactorials[] = {40320, 5040, 720, 120, 24, 6, 2, 1, 1};
-  for (double factorial : kFactorials) p = p * r + 1.0 / factorial;
-  const M exponent = ((M)shifted - (M)magic + 1023) << 52;
-  return p * (V)exponent;
-}
-
-// Lane i is all ones where byte i of `bytes` is not 0.
-inline M lanes_of(uint64_t bytes) {
-  M lanes;
-  for (int i = 0; i < kTokens; ++i) lanes[i] = 8 * i;
-  return ((((int64_t)bytes - M{}) >> lanes) & 0xff) != 0;
-}
-
-struct TokenValues {
-  M valid;
-  V logprob = {}, old_logprob = {}, ref_logprob = {}, advantage = {}, weight = {};
+struct Exponential {
+  F value;   // exp(x)
+  F excess;  // exp(x) - 1
+  F beyond;  // exp(x) - 1 - x
 };
 
-inline V load_tokens(const float* values, int64_t n, M valid) {
-  V32 x = {};
-  if (n == kTokens) {
+// For |x| <= 20, to some units in the last place, the differences too; NaN stays.
+inline Exponential exp_small(F x) {
+  const F magic = spread(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
+  const F shifted = x * 1.44269504f + magic;
+  const F n = shifted - magic;
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const F r2 = r * r;
+  const F low = r * (1.0f / 6) + 0.5f, middle = r * (1.0f / 120) + 1.0f / 24;
+  const F high = r * (1.0f / 5040) + 1.0f / 720;
+  const F beyond = ((high * r2 + middle) * r2 + low) * r2, excess = beyond + r;
+  const F power = (F)(((Lanes)shifted - (Lanes)magic + 127) << 23);
+  const F value = power * excess + power;
+  // Around 0 nothing was subtracted.
+  const Lanes near = n == F{};
+  const F other = value - 1.0f;
+  return {value, choose(near, excess, other), choose(near, beyond, other - x)};
+}
+
+inline F load_floats(const float* values, int64_t n) {
+  F x = {};
+  if (n == kWidth) {
     memcpy(&x, values, sizeof x);  // one instruction
   } else {
     memcpy(&x, values, n * sizeof(float));
   }
-  return only(valid, __builtin_convertvector(x, V));
+  return x;
 }
 
-inline V load_or_spread(const float* values, bool per_token, const PolicyBlock& block, int64_t t,
-                        int64_t n, M valid) {
-  return per_token ? load_tokens(values + t, n, valid) : only(valid, all(values[block.sequence]));
-}
+// One value per token, or the same for all tokens of a sequence.
+struct TokenValues {
+  const float* each;  // null: `shared`
+  F shared;
 
-struct Difference {
-  V value;
-  M clamped;  // no gradient flows
+  F load_at(int64_t t, int64_t n, Lanes valid) const {
+    return only(valid, each ? load_floats(each + t, n) : shared);
+  }
 };
 
-inline Difference clamped_difference(V a, V b) {
-  const V d = a - b, limit = all(kMaximumLogRatio);
-  const M above = d > limit, below = d < -limit;
-  return {select(above, limit, select(below, -limit, d)), above | below};
+inline TokenValues token_values(const float* values, bool per_token, int64_t sequence) {
+  if (values && per_token) return {values, F{}};
+  return {nullptr, spread(values ? values[sequence] : 1.0f)};
+}
+
+// The block's inputs and options in the form that the loop over its tokens wants.
+struct Terms {
+  const float *logprobs, *old_logprobs, *ref_logprobs;
+  TokenValues advantages, weights;
+  F low, high, dual_clip, kl_coef, coefficient;
+  KL kl;
+  bool penalized;  // kl_coef is not 0
+};
+
+struct Difference {
+  F value;
+  Lanes clamped;   // no gradient flows
+  F infinity;  // 0, or NaN where the difference was not finite
+};
+
+// a - b of the valid tokens.
+inline Difference clamped_difference(F a, F b, Lanes valid) {
+  const F d = only(valid, a - b), limit = spread(kMaximumLogRatio);
+  const Lanes above = d > limit, below = d < -limit;
+  return {choose(above, limit, choose(below, -limit, d)), above | below, d * 0.0f};
 }
 
 struct LaneSums {
-  V loss, approx_kl, ref_kl, ratio, ratio_max;
-  M clip_low, clip_high, dual_clip, tokens, nonfinite;  // negative counts
+  F loss, approx_kl, ref_kl, ratio;
+  F ratio_max;
+  Lanes clip_low, clip_high, dual_clip, tokens, nonfinite;  // negative counts
 };
 
 // The clipped surrogate: adds to `sums` and returns the derivative by the log-prob. Comparisons are
 // written so that NaN takes the free branch and stays visible.
 template <bool DualClip>
-inline V surrogate(const TokenValues& token, const PolicyLossOptions& options, LaneSums& sums) {
-  const Difference log_ratio = clamped_difference(token.logprob, token.old_logprob);
-  const V ratio = exp_small(log_ratio.value), advantage = token.advantage, zero = {};
-  const V low = all(1.0 - options.clip_low), high = all(1.0 + options.clip_high);
-  const V free = ratio * advantage;
-  const V within = select(ratio > high, high, select(ratio < low, low, ratio));
-  const V clipped = within * advantage;
-  const M flat = clipped < free;
-  V loss = -select(flat, clipped, free);
-  V slope = select(log_ratio.clamped | flat, zero, -free);
+inline F surrogate(const Terms& terms, const Difference& log_ratio, F advantage, F weight,
+                   Lanes valid, LaneSums& sums) {
+  const F ratio = exp_small(log_ratio.value).value, zero = {};
+  const Lanes low = ratio < terms.low, high = ratio > terms.high, negative = advantage < zero;
+  const F free = ratio * advantage;
+  const F clipped = choose(high, terms.high, choose(low, terms.low, ratio)) * advantage;
+  const Lanes flat = clipped < free;
+  F loss = -choose(flat, clipped, free);
+  F slope = choose(log_ratio.clamped | flat, zero, -free);
   if constexpr (DualClip) {
-    const V bound = -options.dual_clip * advantage;
-    const M dual = (advantage < zero) & (loss > bound);
-    loss = select(dual, bound, loss);
-    slope = select(dual, zero, slope);
+    const F bound = -terms.dual_clip * advantage;
+    const Lanes dual = negative & (loss > bound);
+    loss = choose(dual, bound, loss);
+    slope = choose(dual, zero, slope);
     sums.dual_clip += dual;
   }
-  sums.loss += only(token.valid, token.weight * loss);
-  sums.clip_low += (advantage < zero) & (ratio < low);
-  sums.clip_high += (advantage > zero) & (ratio > high);
+  sums.loss += weight * loss;
+  sums.clip_low += negative & low;
+  sums.clip_high += (advantage > zero) & high;
   sums.approx_kl -= log_ratio.value;
-  const V counted = only(token.valid, ratio);
+  const F counted = only(valid, ratio);
   sums.ratio += counted;
-  sums.ratio_max = select(counted > sums.ratio_max, counted, sums.ratio_max);
-  return token.weight * slope;
+  sums.ratio_max = choose(counted > sums.ratio_max, counted, sums.ratio_max);
+  return weight * slope;
 }
 
 // Estimates of KL(policy || reference) from one sample (J. Schulman, "Approximating KL Divergence").
-inline V kl_penalty(const TokenValues& token, const PolicyLossOptions& options, LaneSums& sums) {
-  const Difference d = clamped_difference(token.logprob, token.ref_logprob);
-  V value = d.value, slope = all(1.0);
-  if (options.kl == KL::kK2) {
-    value = 0.5 * d.value * d.value;
+inline F kl_penalty(const Terms& terms, const Difference& d, LaneSums& sums) {
+  F value = d.value, slope = spread(1.0f);
+  if (terms.kl == KL::kK2) {
+    value = 0.5f * d.value * d.value;
     slope = d.value;
-  } else if (options.kl == KL::kK3) {
-    const V excess = exp_small(-d.value) - 1.0;
-    value = excess + d.value;
-    slope = -excess;
+  } else if (terms.kl == KL::kK3) {
+    const Exponential inverse = exp_small(-d.value);
+    value = inverse.beyond;
+    slope = -inverse.excess;
   }
   sums.ref_kl += value;
-  if (options.kl_coef == 0.0) return V{};
-  sums.loss += options.kl_coef * value;
-  return select(d.clamped, V{}, options.kl_coef * slope);
+  if (!terms.penalized) return F{};
+  sums.loss += terms.kl_coef * value;
+  return choose(d.clamped, F{}, terms.kl_coef * slope);
 }
 
 template <bool DualClip, bool Reference>
-inline V token_slopes(const PolicyLossInputs& in, const PolicyLossOptions& options,
-                      const PolicyBlock& block, int64_t t, int64_t n, M valid, LaneSums& sums) {
-  TokenValues token = {valid};
-  token.logprob = load_tokens(in.logprobs + t, n, valid);
-  token.old_logprob = in.old_logprobs ? load_tokens(in.old_logprobs + t, n, valid) : token.logprob;
-  token.weight = only(valid, all(1.0));
-  token.advantage = load_or_spread(in.advantages, in.advantage_is_per_token, block, t, n, valid);
-  if (in.weights) {
-    token.weight = load_or_spread(in.weights, in.weights_is_per_token, block, t, n, valid);
-  }
-  V slope = surrogate<DualClip>(token, options, sums);
+inline F token_slopes(const Terms& terms, int64_t t, int64_t n, Lanes valid, LaneSums& sums) {
+  const F logprob = load_floats(terms.logprobs + t, n);
+  const F old = terms.old_logprobs ? load_floats(terms.old_logprobs + t, n) : logprob;
+  const Difference log_ratio = clamped_difference(logprob, old, valid);
+  const F advantage = terms.advantages.load_at(t, n, valid);
+  const F weight = terms.weights.load_at(t, n, valid);
+  F infinities = log_ratio.infinity + advantage * 0.0f + weight * 0.0f;
+  F slope = surrogate<DualClip>(terms, log_ratio, advantage, weight, valid, sums);
   if constexpr (Reference) {
-    token.ref_logprob = load_tokens(in.ref_logprobs + t, n, valid);
-    slope += kl_penalty(token, options, sums);
+    const F reference = load_floats(terms.ref_logprobs + t, n);
+    const Difference d = clamped_difference(logprob, reference, valid);
+    infinities += d.infinity;
+    slope += kl_penalty(terms, d, sums);
   }
-  // Sums of float32 values cannot overflow in double: not finite exactly where a term is not.
-  const V total =
-      token.logprob + token.old_logprob + token.ref_logprob + token.advantage + token.weight;
   sums.tokens += valid;
-  sums.nonfinite += ~((total - total) == V{});
+  sums.nonfinite += ~(infinities == F{});
   return slope;
 }
 
-inline double lane_total(V value) {
+inline double lane_total(F value) {
   double result = 0.0;
-  for (int i = 0; i < kTokens; ++i) result += value[i];
+  for (int i = 0; i < kWidth; ++i) result += value[i];
   return result;
 }
 
-inline double lane_count(M mask) {
+inline double lane_count(Lanes mask) {
   int64_t result = 0;
-  for (int i = 0; i < kTokens; ++i) result -= mask[i];
+  for (int i = 0; i < kWidth; ++i) result -= mask[i];
   return static_cast<double>(result);
 }
 
 template <bool DualClip, bool Reference>
-__attribute__((always_inline)) inline void add_tokens(
-    const PolicyLossInputs& in, const PolicyLossOptions& options, const PolicyBlock& block,
-    int64_t t, int64_t n, double coefficient, float* grad, LaneSums& sums) {
-  uint64_t mask = 0;
-  memcpy(&mask, in.mask + t, n);
-  V32 slopes = {};
-  if (mask != 0) {
-    const M valid = lanes_of(mask);
-    const V slope = token_slopes<DualClip, Reference>(in, options, block, t, n, valid, sums);
-    slopes = __builtin_convertvector(only(valid, coefficient * slope), V32);
+__attribute__((always_inline)) inline void add_tokens(const Terms& terms, const uint8_t* mask,
+                                                      int64_t t, int64_t n, float* grad,
+                                                      LaneSums& sums) {
+  Bytes bytes = {};
+  if (n == kWidth) {
+    memcpy(&bytes, mask + t, sizeof bytes);
+  } else {
+    memcpy(&bytes, mask + t, n);
   }
+  // In two steps: GCC converts bytes to 32 bits one by one.
+  const Halves halves = __builtin_convertvector(bytes, Halves);
+  const Lanes valid = __builtin_convertvector(halves, Lanes) != 0;
+  const F slope = token_slopes<DualClip, Reference>(terms, t, n, valid, sums);
+  const F slopes = only(valid, terms.coefficient * slope);
   memcpy(grad + t, &slopes, n * sizeof(float));
 }
 
+inline void add_run(LaneSums& sums, PolicySums* out) {
+  out->loss += lane_total(sums.loss);
+  out->approx_kl += lane_total(sums.approx_kl);
+  out->ref_kl += lane_total(sums.ref_kl);
+  out->ratio += lane_total(sums.ratio);
+  sums.loss = sums.approx_kl = sums.ref_kl = sums.ratio = F{};
+}
+
 template <bool DualClip, bool Reference>
-void block_sums(const PolicyLossInputs& in, const PolicyLossOptions& options,
-                const PolicyBlock& block, double coefficient, float* grad, PolicySums* out) {
+void block_sums(const Terms& given, const uint8_t* mask, const PolicyBlock& block, float* grad,
+                PolicySums* out) {
+  const Terms terms = given;  // nothing else points to it, so it can stay in registers
   LaneSums sums = {};
+  *out = {};
   int64_t t = block.begin;
-  for (; t + kTokens <= block.end; t += kTokens) {
-    add_tokens<DualClip, Reference>(in, options, block, t, kTokens, coefficient, grad, sums);
+  while (t + kWidth <= block.end) {
+    const int64_t vectors = (block.end - t) / kWidth;
+    const int64_t stop = t + (vectors < kRun ? vectors : kRun) * kWidth;
+    for (; t < stop; t += kWidth) {
+      add_tokens<DualClip, Reference>(terms, mask, t, kWidth, grad, sums);
+    }
+    add_run(sums, out);
   }
   if (t < block.end) {
-    add_tokens<DualClip, Reference>(in, options, block, t, block.end - t, coefficient, grad, sums);
+    add_tokens<DualClip, Reference>(terms, mask, t, block.end - t, grad, sums);
+    add_run(sums, out);
   }
-  out->loss = lane_total(sums.loss);
   out->clip_low = lane_count(sums.clip_low);
   out->clip_high = lane_count(sums.clip_high);
   out->dual_clip = lane_count(sums.dual_clip);
-  out->approx_kl = lane_total(sums.approx_kl);
-  out->ref_kl = lane_total(sums.ref_kl);
-  out->ratio = lane_total(sums.ratio);
   out->tokens = lane_count(sums.tokens);
   out->nonfinite = lane_count(sums.nonfinite);
   double top = 0.0;
-  for (int i = 0; i < kTokens; ++i) top = sums.ratio_max[i] > top ? sums.ratio_max[i] : top;
+  for (int i = 0; i < kWidth; ++i) top = sums.ratio_max[i] > top ? sums.ratio_max[i] : top;
   // A sum of ratios is NaN where one is; a maximum that hides it would look healthy.
   out->ratio_max = out->ratio == out->ratio ? top : out->ratio;
 }
 
 void policy_block(const PolicyLossInputs& in, const PolicyLossOptions& options,
                   const PolicyBlock& block, double coefficient, float* grad, PolicySums* out) {
+  const Terms terms = {
+      in.logprobs,
+      in.old_logprobs,
+      in.ref_logprobs,
+      token_values(in.advantages, in.advantage_is_per_token, block.sequence),
+      token_values(in.weights, in.weights_is_per_token, block.sequence),
+      spread(static_cast<float>(1.0 - options.clip_low)),
+      spread(static_cast<float>(1.0 + options.clip_high)),
+      spread(static_cast<float>(options.dual_clip)),
+      spread(static_cast<float>(options.kl_coef)),
+      spread(static_cast<float>(coefficient)),
+      options.kl,
+      options.kl_coef != 0.0,
+  };
   const bool dual_clip = options.dual_clip > 0.0, reference = in.ref_logprobs != nullptr;
   const auto sums = dual_clip ? (reference ? block_sums<true, true> : block_sums<true, false>)
                               : (reference ? block_sums<false, true> : block_sums<false, false>);
-  sums(in, options, block, coefficient, grad, out);
+  sums(terms, in.mask, block, grad, out);
 }
 
 }  // namespace
