@@ -13,7 +13,7 @@ from r1v3.kernels.arguments import BASELINES, SCALES, SINGLETONS, check_choice, 
 
 def group_advantages(
     rewards: Tensor,
-    groups: Tensor | Sequence[int],
+    groups: Tensor | Sequence[int] | int,
     *,
     baseline: str = "mean",
     scale: str = "group",
@@ -28,7 +28,8 @@ def group_advantages(
 
     Args:
         rewards: [N] float.
-        groups: [N] integer group ids in any order, or the group lengths of consecutive samples.
+        groups: [N] integer group ids in any order; or, for consecutive samples, the length of
+            every group, or the one length that all of them have.
         baseline: "mean", "leave_one_out" (RLOO: the mean of the others) or "none".
         scale: "group", "batch" (std of all rewards) or "none" (Dr.GRPO).
         ddof: 0 or 1, subtracted from the count under the variance.
@@ -55,9 +56,16 @@ def group_advantages(
             f"of shape {list(rewards.shape)}"
         )
     by_id = isinstance(groups, Tensor)
-    indices = _ids(groups, rewards) if isinstance(groups, Tensor) else _offsets(groups, rewards)
+    if isinstance(groups, Tensor):
+        indices = _ids(groups, rewards)
+    elif isinstance(groups, int):
+        indices = _equal_offsets(groups, rewards)
+    else:
+        indices = _offsets(groups, rewards)
     codes = BASELINES.index(baseline), SCALES.index(scale), SINGLETONS.index(singleton)
-    return _group_advantages(rewards.detach(), indices, by_id, *codes, ddof, eps)
+    return torch.ops.r1v3.group_advantages.default(
+        rewards.detach(), indices, by_id, *codes, ddof, eps
+    )
 
 
 def _ids(ids: Tensor, rewards: Tensor) -> Tensor:
@@ -67,16 +75,24 @@ def _ids(ids: Tensor, rewards: Tensor) -> Tensor:
     return ids.to(rewards.device, torch.int64)
 
 
+def _equal_offsets(length: int, rewards: Tensor) -> Tensor:
+    """int64 [N / length + 1], where each group starts, on the rewards' device."""
+    n = rewards.shape[0]
+    if length < 1 or n % length != 0:
+        raise ValueError(f"groups must be a length >= 1 that divides the {n} rewards, got {length}")
+    return torch.arange(0, n + 1, length, device=rewards.device)
+
+
 def _offsets(lengths: Sequence[int], rewards: Tensor) -> Tensor:
     """int64 [G + 1], where each group starts, on the rewards' device."""
     n, total = rewards.shape[0], sum(lengths)
     if len(lengths) == 0 or torch.compiler.is_compiling():
-        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
+        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
         shortest = min(lengths, default=0)
     else:
         # A list of a thousand lengths takes torch.tensor longer than the kernel.
         counts = torch.frombuffer(array("q", lengths), dtype=torch.int64)
-        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(counts, 0, out=offsets[1:])
         shortest = int(counts.min())
     if total != n or shortest < 0:
@@ -87,7 +103,16 @@ def _offsets(lengths: Sequence[int], rewards: Tensor) -> Tensor:
     return offsets.to(rewards.device, non_blocking=True)
 
 
-@torch.library.custom_op("r1v3::group_advantages", mutates_args=())
+# Not `custom_op`, whose wrappers take as long as the kernel.
+torch.library.define(
+    "r1v3::group_advantages",
+    "(Tensor rewards, Tensor groups, bool by_id, int baseline, int scale, int singleton, int ddof, "
+    "float eps) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("r1v3::group_advantages", ("cpu", "cuda"))
 def _group_advantages(
     rewards: Tensor,
     groups: Tensor,
@@ -148,7 +173,7 @@ def _reference(
     )
 
 
-@_group_advantages.register_fake
+@torch.library.register_fake("r1v3::group_advantages")
 def _(
     rewards: Tensor,
     groups: Tensor,

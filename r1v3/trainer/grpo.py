@@ -209,7 +209,7 @@ class Trainer:
         rewards = [reward for _, _, group in chosen for reward in group]
         advantages = group_advantages(
             torch.tensor([reward.total for reward in rewards]),
-            [g] * len(chosen),
+            g,
             baseline=config.advantage.baseline,
             scale=config.advantage.scale,
             eps=config.advantage.eps,

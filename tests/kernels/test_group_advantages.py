@@ -115,6 +115,8 @@ def test_lengths_and_ids_agree() -> None:
     rewards = torch.randn(9)
     ids = torch.tensor([5, 5, 5, 2, 2, 2, 2, 7, 7], dtype=torch.int32)
     assert torch.equal(group_advantages(rewards, ids), group_advantages(rewards, [3, 0, 4, 2]))
+    assert torch.equal(group_advantages(rewards, 3), group_advantages(rewards, [3, 3, 3]))
+    assert group_advantages(torch.zeros(0), 3).shape == (0,)
     assert group_advantages(torch.zeros(0), []).shape == (0,)
     assert group_advantages(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
@@ -135,6 +137,8 @@ def test_wrong_arguments_raise() -> None:
     cases = [
         (lambda: group_advantages(r, [3, 2]), r"lengths >= 0 that add up to the 4.*sum 5"),
         (lambda: group_advantages(r, [5, -1]), "groups must be lengths >= 0"),
+        (lambda: group_advantages(r, 3), "a length >= 1 that divides the 4 rewards, got 3"),
+        (lambda: group_advantages(r, 0), "a length >= 1 that divides the 4 rewards, got 0"),
         (lambda: group_advantages(r, torch.arange(3)), r"groups must have shape \[4\]"),
         (lambda: group_advantages(r, r), "groups must be integer ids"),
         (lambda: group_advantages(r[None], [4]), "rewards must be a floating-point tensor"),
