@@ -38,18 +38,47 @@ def linear_logprobs_and_entropy(
     """
     head = Head(weight, bias, hidden.dtype, row_tile)
     batch = linear_rows.Batch(hidden, token_ids, loss_mask, rows, group, sequence_parallel)
-    states = batch.states(head.operand)
     bounds = vocabulary_bounds(weight, vocab_size, group)
-    statistics = RowStatistics(batch.token_ids, float(temperature), bounds, group)
+    logprobs, entropy, saved = row_results(
+        head, batch, float(temperature), bounds, group, persistent=False
+    )
+    if rows is None:
+        logprobs, entropy, saved = (batch.spread(x) for x in (logprobs, entropy, saved))
+    return logprobs, entropy, saved, bounds
+
+
+def row_results(
+    head: Head,
+    batch: linear_rows.Batch,
+    temperature: float,
+    bounds: Tensor,
+    group: str,
+    *,
+    persistent: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [n], entropy [n], (m, log s, entropy) [n, 3] of the batch's rows.
+
+    `persistent` is the choice between two forwards: the one kernel of `linear_forward_triton`,
+    which must support the head, or products of tiles and a row kernel over each. The op takes the
+    tiles. The benchmark runs both, and is what decides: the other one is to be deleted.
+    """
+    statistics = RowStatistics(batch.token_ids, temperature, bounds, group)
+    if persistent and batch.n:
+        from r1v3.kernels import linear_forward_triton
+
+        stats = linear_forward_triton.row_statistics(
+            batch.states(head.weight.dtype), head.weight, head.bias, batch.token_ids, temperature,
+            bounds,
+        )  # fmt: skip
+        statistics.add_whole(stats)
+        return statistics.results()
+    states = batch.states(head.operand)
     block, width = linear_rows.tile_shape(head, batch.n)
     for columns, tile in head.tiles(width) if batch.n else ():
         for part in linear_rows.blocks(batch.n, block):
             logits = head.logits(states[part], columns, tile)
             statistics.add(columns, part, logits)
-    logprobs, entropy, saved = statistics.results()
-    if rows is None:
-        logprobs, entropy, saved = (batch.spread(x) for x in (logprobs, entropy, saved))
-    return logprobs, entropy, saved, bounds
+    return statistics.results()
 
 
 @linear_logprobs_and_entropy.register_fake

@@ -64,6 +64,10 @@ class RowStatistics:
             parts = _on_host(logits, ids, self.temperature, shard)[None]
         self._tiles[-1].append(parts)
 
+    def add_whole(self, stats: Tensor) -> None:
+        """Takes what a Triton kernel found out about all rows and columns, [n, 4]."""
+        self._tiles, self._triton = [[stats[None]]], True
+
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities [n], entropy [n], (m, log s, entropy) [n, 3]."""
         stats = torch.zeros(1, *self.token_ids.shape, 4, device=self.token_ids.device)
