@@ -124,7 +124,8 @@ def _results(
 ) -> tuple[Tensor, Tensor]:
     check_logits(logits, temperature, vocab_size if group is None else None)
     check_rows(rows)
-    ids = None if token_ids is None else token_ids.reshape(-1)
+    ids = None if token_ids is None else token_ids.reshape(-1).contiguous()
+    rows = None if rows is None else rows.contiguous()
     if ids is not None and rows is not None:
         ids = ids[rows]
     inplace = inplace_backward and not torch.compiler.is_compiling()

@@ -216,9 +216,9 @@ def _forward_on_host(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = logits.shape[:-1].numel() if rows is None else rows.shape[0]
-    logprobs = torch.empty(n, dtype=torch.float32)
-    entropy = torch.empty(n if with_entropy else 0, dtype=torch.float32)
-    saved = torch.empty(n, 3, dtype=torch.float32)
+    logprobs = logits.new_empty(n, dtype=torch.float32)
+    entropy = logprobs.new_empty(n if with_entropy else 0)
+    saved = logprobs.new_empty(n, 3)
     if rows is not None:
         host.logprobs_and_entropy(
             _selectable(logits, vocab), rows.contiguous(), token_ids, temperature, logprobs,
@@ -244,7 +244,7 @@ def _statistics(
         x = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])[:, :vocab]
         return reference.row_statistics(x if rows is None else x[rows], token_ids, temperature)
     n = logits.shape[:-1].numel() if rows is None else rows.shape[0]
-    stats = torch.empty(n, 4, dtype=torch.float32)
+    stats = logits.new_empty(n, 4, dtype=torch.float32)
     if rows is not None:
         x = _selectable(logits, vocab)
         host.row_statistics(x, rows.contiguous(), token_ids, temperature, stats)

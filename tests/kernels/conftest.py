@@ -1,8 +1,10 @@
-"""Which implementation of the kernels a test runs.
+"""Which implementation of the kernels a test runs, and on which device.
 
-In a plain run `backend` is the compiled host kernels, then the reference that stands in for them.
-With TRITON_INTERPRET=1 (`test_triton_interpreter.py` starts such a process) it is the Triton
-kernels, on CPU tensors through the same public functions.
+In a plain run `backend` is the compiled host kernels, then the reference that stands in for them,
+then what a CUDA device runs, where there is one. With TRITON_INTERPRET=1
+(`test_triton_interpreter.py` starts such a process) it is the Triton kernels, on CPU tensors
+through the same public functions. Tensors that a test creates without naming a device are on the
+device of its backend.
 """
 
 import os
@@ -15,7 +17,10 @@ import torch
 from r1v3.kernels import devices, host
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ("triton",) if INTERPRETED else ("compiled", "reference")
+ON_DEVICE = pytest.param("cuda", marks=pytest.mark.gpu)
+BACKENDS = ("triton",) if INTERPRETED else ("compiled", "reference", ON_DEVICE)
+# Where arguments can be looked at without waiting for a device, so that wrong ones raise.
+HOST_BACKENDS = ("compiled", "reference")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -26,10 +31,21 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         )
     elif request.param == "reference":
         monkeypatch.setattr(host, "supports", lambda tensor: False)
-    elif not host.supports(torch.zeros(1)):
+    elif request.param == "compiled" and not host.supports(torch.zeros(1)):
         pytest.skip("r1v3._C is not built")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.device(_device_of(request.param)):
         if request.param == "triton":
             # The interpreter computes exp2(-inf) and inf - inf with numpy, which comments on it.
             warnings.simplefilter("ignore", RuntimeWarning)
         yield request.param
+
+
+@pytest.fixture(params=["cpu", ON_DEVICE])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a test runs that is not about one implementation."""
+    with torch.device(request.param):
+        yield request.param
+
+
+def _device_of(backend: str) -> str:
+    return "cuda" if backend == "cuda" else "cpu"
