@@ -35,8 +35,12 @@ def check_options(
         raise ValueError(f"normalizer must be > 0, got {normalizer}")
 
 
-def sequence_offsets(logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """int64 [S + 1] where the sequences of [B, T] or packed [N] tokens begin and end."""
+def sequence_layout(logprobs: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """How [B, T] or packed [N] tokens divide into sequences, without work on a device.
+
+    Returns:
+        int64 offsets [S + 1] of packed ones, or None; the length of all others, or 0; S.
+    """
     if not logprobs.is_floating_point():
         raise ValueError(f"logprobs must be floating point, got {logprobs.dtype}")
     if cu_seqlens is None:
@@ -46,13 +50,22 @@ def sequence_offsets(logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
                 f"got shape {list(logprobs.shape)}"
             )
         rows, length = logprobs.shape
-        return torch.arange(rows + 1, device=logprobs.device, dtype=torch.int64) * length
+        return None, length, rows
     if logprobs.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             "packed logprobs must be [N] and cu_seqlens [S + 1], "
             f"got {list(logprobs.shape)} and {list(cu_seqlens.shape)}"
         )
-    return cu_seqlens.to(device=logprobs.device, dtype=torch.int64).contiguous()
+    offsets = cu_seqlens.to(device=logprobs.device, dtype=torch.int64).contiguous()
+    return offsets, 0, cu_seqlens.shape[0] - 1
+
+
+def sequence_offsets(logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """int64 [S + 1] where the sequences of [B, T] or packed [N] tokens begin and end."""
+    offsets, length, sequences = sequence_layout(logprobs, cu_seqlens)
+    if offsets is not None:
+        return offsets
+    return torch.arange(sequences + 1, device=logprobs.device, dtype=torch.int64) * length
 
 
 def per_sequence_or_token(

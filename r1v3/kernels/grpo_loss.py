@@ -17,7 +17,7 @@ from r1v3.kernels.grpo_arguments import (
     as_normalizer,
     check_options,
     per_sequence_or_token,
-    sequence_offsets,
+    sequence_layout,
 )
 
 
@@ -78,8 +78,8 @@ def grpo_loss(
         ValueError: for a shape, name or bound that makes no sense.
     """
     check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
-    offsets = sequence_offsets(logprobs, cu_seqlens)
-    shape, sequences = tuple(logprobs.shape), offsets.shape[0] - 1
+    offsets, length, sequences = sequence_layout(logprobs, cu_seqlens)
+    shape = tuple(logprobs.shape)
     check_shape("loss_mask", loss_mask, shape)
     for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
         if tensor is not None:
@@ -96,6 +96,7 @@ def grpo_loss(
         if weights is None
         else _flat(per_sequence_or_token("weights", weights, shape, sequences), dtype),
         offsets,
+        length,
         as_normalizer(normalizer),
         clip_low,
         clip_high,
@@ -124,7 +125,7 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_metrics):  # type: ignore[no-untyped-def]
-        rest = (None,) * 13
+        rest = (None,) * 14
         if grad_loss is None:
             return None, *rest
         (gradient,) = ctx.saved_tensors
@@ -135,8 +136,9 @@ class _PolicyLoss(torch.autograd.Function):
 torch.library.define(
     "r1v3::grpo_loss",
     "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
-    "Tensor? weights, Tensor offsets, Tensor? normalizer, float clip_low, float clip_high, "
-    "float dual_clip, float kl_coef, int kl, int aggregation) -> (Tensor, Tensor, Tensor)",
+    "Tensor? weights, Tensor? offsets, SymInt length, Tensor? normalizer, float clip_low, "
+    "float clip_high, float dual_clip, float kl_coef, int kl, int aggregation) "
+    "-> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -149,7 +151,8 @@ def _grpo_loss(
     mask: Tensor,
     ref_logprobs: Tensor | None,
     weights: Tensor | None,
-    offsets: Tensor,
+    offsets: Tensor | None,
+    length: int,
     normalizer: Tensor | None,
     clip_low: float,
     clip_high: float,
@@ -158,18 +161,26 @@ def _grpo_loss(
     kl: int,
     aggregation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = logprobs, old_logprobs, advantages, mask, ref_logprobs, weights, offsets
-    options = clip_low, clip_high, dual_clip, kl_coef, kl, aggregation, len(METRICS)
+    """Loss, its gradient [N] and the metrics of flat tokens.
+
+    Args:
+        offsets: int64 [S + 1] of the sequences; None for sequences of `length` tokens, of which
+            the last may be shorter.
+    """
+    inputs = logprobs, old_logprobs, advantages, mask, ref_logprobs, weights
+    bounds, codes = (clip_low, clip_high, dual_clip, kl_coef), (kl, aggregation, len(METRICS))
     if devices.runs_triton(logprobs):
         from r1v3.kernels import grpo_loss_triton
 
         if normalizer is not None:
             normalizer = normalizer.to(logprobs.device, torch.float32, non_blocking=True)
-        return grpo_loss_triton.grpo_loss(*inputs, normalizer, *options)
+        return grpo_loss_triton.grpo_loss(*inputs, offsets, length, normalizer, *bounds, *codes)
+    if offsets is None:
+        offsets = _equal_offsets(logprobs, length)
     if logprobs.device.type == "cpu":
         divisor = _divisor_on_host(normalizer)
         if host.supports(logprobs):
-            return host.grpo_loss(*inputs, divisor, *options)
+            return host.grpo_loss(*inputs, offsets, divisor, *bounds, *codes)
         _check_offsets(offsets, logprobs.shape[0])
     return reference.grpo_loss(
         logprobs,
@@ -187,6 +198,13 @@ def _grpo_loss(
         aggregation=AGGREGATIONS[aggregation],
         normalizer=normalizer,
     )
+
+
+def _equal_offsets(logprobs: Tensor, length: int) -> Tensor:
+    tokens = logprobs.shape[0]
+    sequences = -(-tokens // length) if length else 0
+    offsets = torch.arange(sequences + 1, device=logprobs.device) * length
+    return offsets.clamp_(max=tokens)
 
 
 def _divisor_on_host(normalizer: Tensor | None) -> float:
@@ -215,7 +233,8 @@ def _(
     mask: Tensor,
     ref_logprobs: Tensor | None,
     weights: Tensor | None,
-    offsets: Tensor,
+    offsets: Tensor | None,
+    length: int,
     normalizer: Tensor | None,
     clip_low: float,
     clip_high: float,

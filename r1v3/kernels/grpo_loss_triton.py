@@ -102,6 +102,7 @@ def _grpo_loss_kernel(
     ref_ptr,
     weights_ptr,
     offsets_ptr,
+    length: tl.int64,
     normalizer_ptr,
     gradient_ptr,
     sums_ptr,
@@ -110,12 +111,13 @@ def _grpo_loss_kernel(
     inverse_ptr,
     ticket_ptr,
     tokens: tl.int64,
-    sequences: tl.int64,
+    sequences: tl.int32,
     parts,
     clip_low: tl.float32,
     clip_high: tl.float32,
     dual_clip: tl.float32,
     kl_coef: tl.float32,
+    HAS_OFFSETS: tl.constexpr,
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
@@ -147,8 +149,12 @@ def _grpo_loss_kernel(
     for item in range(tl.program_id(0), sequences * parts, tl.num_programs(0)):
         sequence = (item // parts).to(tl.int64)
         part = item % parts
-        begin = tl.load(offsets_ptr + sequence)
-        end = tl.load(offsets_ptr + sequence + 1)
+        if HAS_OFFSETS:
+            begin = tl.load(offsets_ptr + sequence)
+            end = tl.load(offsets_ptr + sequence + 1)
+        else:
+            begin = sequence * length
+            end = tl.minimum(begin + length, tokens)
         own = 1.0
         # Sequences without a valid token do not count, nor do pieces past a sequence's end.
         if (AGGREGATION == 0 or AGGREGATION == 2) and begin + part * BLOCK < end:
@@ -195,10 +201,11 @@ def _grpo_loss_kernel(
             broken += tl.where(bad & valid, 1.0, 0.0)
             counts += tl.where(valid, 1.0, 0.0)
             tl.store(gradient_ptr + t, tl.where(valid, slope * (own * inverse), 0.0), mask=t < end)
-    behind = tl.load(offsets_ptr + sequences) + tl.program_id(0) * BLOCK
-    for start in range(behind, tokens, tl.num_programs(0) * BLOCK):
-        t = start + lanes
-        tl.store(gradient_ptr + t, tl.zeros([BLOCK], tl.float32), mask=t < tokens)
+    if HAS_OFFSETS:
+        behind = tl.load(offsets_ptr + sequences) + tl.program_id(0) * BLOCK
+        for start in range(behind, tokens, tl.num_programs(0) * BLOCK):
+            t = start + lanes
+            tl.store(gradient_ptr + t, tl.zeros([BLOCK], tl.float32), mask=t < tokens)
     out = sums_ptr + tl.program_id(0) * 16
     _store_sums(out, low, high, dual, approx_kl, ref_kl, ratios, biggest, counts, broken, loss)
     tl.store(out + 10, active)
@@ -275,7 +282,8 @@ def grpo_loss(
     mask: Tensor,
     ref_logprobs: Tensor | None,
     weights: Tensor | None,
-    offsets: Tensor,
+    offsets: Tensor | None,
+    length: int,
     normalizer: Tensor | None,
     clip_low: float,
     clip_high: float,
@@ -288,10 +296,15 @@ def grpo_loss(
     """Loss, gradient and metrics of flat float32 tokens.
 
     Args:
+        offsets: int64 [S + 1], or None for sequences of `length` tokens, the last may be shorter.
         normalizer: one float32 on the tokens' device, or None to count; dual_clip 0 means none;
             kl and aggregation are positions in `arguments`.
     """
-    tokens, sequences = logprobs.shape[0], offsets.shape[0] - 1
+    tokens = logprobs.shape[0]
+    if offsets is not None:
+        sequences = offsets.shape[0] - 1
+    else:
+        sequences = triton.cdiv(tokens, length) if length else 0
     parts = max(1, min(triton.cdiv(tokens, PIECE), ENOUGH_PROGRAMS // max(sequences, 1)))
     programs = max(1, min(sequences * parts, MOST_PROGRAMS))
     gradient = torch.empty_like(logprobs)
@@ -301,11 +314,11 @@ def grpo_loss(
     with devices.launching_on(logprobs):
         _grpo_loss_kernel[(programs,)](
             logprobs, old_logprobs, advantages, mask.view(torch.uint8), ref_logprobs, weights,
-            offsets, normalizer, gradient, sums, loss, metrics, inverse,
+            offsets, length, normalizer, gradient, sums, loss, metrics, inverse,
             devices.ticket(logprobs.device), tokens, sequences, parts, float(clip_low),
-            float(clip_high), float(dual_clip), float(kl_coef), HAS_OLD=old_logprobs is not None,
-            HAS_REF=ref_logprobs is not None, HAS_WEIGHTS=weights is not None,
-            HAS_NORMALIZER=normalizer is not None,
+            float(clip_high), float(dual_clip), float(kl_coef), HAS_OFFSETS=offsets is not None,
+            HAS_OLD=old_logprobs is not None, HAS_REF=ref_logprobs is not None,
+            HAS_WEIGHTS=weights is not None, HAS_NORMALIZER=normalizer is not None,
             TOKEN_ADVANTAGES=advantages.shape[0] == tokens,
             TOKEN_WEIGHTS=weights is not None and weights.shape[0] == tokens,
             DUAL=dual_clip > 0, PENALTY=kl_coef != 0, KL=kl, AGGREGATION=aggregation, BLOCK=BLOCK,

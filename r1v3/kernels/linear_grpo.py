@@ -38,15 +38,13 @@ class TokenLoss:
 
     def slope(self, rows: slice, logprobs: Tensor) -> Tensor:
         """d loss / d logprob of these rows."""
-        n = logprobs.shape[0]
         old, ref, weights = (
             None if x is None else x[rows]
             for x in (self.old_logprobs, self.ref_logprobs, self.weights)
         )
-        blocks = torch.arange(-(-n // LOSS_BLOCK) + 1, device=logprobs.device) * LOSS_BLOCK
         _, slope, _ = torch.ops.r1v3.grpo_loss(
             logprobs, old, self.advantages[rows], torch.ones_like(logprobs, dtype=torch.bool),
-            ref, weights, blocks.clamp(max=n), logprobs.new_ones((), dtype=torch.float64),
+            ref, weights, None, LOSS_BLOCK, logprobs.new_ones((), dtype=torch.float64),
             *self.options, AGGREGATIONS.index("constant"),
         )  # fmt: skip
         return slope.mul_(self.share[rows])

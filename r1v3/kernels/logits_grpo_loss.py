@@ -159,10 +159,10 @@ def _per_token(
 
     def spread(name: str, values: Tensor) -> Tensor:
         values = per_sequence_or_token(name, values, shape, sequences)
-        return linear_tokens.per_token(values, sequence, dtype)
+        return linear_tokens.per_token(values, sequence, dtype).contiguous()
 
     old, ref = (
-        None if x is None else x.detach().reshape(-1).to(dtype)
+        None if x is None else x.detach().reshape(-1).to(dtype).contiguous()
         for x in (old_logprobs, ref_logprobs)
     )
     own = None if weights is None else spread("weights", weights)
@@ -366,10 +366,8 @@ def _on_host(
 def _slope(logprobs: Tensor, keep: Tensor, tokens: _Tokens, options: _Options) -> Tensor:
     """d loss / d logprob [n], 0 for rows that are not kept."""
     share, advantages, old, ref, weights = tokens
-    n = logprobs.shape[0]
-    blocks = torch.arange(-(-n // LOSS_BLOCK) + 1, device=logprobs.device) * LOSS_BLOCK
     _, slope, _ = torch.ops.r1v3.grpo_loss(
-        logprobs, old, advantages, keep, ref, weights, blocks.clamp(max=n), as_scalar(1.0),
-        *options, AGGREGATIONS.index("constant"),
+        logprobs, old, advantages, keep, ref, weights, None, LOSS_BLOCK, as_scalar(1.0), *options,
+        AGGREGATIONS.index("constant"),
     )  # fmt: skip
     return slope.mul_(share)

@@ -36,8 +36,7 @@ def scalar(value: float) -> Tensor:
 def op_cases() -> dict[str, tuple[Any, ...]]:
     x = torch.randn(6, 11, requires_grad=True)
     ids, rows = torch.randint(0, 9, (6,)), torch.tensor([4, 0])
-    tokens = torch.randn(6, requires_grad=True)
-    flat = tokens.detach() + 0.1
+    flat = torch.randn(6)
     return {
         "logprobs_and_entropy": (x, ids, None, scalar(0.7), 9, "", False, True),
         "logprobs_and_entropy of rows": (x, ids[rows], rows, scalar(1.0), None, "", False, True),
@@ -50,8 +49,12 @@ def op_cases() -> dict[str, tuple[Any, ...]]:
             torch.randn(4), torch.tensor([7, 2, 2, 7]), True, 0, 0, 0, 1, 1e-6,
         ),
         "grpo_loss": (
-            tokens, flat, flat, torch.ones(6, dtype=torch.bool), flat, None,
-            torch.tensor([0, 2, 6]), scalar(3.0), 0.2, 0.2, 0.0, 0.1, 2, 0,
+            flat - 0.1, flat, flat, torch.ones(6, dtype=torch.bool), flat, None,
+            torch.tensor([0, 2, 6]), 0, scalar(3.0), 0.2, 0.2, 0.0, 0.1, 2, 0,
+        ),
+        "grpo_loss padded": (
+            flat - 0.1, None, flat[:2], torch.ones(6, dtype=torch.bool), None, None,
+            None, 3, None, 0.2, 0.2, 0.0, 0.1, 2, 0,
         ),
         "ban_tokens_": (x.detach(), ids, None, 0),
     }  # fmt: skip

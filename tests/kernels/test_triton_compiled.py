@@ -93,13 +93,13 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
     }  # fmt: skip
     loss = {
         "logprobs_ptr": f, "old_ptr": f, "advantages_ptr": f, "mask_ptr": u, "ref_ptr": f,
-        "weights_ptr": f, "offsets_ptr": i, "normalizer_ptr": f, "gradient_ptr": f,
+        "weights_ptr": f, "offsets_ptr": i, "length": "i64", "normalizer_ptr": f, "gradient_ptr": f,
         "sums_ptr": "*fp64:16", "loss_ptr": f, "metrics_ptr": f, "inverse_ptr": f,
-        "ticket_ptr": "*i32:16", "tokens": "i64", "sequences": "i64", "parts": "i32",
+        "ticket_ptr": "*i32:16", "tokens": "i64", "sequences": "i32", "parts": "i32",
         "clip_low": "fp32", "clip_high": "fp32", "dual_clip": "fp32", "kl_coef": "fp32",
-        "HAS_OLD": True, "HAS_REF": True, "HAS_WEIGHTS": True, "HAS_NORMALIZER": True,
-        "TOKEN_ADVANTAGES": True, "TOKEN_WEIGHTS": True, "DUAL": True, "PENALTY": True, "KL": 2,
-        "AGGREGATION": 0, "BLOCK": grpo_loss_triton.BLOCK,
+        "HAS_OFFSETS": True, "HAS_OLD": True, "HAS_REF": True, "HAS_WEIGHTS": True,
+        "HAS_NORMALIZER": True, "TOKEN_ADVANTAGES": True, "TOKEN_WEIGHTS": True, "DUAL": True,
+        "PENALTY": True, "KL": 2, "AGGREGATION": 0, "BLOCK": grpo_loss_triton.BLOCK,
         "MASK_BLOCK": grpo_loss_triton.MASK_BLOCK,
     }  # fmt: skip
     scale = {"x_ptr": "*bf16:16", "factor_ptr": f, "n": "i64", "programs": "i64",
@@ -118,6 +118,11 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "merge": (_merge_kernel, merge, 4),
         "advantages": (group_advantages_triton._group_advantages_kernel, advantages, 4),
         "loss": (grpo_loss_triton._grpo_loss_kernel, loss, 4),
+        "loss padded": (
+            grpo_loss_triton._grpo_loss_kernel,
+            {**loss, "offsets_ptr": None, "HAS_OFFSETS": False},
+            4,
+        ),
         "ban": (ban_tokens_triton._ban_tokens_kernel, ban, 1),
         "scale": (scale_triton._scale_kernel, scale, 8),
     }
