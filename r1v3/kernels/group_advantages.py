@@ -55,16 +55,16 @@ def group_advantages(
             f"rewards must be a floating-point tensor [N], got {rewards.dtype} "
             f"of shape {list(rewards.shape)}"
         )
-    by_id = isinstance(groups, Tensor)
+    ids, offsets, length = None, None, 0
     if isinstance(groups, Tensor):
-        indices = _ids(groups, rewards)
+        ids = _ids(groups, rewards)
     elif isinstance(groups, int):
-        indices = _equal_offsets(groups, rewards)
+        length = _checked_length(groups, rewards.shape[0])
     else:
-        indices = _offsets(groups, rewards)
+        offsets = _offsets(groups, rewards)
     codes = BASELINES.index(baseline), SCALES.index(scale), SINGLETONS.index(singleton)
     return torch.ops.r1v3.group_advantages.default(
-        rewards.detach(), indices, by_id, *codes, ddof, eps
+        rewards.detach(), ids, offsets, length, *codes, ddof, eps
     )
 
 
@@ -75,12 +75,10 @@ def _ids(ids: Tensor, rewards: Tensor) -> Tensor:
     return ids.to(rewards.device, torch.int64)
 
 
-def _equal_offsets(length: int, rewards: Tensor) -> Tensor:
-    """int64 [N / length + 1], where each group starts, on the rewards' device."""
-    n = rewards.shape[0]
+def _checked_length(length: int, n: int) -> int:
     if length < 1 or n % length != 0:
         raise ValueError(f"groups must be a length >= 1 that divides the {n} rewards, got {length}")
-    return torch.arange(0, n + 1, length, device=rewards.device)
+    return length
 
 
 def _offsets(lengths: Sequence[int], rewards: Tensor) -> Tensor:
@@ -106,8 +104,8 @@ def _offsets(lengths: Sequence[int], rewards: Tensor) -> Tensor:
 # Not `custom_op`, whose wrappers take as long as the kernel.
 torch.library.define(
     "r1v3::group_advantages",
-    "(Tensor rewards, Tensor groups, bool by_id, int baseline, int scale, int singleton, int ddof, "
-    "float eps) -> Tensor",
+    "(Tensor rewards, Tensor? ids, Tensor? offsets, SymInt length, int baseline, int scale, "
+    "int singleton, int ddof, float eps) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -115,39 +113,54 @@ torch.library.define(
 @torch.library.impl("r1v3::group_advantages", ("cpu", "cuda"))
 def _group_advantages(
     rewards: Tensor,
-    groups: Tensor,
-    by_id: bool,
+    ids: Tensor | None,
+    offsets: Tensor | None,
+    length: int,
     baseline: int,
     scale: int,
     singleton: int,
     ddof: int,
     eps: float,
 ) -> Tensor:
+    """Groups are told by `ids` [N], or where consecutive ones start [G + 1], or by their length."""
     options = baseline, scale, singleton, ddof, eps
     if rewards.dtype != torch.float64:
         rewards = rewards.to(torch.float32).contiguous()
         if host.supports(rewards):
-            return host.group_advantages(rewards, groups.contiguous(), by_id, *options)
-    order, offsets = _segments(groups, by_id, rewards)
+            groups = ids if ids is not None else offsets
+            if groups is None:
+                groups = _equal_offsets(rewards, length)
+            return host.group_advantages(rewards, groups.contiguous(), ids is not None, *options)
+    order = None
+    if ids is not None:
+        order, offsets = _segments(ids)
     if not devices.runs_triton(rewards):
+        if order is None:
+            order = torch.arange(rewards.shape[0], device=rewards.device)
+        if offsets is None:
+            offsets = _equal_offsets(rewards, length)
         return _reference(rewards, order, offsets, *options)
     from r1v3.kernels import group_advantages_triton
 
     by_batch = SCALES[scale] == "batch" and rewards.numel() > 0
     batch_std = reference.standard_deviation(rewards, ddof) if by_batch else None
-    return group_advantages_triton.group_advantages(rewards, order, offsets, *options, batch_std)
+    return group_advantages_triton.group_advantages(
+        rewards, order, offsets, length, *options, batch_std
+    )
 
 
-def _segments(groups: Tensor, by_id: bool, rewards: Tensor) -> tuple[Tensor, Tensor]:
+def _equal_offsets(rewards: Tensor, length: int) -> Tensor:
+    return torch.arange(0, rewards.shape[0] + 1, max(length, 1), device=rewards.device)
+
+
+def _segments(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Samples in the order of their groups [N], and where each group starts there."""
-    n = rewards.shape[0]
-    if not by_id:
-        return torch.arange(n, device=rewards.device), groups
-    ordered, order = torch.sort(groups, stable=True)
+    n = ids.shape[0]
+    ordered, order = torch.sort(ids, stable=True)
     # The number of groups stays on the device: N segments, the surplus ones empty.
     starts = torch.ones_like(ordered)
     starts[1:] = (ordered[1:] != ordered[:-1]).to(torch.int64)
-    offsets = torch.searchsorted(starts.cumsum(0) - 1, torch.arange(n + 1, device=groups.device))
+    offsets = torch.searchsorted(starts.cumsum(0) - 1, torch.arange(n + 1, device=ids.device))
     return order, offsets
 
 
@@ -176,8 +189,9 @@ def _reference(
 @torch.library.register_fake("r1v3::group_advantages")
 def _(
     rewards: Tensor,
-    groups: Tensor,
-    by_id: bool,
+    ids: Tensor | None,
+    offsets: Tensor | None,
+    length: int,
     baseline: int,
     scale: int,
     singleton: int,

@@ -43,10 +43,13 @@ def op_cases() -> dict[str, tuple[Any, ...]]:
         "logprobs_and_entropy without ids": (x, None, None, scalar(1.0), None, "", False, True),
         "logprobs_and_entropy without entropy": (x, ids, None, scalar(1.0), 9, "", False, False),
         "group_advantages": (
-            torch.randn(4), torch.tensor([0, 2, 4]), False, 0, 0, 0, 1, 1e-6,
+            torch.randn(4), None, torch.tensor([0, 2, 4]), 0, 0, 0, 0, 1, 1e-6,
+        ),
+        "group_advantages of equal groups": (
+            torch.randn(4), None, None, 2, 0, 0, 0, 1, 1e-6,
         ),
         "group_advantages of ids": (
-            torch.randn(4), torch.tensor([7, 2, 2, 7]), True, 0, 0, 0, 1, 1e-6,
+            torch.randn(4), torch.tensor([7, 2, 2, 7]), None, 0, 0, 0, 0, 1, 1e-6,
         ),
         "grpo_loss": (
             flat - 0.1, flat, flat, torch.ones(6, dtype=torch.bool), flat, None,

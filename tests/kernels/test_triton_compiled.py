@@ -87,8 +87,9 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "HAS_IDS": True, "HAS_SHARD": True, "PARTS": 32, "ROWS": 16,
     }  # fmt: skip
     advantages = {
-        "rewards_ptr": f, "order_ptr": i, "offsets_ptr": i, "batch_std_ptr": None, "out_ptr": f,
-        "eps": "fp32", "BASELINE": 1, "SCALE": 0, "RAW_SINGLETON": False, "DDOF": 1,
+        "rewards_ptr": f, "order_ptr": i, "offsets_ptr": i, "length": "i64",
+        "batch_std_ptr": None, "out_ptr": f, "eps": "fp32", "HAS_ORDER": True,
+        "HAS_OFFSETS": True, "BASELINE": 1, "SCALE": 0, "RAW_SINGLETON": False, "DDOF": 1,
         "BLOCK": 512,
     }  # fmt: skip
     loss = {
@@ -117,6 +118,17 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "gradient shard": (_row_gradient_kernel, gradient_arguments("fp16", 8, True), 8),
         "merge": (_merge_kernel, merge, 4),
         "advantages": (group_advantages_triton._group_advantages_kernel, advantages, 4),
+        "advantages of equal groups": (
+            group_advantages_triton._group_advantages_kernel,
+            {
+                **advantages,
+                "order_ptr": None,
+                "offsets_ptr": None,
+                "HAS_ORDER": False,
+                "HAS_OFFSETS": False,
+            },
+            4,
+        ),
         "loss": (grpo_loss_triton._grpo_loss_kernel, loss, 4),
         "loss padded": (
             grpo_loss_triton._grpo_loss_kernel,
