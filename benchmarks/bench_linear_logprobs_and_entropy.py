@@ -1,11 +1,24 @@
 """lm_head, log-probability and entropy without keeping the logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from benchmarks.problem import VOCABULARY, Mode, Problem, Size, random_ids, random_normal
+from benchmarks.problem import (
+    VOCABULARY,
+    Function,
+    Mode,
+    Problem,
+    Size,
+    random_ids,
+    random_normal,
+)
 from r1v3 import kernels
-from r1v3.kernels import reference
+from r1v3.kernels import linear_rows, reference
+from r1v3.kernels.linear_logprobs import linear_gradient, row_results
+from r1v3.kernels.linear_products import Head
+from r1v3.kernels.linear_statistics import vocabulary_bounds
 
 MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 
@@ -17,6 +30,48 @@ def eager(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Te
     entropy = -(logp.exp() * logp).sum(-1)
     kept = token_ids >= 0
     return torch.where(kept, chosen, 0.0), torch.where(kept, entropy, 0.0)
+
+
+class _PersistentForward(torch.autograd.Function):
+    """The op with its other forward, and its own backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, token_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        batch = linear_rows.Batch(hidden, token_ids, None, None, "", False)
+        bounds = vocabulary_bounds(weight, None, "")
+        head = Head(weight, None, hidden.dtype, 0)
+        results = row_results(head, batch, 1.0, bounds, "", persistent=True)
+        logprobs, entropy, saved = (batch.spread(x) for x in results)
+        ctx.save_for_backward(hidden, weight, token_ids, bounds, saved)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, token_ids, bounds, saved = ctx.saved_tensors
+        grad_hidden, grad_weight, _ = linear_gradient(
+            hidden, weight, None, token_ids, None, None, None, torch.ones((), dtype=torch.float64),
+            bounds, saved, grad_logprobs, grad_entropy, "", False, True, 0, [True, True, False],
+        )  # fmt: skip
+        return grad_hidden, grad_weight, None
+
+
+def persistent_forward(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_logprobs_and_entropy` with the forward of `linear_forward_triton`."""
+    logprobs, entropy = _PersistentForward.apply(hidden, weight, token_ids)
+    return logprobs, entropy
+
+
+def _other_forwards(hidden: Tensor, weight: Tensor, mode: Mode) -> dict[str, Function]:
+    if mode == "backward" or not hidden.is_cuda:
+        return {}
+    from r1v3.kernels import linear_forward_triton
+
+    supported = linear_forward_triton.supports(hidden, weight, 1.0)
+    return {"r1v3, persistent forward": persistent_forward} if supported else {}
 
 
 def shapes(device: str, size: Size) -> list[dict[str, int]]:
@@ -54,7 +109,8 @@ def problem(shape: dict[str, int], mode: Mode, device: str) -> Problem:
     """One product makes the logits, two make the gradients.
 
     Rows that are dropped are not counted as work, and neither is computing the logits again in
-    the backward: it is the price of not keeping them.
+    the backward: it is the price of not keeping them. On an H100, the forward that the op does
+    not take is timed beside it.
     """
     rows, width, vocab = shape["T"], shape["H"], shape["V"]
     hidden, weight = head(rows, width, vocab, shape.get("bits", 16), device)
@@ -74,5 +130,6 @@ def problem(shape: dict[str, int], mode: Mode, device: str) -> Problem:
         upstream=(random_normal(rows, device=device), random_normal(rows, device=device, seed=3)),
         differentiated=("hidden", "weight"),
         row_inputs=("hidden", "token_ids"),
+        restated=_other_forwards(hidden, weight, mode),
         flops=products * 2 * int((~dropped).sum()) * width * vocab,
     )

@@ -13,10 +13,14 @@ pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 SUITE = (
     "logprobs_and_entropy",
+    "logits_memory",
     "group_advantages",
     "grpo_loss",
+    "grpo_edges",
+    "logits_grpo_loss",
     "linear",
     "linear_grpo",
+    "linear_persistent",
     "ban_tokens",
 )
 
