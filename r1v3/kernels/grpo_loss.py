@@ -143,6 +143,11 @@ torch.library.define(
 )
 
 
+# Its results carry no gradient; `_PolicyLoss` does.
+_LIBRARY = torch.library.Library("r1v3", "FRAGMENT")
+_LIBRARY.impl("grpo_loss", torch.library.fallthrough_kernel, "Autograd")
+
+
 @torch.library.impl("r1v3::grpo_loss", ("cpu", "cuda"))
 def _grpo_loss(
     logprobs: Tensor,
