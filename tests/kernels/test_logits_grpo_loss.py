@@ -338,25 +338,9 @@ def test_gradcheck() -> None:
 class TestCompiled:
     @pytest.fixture(autouse=True)
     def fresh_compiler(self, backend: str) -> None:
-        if backend != "compiled":
+        if backend == "reference":
             pytest.skip("once is enough")
         torch._dynamo.reset()
-
-    def test_opcheck(self) -> None:
-        """Fails if schema, fake tensors, autograd or dispatch of an op are registered wrongly."""
-        x, ids = torch.randn(6, 11), torch.randint(0, 9, (6,))
-        one = torch.ones((), dtype=torch.float64)
-        tokens = torch.rand(6), torch.randn(6), None, torch.randn(6), None
-        rest = (ids, *tokens, 0.7 * one, 9, "", 0.2, 0.3, 0.0, 0.1, 2)
-        torch.library.opcheck(torch.ops.r1v3.logits_grpo, (x, True, *rest))
-        torch.library.opcheck(torch.ops.r1v3.logits_grpo, (x, False, *rest))
-        torch.library.opcheck(torch.ops.r1v3.logits_grpo_, (x.clone(), *rest))
-        torch.library.opcheck(torch.ops.r1v3.scale_, (x.clone(), torch.tensor(2.0)))
-        torch.library.opcheck(
-            torch.ops.r1v3.with_logits_gradient,
-            (torch.ones(()), x.clone().requires_grad_(), torch.randn(6, 11)),
-            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-        )
 
     def test_full_graph_equals_eager_and_compiles_few_times(self) -> None:
         """Fails on a graph break, a wrong gradient, or a compile per length or temperature."""
@@ -370,8 +354,8 @@ class TestCompiled:
 
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(step, fullgraph=True, backend=counter)
-        for n in (10, 12, 20, 26):
-            for temperature in (1.0, 0.7, 0.35):
+        for n in (10, 12, 20, 26, 34):
+            for temperature in (1.0, 0.7, 0.35, 0.2, 1.5):
                 x, ids = torch.randn(2, n, 32), torch.randint(0, 9, (2, n))
                 results = []
                 for function in (step, compiled):

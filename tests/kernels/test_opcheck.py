@@ -1,0 +1,117 @@
+"""Every op as torch.library registers it."""
+# mypy: disable-error-code="arg-type"
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.conftest import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="registration does not see the kernels")
+# The backward of these scales in place, which a second one, as the other checks make it, must not
+# see.
+USED_ONCE = ("with_gradient", "with_logits_gradient")
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+def logits_cases() -> dict[str, tuple[Any, ...]]:
+    x, ids, rows = torch.randn(6, 11), torch.randint(0, 9, (6,)), torch.tensor([4, 0])
+    leaf = x.clone().requires_grad_()
+    saved, slope = torch.rand(6, 3), torch.randn(6)
+    gradient = ids, None, scalar(0.7), 9, rows[:0], saved, slope, slope
+    tokens = torch.rand(6), slope, None, slope, None
+    grpo = ids, *tokens, scalar(0.7), 9, "", 0.2, 0.3, 0.0, 0.1, 2
+    return {
+        "logprobs_and_entropy": (leaf, ids, None, scalar(0.7), 9, "", False, True),
+        "logprobs_and_entropy of rows": (
+            leaf, ids[rows], rows, scalar(1.0), None, "", False, True,
+        ),
+        "logprobs_and_entropy without ids": (leaf, None, None, scalar(1.0), None, "", False, True),
+        "logprobs_and_entropy without entropy": (leaf, ids, None, scalar(1.0), 9, "", False, False),
+        "logits_gradient": (x, *gradient),
+        "logits_gradient of rows": (
+            x, ids[rows], rows, scalar(1.0), None, rows[:0], saved[rows], None, slope[rows],
+        ),
+        "logits_gradient_": (x.clone(), *gradient),
+        "logits_grpo": (x, True, *grpo),
+        "logits_grpo without gradient": (x, False, *grpo),
+        "logits_grpo_": (x.clone(), *grpo),
+        "scale_": (x.clone(), torch.tensor(2.0)),
+        "with_logits_gradient": (torch.ones(()), leaf, torch.randn(6, 11)),
+        "ban_tokens_": (x.clone(), ids, None, 0),
+        "ban_tokens_ of enabled rows": (x.clone(), ids, ids > 3, 2),
+    }  # fmt: skip
+
+
+def token_cases() -> dict[str, tuple[Any, ...]]:
+    flat, mask = torch.randn(6), torch.ones(6, dtype=torch.bool)
+    options = 0.2, 0.2, 0.0, 0.1, 2, 0
+    rewards, rest = torch.randn(4), (0, 0, 0, 1, 1e-6)
+    return {
+        "group_advantages": (rewards, None, torch.tensor([0, 2, 4]), 0, *rest),
+        "group_advantages of equal groups": (rewards, None, None, 2, *rest),
+        "group_advantages of ids": (rewards, torch.tensor([7, 2, 2, 7]), None, 0, *rest),
+        "grpo_loss": (
+            flat - 0.1, flat, flat, mask, flat, None, torch.tensor([0, 2, 6]), 0, scalar(3.0),
+            *options,
+        ),
+        "grpo_loss padded": (flat, None, flat[:2], mask, None, None, None, 3, None, *options),
+    }  # fmt: skip
+
+
+def linear_cases() -> dict[str, tuple[Any, ...]]:
+    hidden, weight = torch.randn(6, 4), torch.randn(11, 4)
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    bias = torch.randn(11).requires_grad_()
+    ids, mask = torch.randint(0, 9, (6,)), torch.ones(6, dtype=torch.bool)
+    buffer, loss = torch.zeros(11, 4), torch.randn(())
+    sharding = "", False, True, 0
+    rest = scalar(0.7), None, *sharding
+    per_token = [torch.rand(6) for _ in range(5)]
+    clip = 0.2, 0.2, 0.0, 0.1, 2
+    bounds, saved, slope = torch.tensor([0, 11]), torch.rand(6, 3), torch.randn(6)
+    gradient = scalar(0.7), bounds, saved, slope, slope, *sharding
+    return {
+        "linear_logprobs_and_entropy": (*leaves, None, ids, mask, None, None, *rest),
+        "linear_logprobs_and_entropy of rows": (*leaves, bias, ids, None, ids[:1], None, *rest),
+        "linear_gradient": (
+            hidden, weight, bias.detach(), ids, mask, None, None, *gradient, [True, True, True],
+        ),
+        "linear_gradient with accumulator": (
+            hidden, weight, None, ids, mask, None, buffer, *gradient, [False, True, False],
+        ),
+        "linear_grpo": (
+            hidden, weight, ids, mask, None, *per_token, None, *rest, [True, True], *clip,
+        ),
+        "linear_grpo with accumulator": (
+            hidden, weight, ids, mask, ids[:1], *per_token, buffer, *rest, [True, True], *clip,
+        ),
+        "with_gradient": (loss, *leaves, torch.randn(6, 4), torch.randn(11, 4), False),
+    }  # fmt: skip
+
+
+def cases() -> dict[str, tuple[Any, ...]]:
+    """Arguments by the name of the op and of the case."""
+    return logits_cases() | token_cases() | linear_cases()
+
+
+@pytest.mark.parametrize("name", cases())
+def test_opcheck(name: str, device: str) -> None:
+    """Fails if schema, fake tensors, autograd or AOT dispatch of an op are registered wrongly."""
+    op = getattr(torch.ops.r1v3, name.split()[0])
+    tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
+    if name not in USED_ONCE:
+        tests.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, cases()[name], test_utils=tests)
+
+
+def test_no_op_is_forgotten() -> None:
+    """Fails if an op of this package is registered and not checked here."""
+    every = torch._C._dispatch_get_all_op_names()
+    registered = {name.partition("::")[2] for name in every if name.startswith("r1v3::")}
+    assert {name.partition(".")[0] for name in registered} == {name.split()[0] for name in cases()}
