@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks import (
     bench_group_advantages,
     bench_grpo_loss,
-    bench_linear_grpo_loss,
     bench_logits_grpo_loss,
+    peers_linear,
 )
 from benchmarks.bench_logits_options import world_of_one
 from benchmarks.problem import Function, Mode
@@ -133,17 +133,6 @@ def _verl_grpo_loss(algorithms: ModuleType) -> Function:
     return loss
 
 
-def _verl_linear_torch(verl: ModuleType) -> Function:
-    head = verl.FusedLinearForPPO(chunk_size=512)
-    return lambda hidden, weight, token_ids: head(hidden, weight, token_ids)
-
-
-def _verl_linear_triton(verl: ModuleType) -> Function:
-    return lambda hidden, weight, token_ids: verl.linear_cross_entropy(
-        hidden, weight, token_ids, 1.0, "none", None
-    )
-
-
 def _liger_selective(liger: ModuleType) -> Function:
     def selective(logits: Tensor, token_ids: Tensor) -> tuple[Tensor]:
         rows, vocab = logits.shape
@@ -153,44 +142,6 @@ def _liger_selective(liger: ModuleType) -> Function:
         return (chosen[0],)
 
     return selective
-
-
-def _liger_linear(liger: ModuleType) -> Function:
-    function = liger.LigerFusedLinearScaledCrossEntropyFunction
-
-    def both(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        nll, entropy = function.apply(hidden, weight, token_ids, 1.0, -100, 1, True)
-        return -nll, entropy
-
-    return both
-
-
-def _liger_linear_grpo(liger: ModuleType) -> Function:
-    loss = liger.LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, loss_type="bnpo",
-        epsilon_low=bench_linear_grpo_loss.CLIP_LOW, epsilon_high=bench_linear_grpo_loss.CLIP_HIGH,
-    )  # fmt: skip
-
-    def grpo(
-        hidden: Tensor,
-        weight: Tensor,
-        token_ids: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        loss_mask: Tensor,
-    ) -> tuple[Tensor]:
-        states = hidden.view(*token_ids.shape, -1)
-        given = loss(
-            states, weight, token_ids, loss_mask, advantages, old_per_token_logps=old_logprobs
-        )
-        return (given[0],)
-
-    return grpo
-
-
-def _rl_kernel_linear(registry: ModuleType) -> Function:
-    op = registry.kernel_registry.get_op("linear_logp")
-    return lambda hidden, weight, token_ids: (op(hidden, weight, token_ids),)
 
 
 def _trl_kernel(kernel: ModuleType) -> Function:
@@ -264,12 +215,6 @@ def _rl_kernel_selective(registry: ModuleType) -> Function:
     return lambda logits, token_ids: (op(logits, token_ids),)
 
 
-def _cut_cross_entropy(module: ModuleType) -> Function:
-    return lambda hidden, weight, token_ids: (
-        -module.linear_cross_entropy(hidden, weight, token_ids, reduction="none"),
-    )
-
-
 def _triton_cross_entropy(module: ModuleType) -> Function:
     return lambda logits, token_ids: (-module.cross_entropy_loss(logits, token_ids)[0],)
 
@@ -318,10 +263,12 @@ _VERL_LINEAR = "verl.utils.experimental.torch_functional"
 _VERL_TRITON = "verl.utils.kernel.linear_cross_entropy"
 _FLA = "fla.modules.fused_cross_entropy"
 _FLASH = "flash_attn.ops.triton.cross_entropy"
-_BOTH, _ONE, _LINEAR = (
+_QUACK_LINEAR = "quack.linear_cross_entropy"
+_BOTH, _ONE, _LINEAR, _LINEAR_LOSS = (
     "logprobs_and_entropy",
     "selective_log_softmax",
     "linear_logprobs_and_entropy",
+    "linear_cross_entropy",
 )
 
 PEERS = (
@@ -333,15 +280,23 @@ PEERS = (
     Peer("verl", _ONE, _VERL, _verl_selective),
     Peer("verl", "group_advantages", _VERL_ALGORITHMS, _verl_group_advantages),
     Peer("verl", "grpo_loss", _VERL_ALGORITHMS, _verl_grpo_loss, modes=("forward+backward",)),
-    Peer("verl", _LINEAR, _VERL_LINEAR, _verl_linear_torch, "torch", LINEAR_MODES),
-    Peer("verl", _LINEAR, _VERL_TRITON, _verl_linear_triton, "triton", LINEAR_MODES, True),
+    Peer("verl", _LINEAR, _VERL_LINEAR, peers_linear.verl_torch, "torch", LINEAR_MODES),
+    Peer("verl", _LINEAR, _VERL_TRITON, peers_linear.verl_triton, "triton", LINEAR_MODES, True),
     Peer("liger", _ONE, "liger_kernel.ops.grpo_loss", _liger_selective, cuda_only=True),
-    Peer("liger", _LINEAR, "liger_kernel.ops", _liger_linear, "scaled", LINEAR_MODES, True),
+    Peer(
+        "liger",
+        _LINEAR,
+        "liger_kernel.ops",
+        peers_linear.liger_scaled,
+        "scaled",
+        LINEAR_MODES,
+        True,
+    ),
     Peer(
         "liger",
         "linear_grpo_loss",
         "liger_kernel.chunked_loss",
-        _liger_linear_grpo,
+        peers_linear.liger_grpo,
         "chunked",
         ("forward+backward",),
     ),
@@ -349,7 +304,7 @@ PEERS = (
         "rl-kernel",
         _LINEAR,
         "rl_engine.kernels.registry",
-        _rl_kernel_linear,
+        peers_linear.rl_kernel,
         "",
         LINEAR_MODES,
         True,
@@ -358,9 +313,45 @@ PEERS = (
         "cut-cross-entropy",
         _LINEAR,
         "cut_cross_entropy",
-        _cut_cross_entropy,
+        peers_linear.cut_cross_entropy,
         "",
         LINEAR_MODES,
+        True,
+    ),
+    Peer(
+        "quack",
+        _LINEAR,
+        _QUACK_LINEAR,
+        peers_linear.quack_all_logits,
+        "all logits",
+        LINEAR_MODES,
+        True,
+    ),
+    Peer(
+        "quack",
+        _LINEAR_LOSS,
+        _QUACK_LINEAR,
+        peers_linear.quack_cross_entropy,
+        "chunked",
+        ("forward+backward",),
+        True,
+    ),
+    Peer(
+        "liger",
+        _LINEAR_LOSS,
+        "liger_kernel.transformers",
+        peers_linear.liger_cross_entropy,
+        "chunked",
+        ("forward+backward",),
+        True,
+    ),
+    Peer(
+        "cut-cross-entropy",
+        _LINEAR_LOSS,
+        "cut_cross_entropy",
+        peers_linear.cut_cross_entropy_mean,
+        "",
+        ("forward+backward",),
         True,
     ),
     Peer("trl", _BOTH, _TRL_KERNEL, _trl_kernel, "triton", BOTH_MODES, True),

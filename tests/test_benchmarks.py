@@ -24,6 +24,7 @@ TINY = {
     "grpo_loss": {"B": 6, "T": 8},
     "ban_tokens": {"T": 5, "V": 300, "K": 7},
     "linear_logprobs_and_entropy": {"T": 5, "H": 16, "V": 300},
+    "linear_cross_entropy": {"T": 5, "H": 16, "V": 300},
     "logits_grpo_loss": {"T": 4, "V": 300},
     "selected_rows": {"T": 6, "V": 300, "n": 2},
     **dict.fromkeys(("tempered", "in_place", "vocabulary_shard"), {"T": 5, "V": 300}),
@@ -81,7 +82,8 @@ def test_kernels_and_eager_pass_the_gate(op: str, mode: Mode) -> None:
     """Fails if a benchmark calls something that is not the op, or gates on a wrong truth."""
     problem = tiny(op, mode)
     truth = gate.solve(problem)
-    for name, function in ((runner.OURS, problem.ours), (runner.EAGER, problem.eager)):
+    functions = {runner.OURS: problem.ours, runner.EAGER: problem.eager, **problem.restated}
+    for name, function in functions.items():
         result = runner.check(problem, name, function, truth, "cpu")
         assert (result.status, result.note) == ("timed", "")
         assert result.error is not None and result.error < 0.1
