@@ -17,9 +17,7 @@ from benchmarks.__main__ import OPS, main, parse
 from benchmarks.problem import Function, Mode, Problem
 
 TINY = {
-    "logprobs_and_entropy": {"T": 5, "V": 300},
-    "entropy": {"T": 5, "V": 300},
-    "selective_log_softmax": {"T": 5, "V": 300},
+    **dict.fromkeys(("logprobs_and_entropy", "selective_log_softmax"), {"T": 5, "V": 300}),
     "group_advantages": {"N": 64},
     "grpo_loss": {"B": 6, "T": 8},
     "ban_tokens": {"T": 5, "V": 300, "K": 7},
@@ -27,7 +25,7 @@ TINY = {
     "linear_cross_entropy": {"T": 5, "H": 16, "V": 300},
     "logits_grpo_loss": {"T": 4, "V": 300},
     "selected_rows": {"T": 6, "V": 300, "n": 2},
-    **dict.fromkeys(("tempered", "in_place", "vocabulary_shard"), {"T": 5, "V": 300}),
+    **dict.fromkeys(("entropy", "tempered", "in_place", "vocabulary_shard"), {"T": 5, "V": 300}),
     "linear_grpo_loss": {"B": 2, "T": 4, "H": 16, "V": 300},
 }
 CASES = [(op, mode) for op, module in OPS.items() for mode in module.MODES]

@@ -18,9 +18,10 @@ adds 2,048 pairs of 16-bit numbers per clock:
 
 - 128 x 256: the widest WGMMA, 64 x 256 x 16, twice. 128 x 128 would take a third more bytes from
   L2, and both it and 256 x 128 a fifth more from shared memory. The accumulator is 128 of at most
-  255 registers per thread, so one tile per multiprocessor is all that fits, and its epilogue is
-  not hidden behind another tile's products. Multiprocessors do not share a tile of the weight by
-  multicast: Triton 3.7 fails to compile this for clusters.
+  255 registers per thread, so one tile per multiprocessor is all that fits and nothing runs
+  during its epilogue. Two of 128 x 128 would fit and hide each other's, 3 % against those bytes.
+  Multiprocessors do not share a tile of the weight by multicast: Triton 3.7 does not compile
+  this for clusters.
 - 64 columns of H at a time, one swizzled 128-byte row of TMA; 4 stages of 48 KiB are 192 of 227
   KiB of shared memory.
 - One loop over the steps of all tiles of a program, so that the first three steps of the next
