@@ -11,7 +11,7 @@ from r1v3.kernels import devices
 BLOCK = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner", "stride_outer"])
 def _ban_tokens_kernel(
     logits_ptr,
     ids_ptr,

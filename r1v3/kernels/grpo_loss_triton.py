@@ -93,7 +93,7 @@ def _count(mask_ptr, begin, end, BLOCK: tl.constexpr):
     return tl.sum(counts, axis=0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "parts"])
 def _grpo_loss_kernel(
     logprobs_ptr,
     old_ptr,

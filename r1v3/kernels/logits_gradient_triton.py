@@ -38,7 +38,7 @@ def _gradient(x, column, token, m, log2_s, entropy, g_logp, g_entropy, scale, HA
     return (tl.where(column == token, g_logp, 0.0) - tl.exp2(log2_p) * pull) * (scale * LN_2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner", "stride_outer", "out_stride_outer"])
 def _row_gradient_kernel(
     x_ptr,
     out_ptr,

@@ -11,6 +11,8 @@ tail. The order of summation therefore depends on a row's address modulo 16 byte
 else. (To sum in an order counted from the row's start, every thread would have to read across two
 of the aligned vectors: twice the load instructions, for rows that are aligned alike anyway where V
 is a multiple of 8.)
+
+Numbers that change from batch to batch are not specialised on: no batch waits for a compilation.
 """
 # mypy: allow-untyped-defs, allow-untyped-calls
 
@@ -57,7 +59,7 @@ def row_offset(row, base, inner, stride_outer, stride_inner):
     return base + (row // inner) * stride_outer + (row % inner) * stride_inner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "inner", "stride_outer"])
 def _row_statistics_kernel(
     x_ptr,
     rows_ptr,
@@ -136,7 +138,7 @@ def _stream(pointers, inside):
     return tl.load(pointers, mask=inside, other=-float("inf"), eviction_policy="evict_first")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _merge_kernel(
     stats_ptr,
     ids_ptr,

@@ -10,7 +10,7 @@ from r1v3.kernels import devices
 BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _scale_kernel(x_ptr, factor_ptr, n: tl.int64, programs: tl.int64, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
