@@ -16,6 +16,7 @@ from benchmarks.problem import (
 )
 from r1v3 import kernels
 from r1v3.kernels import linear_rows, reference
+from r1v3.kernels.arguments import as_scalar
 from r1v3.kernels.linear_logprobs import linear_gradient, row_results
 from r1v3.kernels.linear_products import Head
 from r1v3.kernels.linear_statistics import vocabulary_bounds
@@ -53,7 +54,7 @@ class _PersistentForward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, None]:
         hidden, weight, token_ids, bounds, saved = ctx.saved_tensors
         grad_hidden, grad_weight, _ = linear_gradient(
-            hidden, weight, None, token_ids, None, None, None, torch.ones((), dtype=torch.float64),
+            hidden, weight, None, token_ids, None, None, None, as_scalar(1.0),
             bounds, saved, grad_logprobs, grad_entropy, "", False, True, 0, [True, True, False],
         )  # fmt: skip
         return grad_hidden, grad_weight, None

@@ -6,6 +6,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.kernels.conftest import INTERPRETED
 triton = pytest.importorskip("triton")
 
 from r1v3.kernels import linear_forward_triton, logits_triton  # noqa: E402
+from tests.kernels.test_triton_compiled import resource_usage  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16)
 code = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -234,50 +236,52 @@ def test_gradients_match_float64(device: str) -> None:
         assert error < 2.0**-6, error
 
 
-class Launch:
-    """Stands in for a kernel and keeps what it is launched with."""
+class Compiler:
+    """Stands in for a kernel, and compiles for an H100 what is launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **options: Any) -> None:
-            self.grid, self.arguments, self.options = grid, arguments, options
+            # The arguments are in the host's memory, but this is not the interpreter.
+            options["INTERPRETED"] = False
+            self.result = self.kernel.warmup(*arguments, grid=grid, **options)
 
         return launch
 
 
-def machine_code(dtype: torch.dtype, bias: Tensor | None, folder: Path) -> tuple[Any, str]:
-    """The kernel compiled for sm_90 from the arguments of a launch, and its SASS."""
-    from triton.runtime.jit import mangle_type
+def compiled(
+    patch: pytest.MonkeyPatch, inputs: dict[str, Any], bias: torch.dtype | None = None
+) -> Any:
+    """The kernel as Triton compiles it on an H100, on its way to launch it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
 
-    from tests.kernels.test_triton_compiled import compile_kernel
-
-    kernel, launch = linear_forward_triton._linear_statistics_kernel, Launch()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_forward_triton, "_linear_statistics_kernel", launch)
-        inputs = make(200, 600, 136, dtype)
+    h100 = SimpleNamespace(
+        get_current_device=lambda: -1,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    compiler = Compiler(linear_forward_triton._linear_statistics_kernel)
+    vector = None if bias is None else torch.zeros(inputs["weight"].shape[0], dtype=bias)
+    with patch.context() as during:
+        during.setattr(driver, "_active", h100)
+        during.setattr(linear_forward_triton, "_linear_statistics_kernel", compiler)
         linear_forward_triton._tile_statistics(
-            inputs["hidden"],
-            inputs["weight"],
-            bias,
-            inputs["token_ids"],
-            1.0,
-            torch.zeros(2).long(),
-        )
-    given = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.options
-    warps = given.pop("num_warps")
-    arguments = {}
-    for name, parameter in zip(kernel.arg_names, kernel.params, strict=True):
-        value = given[name]
-        if parameter.is_constexpr or value is None:
-            arguments[name] = False if name == "INTERPRETED" else value
-        else:
-            aligned = isinstance(value, Tensor) and value.data_ptr() % 16 == 0
-            arguments[name] = (parameter.annotation or mangle_type(value)) + ":16" * aligned
-    compiled = compile_kernel(kernel, 90, arguments, warps)
-    path = folder / "kernel.cubin"
-    path.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    sass = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True)
-    return compiled, sass.stdout
+            inputs["hidden"], inputs["weight"], vector, inputs["token_ids"], 1.0,
+            torch.zeros(2, dtype=torch.int64),
+        )  # fmt: skip
+    return compiler.result
+
+
+@code
+def test_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if sizes are compiled in: every batch has another number of rows."""
+    codes = {
+        compiled(monkeypatch, make(*sizes)).asm["cubin"] for sizes in ((200, 600, 136), (1, 1, 8))
+    }
+    assert len(codes) == 1
 
 
 @code
@@ -291,15 +295,19 @@ def machine_code(dtype: torch.dtype, bias: Tensor | None, folder: Path) -> tuple
     ],
     ids=str,
 )
-def test_machine_code(dtype: torch.dtype, bias: torch.dtype | None, tmp_path: Path) -> None:
+def test_machine_code(
+    dtype: torch.dtype, bias: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if the tensor cores wait, loads come late, registers spill or logits are rounded."""
-    from tests.kernels.test_triton_compiled import resource_usage
-
-    vector = None if bias is None else torch.zeros(600, dtype=bias)
-    compiled, sass = machine_code(dtype, vector, tmp_path)
-    usage = resource_usage(compiled.asm["cubin"], tmp_path)
+    kernel = compiled(monkeypatch, make(200, 600, 136, dtype), bias)
+    assert kernel.metadata.shared <= 227 * 1024
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    usage = resource_usage(kernel.asm["cubin"], tmp_path)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    done = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True)
+    sass = done.stdout
     assert usage["STACK"] == usage["LOCAL"] == 0 and not re.search(r"\b(STL|LDL)\b", sass), usage
-    assert compiled.metadata.shared <= 227 * 1024
     # A step of the loop: its products are issued together; then those of the step before must be
     # done, whose stage is loaded anew. The first stages are loaded before the loop.
     product = f"HGMMA.64x{linear_forward_triton.COLUMNS}x16.F32"
