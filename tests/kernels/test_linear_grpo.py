@@ -16,7 +16,7 @@ from r1v3.kernels import (
     logprobs_and_entropy,
 )
 from tests.kernels.budget import assert_within_budget
-from tests.kernels.conftest import INTERPRETED
+from tests.kernels.conftest import HOST_BACKENDS, INTERPRETED
 
 host_only = pytest.mark.skipif(INTERPRETED, reason="not about the arithmetic of a kernel")
 VOCAB, TRUE = 300, 290
@@ -31,6 +31,7 @@ def small_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(host, "multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(linear_products, "TILE_BYTES", 1)
     monkeypatch.setattr(linear_rows, "HOST_WORKSPACE", 6 * VOCAB * 4)
+    monkeypatch.setattr(linear_rows, "DEVICE_WORKSPACE", 6 * VOCAB * 4)
 
 
 def make(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -223,7 +224,7 @@ def test_every_product_is_made_once(trained: tuple[str, ...], gemms: int, work: 
 
 
 @host_only
-def test_given_rows_are_the_mask() -> None:
+def test_given_rows_are_the_mask(backend: str) -> None:
     """Fails if rows change the result, or a wrong set of them passes on the host."""
     inputs = make()
     inputs["token_ids"][0, 0] = 5
@@ -237,13 +238,14 @@ def test_given_rows_are_the_mask() -> None:
     with torch.no_grad():
         loss, _ = linear_grpo_loss(**inputs, rows=rows, temperature=0.9, vocab_size=TRUE)
     torch.testing.assert_close(loss, want[0])
-    with pytest.raises(ValueError, match="rows must be the"):
-        linear_grpo_loss(**inputs, rows=rows[1:])
+    if backend != "cuda":
+        with pytest.raises(ValueError, match="rows must be the"):
+            linear_grpo_loss(**inputs, rows=rows[1:])
 
 
 @host_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_accumulator(dtype: torch.dtype) -> None:
+def test_accumulator(dtype: torch.dtype, backend: str) -> None:
     """Fails if the buffer does not get the weight's gradient, or a scaled loss goes unnoticed."""
     inputs = make(dtype)
     buffer = torch.randn(VOCAB, 24)
@@ -258,8 +260,9 @@ def test_accumulator(dtype: torch.dtype) -> None:
     assert_within_budget("accumulator", buffer - before, truth[2], baseline[2], 2e-6)
     assert_within_budget("hidden", leaves["hidden"].grad, truth[1], baseline[1], 2e-6)
     loss, _ = linear_grpo_loss(**{**inputs, **leaves}, **options)
-    with pytest.raises(RuntimeError, match="upstream gradient of the loss must be 1"):
-        (loss / 2).backward()
+    if backend != "cuda":  # where the failed assertion would end every later test
+        with pytest.raises(RuntimeError, match="upstream gradient of the loss must be 1"):
+            (loss / 2).backward()
     with torch.no_grad():
         before = buffer.clone()
         linear_grpo_loss(**{**inputs, **leaves}, **options)
@@ -295,6 +298,7 @@ def test_hostile_tokens() -> None:
     inputs["old_logprobs"][~mask] = torch.nan
     inputs["hidden"][~mask] = torch.nan
     inputs["old_logprobs"][1] -= 200  # ratio e^200
+    inputs["ref_logprobs"][2] += 200  # and a k3 of it
     inputs["advantages"] = torch.tensor([1.0, -1.0, 0.0])
     (loss, grad_hidden, grad_weight), metrics = run(
         linear_grpo_loss, inputs, torch.float32, **HOSTILE
@@ -325,7 +329,7 @@ def test_row_tile() -> None:
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
 
 
-def test_wrong_arguments_raise() -> None:
+def test_wrong_arguments_raise(backend: str) -> None:
     """Fails if a mistake goes through, or the message does not name it."""
     inputs = make()
     cases: list[tuple[dict[str, Any], str]] = [
@@ -339,7 +343,7 @@ def test_wrong_arguments_raise() -> None:
         ({"sequence_parallel": True}, "sequence_parallel needs the group"),
         ({"weight_grad_accumulator": inputs["weight"][:8]}, "weight_grad_accumulator must have"),
     ]
-    if not INTERPRETED:
+    if backend in HOST_BACKENDS:
         cases.append(({"token_ids": inputs["token_ids"] + 200}, "token_ids must be in"))
     for given, message in cases:
         with pytest.raises(ValueError, match=message):

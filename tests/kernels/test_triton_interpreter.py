@@ -20,6 +20,7 @@ SUITE = (
     "logits_grpo_loss",
     "linear",
     "linear_grpo",
+    "linear_edges",
     "linear_persistent",
     "ban_tokens",
 )
