@@ -21,7 +21,12 @@ ISA_FLAGS = {
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
         "-Wno-maybe-uninitialized",  # GCC 12 warns about its own _mm256_undefined_si256
     ],
-    "csrc/cpu/gemm_bf16_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"],
+    "csrc/cpu/gemm_avx2.cpp": ["-mavx2", "-mfma"],
+    "csrc/cpu/gemm_avx512.cpp": ["-mavx512f", "-Wno-maybe-uninitialized"],
+    "csrc/cpu/gemm_avx512_bf16.cpp": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"),
+        "-Wno-maybe-uninitialized",
+    ],
 }
 COMMON_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-Wall", "-Wextra"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -12,8 +12,9 @@
 #include <string>
 
 #include "cpu/capability.h"
-#include "cpu/gemm_bf16.h"
+#include "cpu/gemm.h"
 #include "cpu/ops.h"
+#include "cpu/pages.h"
 #ifdef R1V3_WITH_CUDA
 #include "cuda/logits_grpo_loss.h"
 #endif
@@ -153,15 +154,26 @@ double read_sum(Address values, int64_t n, int num_threads, const std::string& c
   return r1v3::read_sum(r1v3::kernels_for(capability), at<const float>(values), n, num_threads);
 }
 
-void gemm_bf16(Address a, int64_t rows, int64_t a_stride, int64_t a_k_stride, Address b,
-               int64_t columns, int64_t b_stride, int64_t b_k_stride, int64_t k, Address c,
-               int64_t c_stride, bool add, int num_threads) {
-  require(r1v3::has_gemm_bf16(), "has_gemm_bf16", 0, "true to call gemm_bf16");
+void prefer_huge_pages(Address data, int64_t bytes) {
+  r1v3::prefer_huge_pages(at<void>(data), bytes);
+}
+
+bool has_gemm(int dtype, const std::string& capability) {
+  check_dtype(dtype);
+  return r1v3::gemm_kernels(dtype, capability) != nullptr;
+}
+
+void gemm(int dtype, Address a, int64_t rows, int64_t a_stride, int64_t a_k_stride, Address b,
+          int64_t columns, int64_t b_stride, int64_t b_k_stride, int64_t k, Address c,
+          int64_t c_stride, bool add, int num_threads, const std::string& capability) {
+  check_dtype(dtype);
   require(rows >= 0 && columns >= 0 && k >= 0, "rows, columns and k",
           static_cast<double>(std::min({rows, columns, k})), ">= 0");
-  r1v3::gemm_bf16({at<const uint16_t>(a), rows, a_stride, a_k_stride},
-                  {at<const uint16_t>(b), columns, b_stride, b_k_stride}, k, at<float>(c),
-                  c_stride, add, num_threads);
+  const r1v3::GemmKernels* kernels = r1v3::gemm_kernels(dtype, capability);
+  require(kernels != nullptr, "dtype", dtype, "one for which has_gemm is true");
+  r1v3::gemm(*kernels, {at<const void>(a), rows, a_stride, a_k_stride},
+             {at<const void>(b), columns, b_stride, b_k_stride}, k, at<float>(c), c_stride, add,
+             num_threads);
 }
 
 #ifdef R1V3_WITH_CUDA
@@ -233,10 +245,12 @@ PYBIND11_MODULE(_C, m) {
         arg("vocab_start"));
   m.def("read_sum", &read_sum, WithoutGil(), arg("values"), arg("n"), arg("num_threads"),
         arg("capability") = "");
-  m.def("gemm_bf16", &gemm_bf16, WithoutGil(), arg("a"), arg("rows"), arg("a_stride"),
+  m.def("prefer_huge_pages", &prefer_huge_pages, arg("data"), arg("bytes"));
+  m.def("has_gemm", &has_gemm, arg("dtype"), arg("capability") = "",
+        "Whether this machine, or one of this capability, multiplies matrices of the dtype.");
+  m.def("gemm", &gemm, WithoutGil(), arg("dtype"), arg("a"), arg("rows"), arg("a_stride"),
         arg("a_k_stride"), arg("b"), arg("columns"), arg("b_stride"), arg("b_k_stride"), arg("k"),
-        arg("c"), arg("c_stride"), arg("add"), arg("num_threads"));
-  m.attr("has_gemm_bf16") = r1v3::has_gemm_bf16();
+        arg("c"), arg("c_stride"), arg("add"), arg("num_threads"), arg("capability") = "");
 #ifdef R1V3_WITH_CUDA
   m.def("logits_grpo_loss_cluster", &logits_grpo_loss_cluster, WithoutGil(), arg("dtype"),
         arg("vocab"),

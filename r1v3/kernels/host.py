@@ -162,14 +162,27 @@ def ban_tokens(logits: Tensor, token_ids: Tensor, enabled: Tensor | None, vocab_
     )  # fmt: skip
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether `product` is built, and this processor has AVX-512 BF16."""
-    return _C is not None and getattr(_C, "has_gemm_bf16", False)
+def prefer_huge_pages(x: Tensor) -> None:
+    """Asks for huge pages under a CPU tensor that has not been written yet.
+
+    Without them, the system's page faults take longer than the product of a row or two with it.
+    """
+    if _C is not None and x.device.type == "cpu":
+        _C.prefer_huge_pages(x.data_ptr(), x.numel() * x.element_size())
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
-    """out (+)= a @ b for bfloat16 a [n, k], b [k, m] of any strides, float32 out with rows of m."""
-    _C.gemm_bf16(
-        a.data_ptr(), a.shape[0], *a.stride(), b.data_ptr(), b.shape[1], b.stride(1), b.stride(0),
-        a.shape[1], out.data_ptr(), out.stride(0), add, torch.get_num_threads(),
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `product` is built for this dtype and this processor."""
+    return _C is not None and dtype in DTYPE_CODES and _C.has_gemm(DTYPE_CODES[dtype])
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool, capability: str = "") -> None:
+    """out (+)= a @ b for a [n, k], b [k, m] of one dtype and any strides, float32 out [n, m].
+
+    The rows of out are contiguous.
+    """
+    _C.gemm(
+        DTYPE_CODES[a.dtype], a.data_ptr(), a.shape[0], *a.stride(), b.data_ptr(), b.shape[1],
+        b.stride(1), b.stride(0), a.shape[1], out.data_ptr(), out.stride(0), add,
+        torch.get_num_threads(), capability,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from r1v3.kernels import host
 from r1v3.kernels.linear_parallel import HiddenReduction
 from r1v3.kernels.linear_products import Head, multiply
 
@@ -21,12 +22,25 @@ class WeightGradient:
         shape = head.weight.shape if accumulator is None else (0,)
         make = head.weight.new_zeros if empty else head.weight.new_empty
         self.result = make(shape, dtype=dtype)
+        if not empty:
+            host.prefer_huge_pages(self.result)
         self._sums: dict[int, Tensor] = {}
 
     @property
     def sums(self) -> bool:
         """Whether contributions need memory of their own until the last one."""
         return self.accumulator is None and self.result.dtype != self.head.result
+
+    def can_hold(self, n: int) -> bool:
+        """Whether the memory of some columns' gradient is enough for n rows of their logits."""
+        row = self.head.weight.shape[1] * self.result.itemsize
+        return self.accumulator is None and n * self.head.result.itemsize <= row
+
+    def memory(self, columns: slice, n: int) -> Tensor:
+        """The same memory as these columns' gradient, for n rows of their logits: [n, columns]."""
+        width, dtype = columns.stop - columns.start, self.head.result
+        elements = n * width * dtype.itemsize // self.result.itemsize
+        return self.result[columns].view(-1)[:elements].view(dtype).view(n, width)
 
     def add(
         self, columns: slice, gradient: Tensor, states: Tensor, *, first: bool, last: bool

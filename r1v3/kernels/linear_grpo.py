@@ -2,7 +2,8 @@
 
 What a token's loss is divided by is known before the pass, and the rest of its gradient depends
 on no other token. So, a chunk of rows at a time: logits, row statistics, d loss / d logprob, the
-gradient of the logits in their place, its two products. Nothing is computed twice.
+gradient of the logits in their place, its two products. Nothing is computed twice, but for
+16-bit weights on the host: see `_two_passes`.
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,17 @@ from torch import Tensor
 from r1v3.kernels import linear_rows, softmax_rows
 from r1v3.kernels.arguments import AGGREGATIONS
 from r1v3.kernels.linear_gradients import Gradients
+from r1v3.kernels.linear_logprobs import add_gradients, row_results
 from r1v3.kernels.linear_parallel import HiddenReduction, group_size
 from r1v3.kernels.linear_products import Head, padded
-from r1v3.kernels.linear_statistics import check_token_ids_on_host, vocabulary_bounds
+from r1v3.kernels.linear_statistics import (
+    RowStatistics,
+    check_token_ids_on_host,
+    shifted,
+    vocabulary_bounds,
+)
 from r1v3.kernels.reference import accumulation_dtype
+from r1v3.kernels.scale import scale_
 
 # Tokens that one program of the loss kernel works on.
 LOSS_BLOCK = 1024
@@ -100,13 +108,13 @@ def linear_grpo(
     loss = TokenLoss(share[batch.picked], advantages[batch.picked], old, ref, own, options)
     bounds = vocabulary_bounds(weight, vocab_size, group)
     check_token_ids_on_host(batch.token_ids, bounds)
-    logprobs, entropy = _one_pass(
+    logprobs, entropy = _add_up(
         head, batch, loss, gradients, float(temperature), vocab_size, bounds, group
     )
     return batch.spread(logprobs), batch.spread(entropy), *gradients.results()[:2]
 
 
-def _one_pass(
+def _add_up(
     head: Head,
     batch: linear_rows.Batch,
     loss: TokenLoss,
@@ -117,15 +125,71 @@ def _one_pass(
     group: str,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropy of the batch's rows; the gradients are added up."""
+    whole = _whole_rows(head)
+    tiled = not whole and not head.weight.is_cuda
+    sums = gradients.weight is not None and gradients.weight.sums
+    if tiled and gradients.weight is not None and gradients.weight.can_hold(batch.n):
+        return _columns_by_columns(head, batch, loss, gradients, temperature, bounds, group)
+    size = linear_rows.chunk_rows(
+        head, batch.n, _common_width(head.weight.shape[0], vocab_size, bounds, group),
+        copies=whole and head.operand != head.result, sums=sums and not tiled, shared=bool(group),
+    )  # fmt: skip
+    if tiled and sums and size < batch.n:
+        return _two_passes(head, batch, loss, gradients, temperature, bounds, group)
+    return _rows_by_rows(head, batch, size, loss, gradients, temperature, vocab_size, bounds, group)
+
+
+def _columns_by_columns(
+    head: Head,
+    batch: linear_rows.Batch,
+    loss: TokenLoss,
+    gradients: Gradients,
+    temperature: float,
+    bounds: Tensor,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """All rows at once, a tile of columns at a time.
+
+    The tile's logits wait for their rows' statistics in the memory of the weight's gradient for
+    its columns, which is written after their last use.
+    """
+    assert gradients.weight is not None
+    states, rows = batch.states(head.operand), slice(0, batch.n)
+    width = linear_rows.tile_columns(head, head.row_tile or batch.n)
+    statistics = RowStatistics(batch.token_ids, temperature, bounds, group)
+    for columns, tile in head.tiles(width) if batch.n else ():
+        logits = gradients.weight.memory(columns, batch.n)
+        statistics.add(columns, rows, head.logits(states, columns, tile, logits))
+    logprobs, entropy, saved = statistics.results()
+    slope = loss.slope(rows, logprobs)
+    space = states.new_empty(batch.n, width, dtype=head.result)
+    for columns, tile in head.tiles(width) if batch.n else ():
+        logits = gradients.weight.memory(columns, batch.n)
+        gradient = space[:, : logits.shape[1]]
+        softmax_rows.backward(
+            logits, gradient, batch.token_ids, None, temperature, None,
+            shifted(bounds, columns.start), saved, slope, None,
+        )  # fmt: skip
+        gradients.add(columns, tile, rows, gradient, states)
+    return logprobs, entropy
+
+
+def _rows_by_rows(
+    head: Head,
+    batch: linear_rows.Batch,
+    size: int,
+    loss: TokenLoss,
+    gradients: Gradients,
+    temperature: float,
+    vocab_size: int | None,
+    bounds: Tensor,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """`size` rows of logits at a time."""
     states = batch.states(head.operand)
     logprobs = states.new_zeros(batch.n, dtype=head.result)
     entropy = torch.zeros_like(logprobs)
     vocab = head.weight.shape[0]
-    size = linear_rows.chunk_rows(
-        head, batch.n, _common_width(vocab, vocab_size, bounds, group),
-        copies=_whole_rows(head) and head.operand != head.result,
-        sums=gradients.weight is not None and gradients.weight.sums, shared=bool(group),
-    )  # fmt: skip
     width = vocab if _whole_rows(head) else linear_rows.tile_shape(head, size)[1]
     space = states.new_empty(min(size, batch.n), padded(vocab), dtype=head.result)[:, :vocab]
     for rows in linear_rows.blocks(batch.n, size):
@@ -142,6 +206,28 @@ def _one_pass(
         )  # fmt: skip
         for columns, tile in head.tiles(width):
             gradients.add(columns, tile, rows, logits[:, columns], chunk)
+    return logprobs, entropy
+
+
+def _two_passes(
+    head: Head,
+    batch: linear_rows.Batch,
+    loss: TokenLoss,
+    gradients: Gradients,
+    temperature: float,
+    bounds: Tensor,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """A tile of the logits at a time, and all of them once more for the gradients.
+
+    The gradient of a tile's weight is complete before the next tile. Rows in chunks would need a
+    float32 sum for all of a 16-bit weight, which is twice the memory of its gradient.
+    """
+    logprobs, entropy, saved = row_results(
+        head, batch, temperature, bounds, group, persistent=False
+    )
+    slope = loss.slope(slice(0, batch.n), logprobs)
+    add_gradients(head, batch, gradients, temperature, bounds, saved, slope, None)
     return logprobs, entropy
 
 
@@ -247,12 +333,15 @@ def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
             "linear_grpo_loss with weight_grad_accumulator: the upstream gradient of the loss "
             "must be 1, as the weight's gradient is already added; use normalizer to scale",
         )
-    given = [
-        gradient.mul_(grad_loss).to(dtype) if wanted and gradient.numel() else None
-        for gradient, dtype, wanted in zip(
-            ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:3], strict=True
-        )
-    ]
+    given = []
+    for gradient, dtype, wanted in zip(
+        ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:3], strict=True
+    ):
+        if wanted and gradient.numel():
+            scale_(gradient, grad_loss)
+            given.append(gradient.to(dtype))
+        else:
+            given.append(None)
     return None, *given, None, None, None
 
 

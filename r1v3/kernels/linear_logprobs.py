@@ -129,7 +129,6 @@ def linear_gradient(
     """
     head = Head(weight, bias, hidden.dtype, row_tile)
     batch = linear_rows.Batch(hidden, token_ids, loss_mask, rows, group, sequence_parallel)
-    states = batch.states(head.operand)
     if rows is None:
         saved = saved[batch.picked]
         grad_logprobs, grad_entropy = (
@@ -143,17 +142,38 @@ def linear_gradient(
         head, batch.n, needed, weight_grad_accumulator, reduction, hidden_at_once=False,
         hidden_dtype=hidden.dtype, weight_dtype=weight.dtype,
     )  # fmt: skip
+    add_gradients(
+        head, batch, gradients, float(temperature), bounds, saved, grad_logprobs, grad_entropy
+    )
+    return gradients.results()
+
+
+def add_gradients(
+    head: Head,
+    batch: linear_rows.Batch,
+    gradients: Gradients,
+    temperature: float,
+    bounds: Tensor,
+    saved: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    """Computes the logits of the batch's rows again and adds up what they contribute.
+
+    Args:
+        saved: [n, 3] from `row_results`; grad_logprobs, grad_entropy: [n].
+    """
+    states = batch.states(head.operand)
     block, width = linear_rows.tile_shape(head, batch.n)
     for columns, tile in head.tiles(width) if batch.n else ():
         shard = shifted(bounds, columns.start)
         for part in linear_rows.blocks(batch.n, block):
             logits = head.logits(states[part], columns, tile)
             softmax_rows.backward(
-                logits, logits, batch.token_ids[part], None, float(temperature), None, shard,
+                logits, logits, batch.token_ids[part], None, temperature, None, shard,
                 saved[part], _part(grad_logprobs, part), _part(grad_entropy, part),
             )  # fmt: skip
             gradients.add(columns, tile, part, logits, states[part])
-    return gradients.results()
 
 
 def _part(vector: Tensor | None, part: slice | Tensor) -> Tensor | None:

@@ -15,14 +15,15 @@ from r1v3.kernels.arguments import check_rows
 from r1v3.kernels.linear_parallel import gather_hidden
 from r1v3.kernels.linear_products import Head, aligned
 
-# Whole rows of logits and their gradient, for the one-pass loss. On a GPU a product of fewer
-# than about a thousand rows is bound by reading the weight.
-HOST_WORKSPACE = 160 * 2**20
+# Whole rows of logits and their gradient, for the one-pass loss: on the host 96 rows of 151,936.
+# On a GPU a product of fewer than about a thousand rows is bound by reading the weight.
+HOST_WORKSPACE = 56 * 2**20
+SMALLEST_DEVICE_WORKSPACE = 160 * 2**20
 DEVICE_WORKSPACE = 2**30
 ROW_ALIGNMENT = 128
 # Tiles of logits, cut into columns as well: rows of one product, and bytes.
 HOST_BLOCK_ROWS = 1024
-HOST_TILE = 16 * 2**20
+HOST_TILE = 8 * 2**20
 DEVICE_BLOCK_ROWS = 8192
 DEVICE_TILE = 288 * 2**20
 
@@ -86,15 +87,19 @@ def blocks(n: int, size: int) -> Iterator[slice]:
 
 def tile_shape(head: Head, n: int) -> tuple[int, int]:
     """Rows and columns of the tiles of n rows of logits."""
-    cuda = head.weight.is_cuda
-    rows = DEVICE_BLOCK_ROWS if cuda else HOST_BLOCK_ROWS
+    rows = DEVICE_BLOCK_ROWS if head.weight.is_cuda else HOST_BLOCK_ROWS
     if head.row_tile:
         rows = max(rows // head.row_tile, 1) * head.row_tile
     # With a row_tile, the shape must not depend on how many rows there are.
-    reserved = rows if head.row_tile else max(min(rows, n), ROW_ALIGNMENT)
+    return rows, tile_columns(head, rows if head.row_tile else min(rows, n))
+
+
+def tile_columns(head: Head, rows: int) -> int:
+    """Columns of a tile of so many rows of logits."""
+    cuda = head.weight.is_cuda
     logit = head.result.itemsize + (head.operand.itemsize if head.operand != head.result else 0)
-    columns = aligned((DEVICE_TILE if cuda else HOST_TILE) // (logit * reserved))
-    return rows, columns if cuda else min(columns, head.tile_columns())
+    columns = (DEVICE_TILE if cuda else HOST_TILE) // (logit * max(rows, ROW_ALIGNMENT))
+    return aligned(columns) if cuda else min(aligned(columns), head.tile_columns())
 
 
 def chunk_rows(head: Head, n: int, vocab: int, *, copies: bool, sums: bool, shared: bool) -> int:
@@ -124,7 +129,7 @@ def _workspace(device: torch.device, *, shared: bool) -> int:
     if not shared:
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        while size > free // 2 and size > HOST_WORKSPACE:
+        while size > free // 2 and size > SMALLEST_DEVICE_WORKSPACE:
             size //= 2
     return size
 

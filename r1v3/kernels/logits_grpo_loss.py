@@ -33,6 +33,7 @@ from r1v3.kernels.grpo_arguments import (
 )
 from r1v3.kernels.grpo_loss import grpo_loss
 from r1v3.kernels.logprobs_and_entropy import logprobs_and_entropy
+from r1v3.kernels.scale import scale_
 from r1v3.kernels.vocab_parallel import group_name
 
 # Tokens that one thread of the host's loss kernel works on.
@@ -265,17 +266,6 @@ def _(loss: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(loss)
 
 
-@torch.library.custom_op("r1v3::scale_", mutates_args=("tensor",))
-def _scale_(tensor: Tensor, factor: Tensor) -> None:
-    """tensor *= factor [], without touching the tensor where factor is 1, and without waiting."""
-    if devices.runs_triton(tensor) and tensor.is_contiguous():
-        from r1v3.kernels import scale_triton
-
-        scale_triton.scale_(tensor, factor)
-    elif tensor.device.type != "cpu" or float(factor) != 1:
-        tensor.mul_(factor)
-
-
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.consumed = False
     ctx.save_for_backward(inputs[2])
@@ -289,7 +279,7 @@ def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
         )
     (gradient,) = ctx.saved_tensors
     ctx.consumed = True
-    _scale_(gradient, grad_loss)
+    scale_(gradient, grad_loss)
     return None, gradient.detach(), None
 
 

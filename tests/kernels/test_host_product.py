@@ -6,7 +6,7 @@ import torch
 from r1v3.kernels import host
 
 pytestmark = pytest.mark.skipif(
-    not host.multiplies_bfloat16(), reason="r1v3._C is not built, or no AVX-512 BF16"
+    not host.multiplies(torch.bfloat16), reason="r1v3._C is not built, or no AVX-512 BF16"
 )
 
 

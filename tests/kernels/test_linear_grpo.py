@@ -28,7 +28,7 @@ def small_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 6 rows in tiles of 128 columns: three chunks of the tests' problem."""
     torch.manual_seed(0)
     if backend == "reference":
-        monkeypatch.setattr(host, "multiplies_bfloat16", lambda: False)
+        monkeypatch.setattr(host, "multiplies", lambda dtype: False)
     monkeypatch.setattr(linear_products, "TILE_BYTES", 1)
     monkeypatch.setattr(linear_rows, "HOST_WORKSPACE", 6 * VOCAB * 4)
     monkeypatch.setattr(linear_rows, "DEVICE_WORKSPACE", 6 * VOCAB * 4)
