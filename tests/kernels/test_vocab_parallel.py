@@ -12,7 +12,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    "world,implementation", [(2, "host"), (3, "host"), (4, "host"), (3, "triton")]
+    "world,implementation",
+    [
+        (2, "host"),
+        (3, "host"),
+        (4, "host"),
+        (3, "triton"),
+        pytest.param(2, "cuda", marks=pytest.mark.gpu),
+        pytest.param(3, "cuda", marks=pytest.mark.gpu),
+        pytest.param(4, "cuda", marks=pytest.mark.gpu),
+    ],
 )
 def test_sharded_equals_whole(world: int, implementation: str, tmp_path: Path) -> None:
     """Fails if a shard, even, uneven or all padding, changes an output or a gradient.
@@ -20,10 +29,11 @@ def test_sharded_equals_whole(world: int, implementation: str, tmp_path: Path) -
     The ranks' outputs must have the same bits, or tensor-parallel ranks drift apart.
     """
     command = [sys.executable, "-m", "tests.kernels.vocab_parallel_worker"]
+    device = "cuda" if implementation == "cuda" else "cpu"
     environment = {**os.environ, "TRITON_INTERPRET": str(int(implementation == "triton"))}
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(world), str(tmp_path)],
+            [*command, str(rank), str(world), str(tmp_path), device],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -32,7 +42,11 @@ def test_sharded_equals_whole(world: int, implementation: str, tmp_path: Path) -
         )
         for rank in range(world)
     ]
-    reports = [rank.communicate(timeout=300)[0] for rank in ranks]
+    try:
+        reports = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     failed = [report for rank, report in zip(ranks, reports, strict=True) if rank.returncode]
     assert not failed, "\n".join(failed)
     outputs = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
