@@ -42,17 +42,6 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class SeedSpread:
-    """Mean over seeds. `std` (ddof 1), `low` and `high` are None for one seed."""
-
-    mean: float
-    std: float | None
-    low: float | None
-    high: float | None
-    seeds: int
-
-
-@dataclass(frozen=True)
 class Correlation:
     """Correlation of n complete pairs; None where it is undefined (n < 3 or a constant side).
 
@@ -148,22 +137,6 @@ def paired_gain(a: ArrayLike, b: ArrayLike) -> Gain:
         half = _quantile(questions) * float(difference.std(ddof=1)) / math.sqrt(questions)
     samples = min(first.shape[1], second.shape[1])
     return Gain(mean, max(mean - half, -1.0), min(mean + half, 1.0), questions, samples)
-
-
-def across_seeds(values: Sequence[float]) -> SeedSpread:
-    """Mean of one number per training seed, with Student's t interval over seeds.
-
-    Raises ValueError when there is no seed or a value is not finite.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"values is {list(values)!r}; it must be finite numbers, one per seed")
-    mean, seeds = float(array.mean()), int(array.size)
-    if seeds == 1:
-        return SeedSpread(mean, None, None, None, 1)
-    std = float(array.std(ddof=1))
-    half = _quantile(seeds) * std / math.sqrt(seeds)
-    return SeedSpread(mean, std, mean - half, mean + half, seeds)
 
 
 def correlation(x: Sequence[float | None], y: Sequence[float | None]) -> Correlation:

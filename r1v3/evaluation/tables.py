@@ -1,4 +1,4 @@
-"""The tables of a run: the same rows for the terminal, for markdown and for the report."""
+"""The tables of a run: the same rows for the terminal and for the report."""
 
 from dataclasses import dataclass
 
@@ -165,21 +165,3 @@ def summary_table(summary: Record) -> Table:
         for row in modes:
             table.add_row(*map(Text, row.cells()))
     return table
-
-
-def summary_markdown(summary: Record) -> str:
-    """The same rows as GitHub markdown, ending in a newline; pipes in names are escaped."""
-    blocks = [_markdown(SUMMARY_COLUMNS, summary_rows(summary))]
-    modes = mode_rows(summary)
-    if len(modes) > 1:
-        blocks.append(_markdown(MODE_COLUMNS, modes))
-    blocks.extend(gain_lines(summary))
-    return "\n\n".join(blocks) + "\n"
-
-
-def _markdown(columns: tuple[str, ...], rows: list[Row]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    for row in rows:
-        cells = [c.replace("|", "\\|").replace("\n", " ") for c in row.cells()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from r1v3.evaluation.statistics import (
-    across_seeds,
     correlation,
     paired_gain,
     score,
@@ -149,26 +148,6 @@ def test_gain_interval_covers_the_truth_when_questions_are_shared() -> None:
 def test_gain_needs_the_same_questions() -> None:
     with pytest.raises(ValueError, match="a has 3 questions and b has 4"):
         paired_gain(np.ones((3, 2)), np.ones((4, 2)))
-
-
-def test_across_seeds_is_students_interval() -> None:
-    values = [0.81, 0.86, 0.84, 0.9]
-    spread = across_seeds(values)
-    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
-    assert (spread.low, spread.high) == pytest.approx((low, high))
-    assert spread.std == pytest.approx(np.std(values, ddof=1)) and spread.seeds == 4
-
-
-def test_one_seed_has_no_spread() -> None:
-    """A spread of 0 for one seed would claim that seeds do not matter."""
-    spread = across_seeds([0.8])
-    assert (spread.mean, spread.std, spread.low, spread.high, spread.seeds) == (0.8, *[None] * 3, 1)
-
-
-@pytest.mark.parametrize("values", [[], [0.5, math.nan]])
-def test_across_seeds_refuses_nothing_and_nan(values: list[float]) -> None:
-    with pytest.raises(ValueError, match="values is"):
-        across_seeds(values)
 
 
 @pytest.mark.parametrize("n", [4, 6, 30])

@@ -15,7 +15,6 @@ from r1v3.evaluation.tables import (
     mode_order,
     mode_rows,
     percent,
-    summary_markdown,
     summary_rows,
     summary_table,
 )
@@ -130,13 +129,6 @@ def test_terminal_table_shows_stages_modes_and_gain(example_run: Path) -> None:
 def test_names_are_not_read_as_markup() -> None:
     """A stage called "[red]" would vanish from the terminal, "[/x]" would raise."""
     assert "[/x][red]" in rendered({"stages": {"[/x][red]": stage(slow=0.5)}})
-
-
-def test_markdown_has_the_same_cells_and_escapes_pipes() -> None:
-    text = summary_markdown({"stages": {"a|b\nc": stage(slow=0.5)}})
-    assert "| a\\|b c | 50.0 [45.0, 55.0] | 40.0 | 30.0 [25.0, 35.0] | 40.0 |" in text
-    rows = [line for line in text.splitlines() if line]
-    assert {line.replace("\\|", "").count("|") for line in rows} == {6}
 
 
 def test_domains_line_up_with_stages() -> None:
