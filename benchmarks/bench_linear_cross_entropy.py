@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.bench_linear_logprobs_and_entropy import head
+from benchmarks.bench_linear_logprobs_and_entropy import head, product_tolerance
 from benchmarks.problem import VOCABULARY, Mode, Problem, Size, random_ids
 from r1v3 import kernels
 from r1v3.kernels import reference
@@ -75,4 +75,5 @@ def problem(shape: dict[str, int], mode: Mode, device: str) -> Problem:
         differentiated=("hidden", "weight"),
         restated={"r1v3, one pass": one_pass},
         flops=3 * 2 * rows * width * vocab,
+        tolerance=product_tolerance(hidden),
     )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.bench_linear_logprobs_and_entropy import head
+from benchmarks.bench_linear_logprobs_and_entropy import head, product_tolerance
 from benchmarks.problem import VOCABULARY, Mode, Problem, Size, random_ids, random_normal
 from r1v3 import kernels
 from r1v3.kernels import reference
@@ -122,4 +122,5 @@ def problem(shape: dict[str, int], mode: Mode, device: str) -> Problem:
         upstream=(torch.ones((), device=device),),
         differentiated=("hidden", "weight"),
         flops=3 * 2 * int(loss_mask.sum()) * width * vocab,
+        tolerance=product_tolerance(hidden),
     )

@@ -1,8 +1,8 @@
 """The correctness gate: an implementation is timed only when its results are right.
 
 r1v3 must stay within the error budget of its tests: at most twice the error of the reference
-run on the same inputs, plus a tolerance for the dtype of the result. A rival needs to compute the
-same quantity (`RIVAL_TOLERANCE`); its error is printed next to its time.
+run on the same inputs, plus a tolerance for the dtype of the result or the problem's own. A rival
+needs to compute the same quantity (`RIVAL_TOLERANCE`); its error is printed next to its time.
 """
 
 from collections.abc import Iterator
@@ -116,11 +116,14 @@ def errors(problem: Problem, truth: Truth, given: Answer) -> dict[str, float]:
     return _errors(truth.answer, given)
 
 
-def objection(found: dict[str, float], truth: Truth, given: Answer, *, is_ours: bool) -> str | None:
-    """Why the implementation must not be timed, None if it may."""
+def objection(
+    found: dict[str, float], truth: Truth, given: Answer, tolerance: float, *, is_ours: bool
+) -> str | None:
+    """Why the implementation must not be timed, None if it may; `tolerance` is the problem's."""
     for name, error in found.items():
         if is_ours:
-            limit = 2 * truth.reference_errors[name] + TOLERANCE[_quantity(given, name).dtype]
+            allowed = max(TOLERANCE[_quantity(given, name).dtype], tolerance)
+            limit = 2 * truth.reference_errors[name] + allowed
         else:
             limit = RIVAL_TOLERANCE
         if not error <= limit:

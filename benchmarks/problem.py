@@ -39,6 +39,8 @@ class Problem:
             they are timed whether or not these projects are installed.
         bytes_read, bytes_written: what any implementation must move, for memory-bound ops.
         flops: what any implementation must compute, for ops bound by a matrix product.
+        tolerance: error that r1v3 may make beyond twice the reference's, where it is more than
+            the rounding of the results.
     """
 
     op: str
@@ -57,6 +59,7 @@ class Problem:
     bytes_read: int = 0
     bytes_written: int = 0
     flops: int = 0
+    tolerance: float = 0.0
 
     @property
     def title(self) -> str:

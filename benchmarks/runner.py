@@ -125,7 +125,8 @@ def check(
         first_line = (str(error).splitlines() or [""])[0][:160]
         return Result(name, "failed", f"{type(error).__name__}: {first_line}")
     worst = max(found.values())
-    objection = gate.objection(found, truth, given, is_ours=name.startswith(OURS))
+    is_ours = name.startswith(OURS)
+    objection = gate.objection(found, truth, given, problem.tolerance, is_ours=is_ours)
     if objection is not None:
         return Result(name, "refused", objection, worst, seconds)
     some = len(given.outputs) < len(truth.answer.outputs)
