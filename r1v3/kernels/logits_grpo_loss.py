@@ -357,7 +357,7 @@ def _slope(logprobs: Tensor, keep: Tensor, tokens: _Tokens, options: _Options) -
     """d loss / d logprob [n], 0 for rows that are not kept."""
     share, advantages, old, ref, weights = tokens
     _, slope, _ = torch.ops.r1v3.grpo_loss(
-        logprobs, old, advantages, keep, ref, weights, None, LOSS_BLOCK, as_scalar(1.0), *options,
-        AGGREGATIONS.index("constant"),
+        logprobs, old, advantages, keep, ref, weights, None, LOSS_BLOCK, logprobs.new_ones(()),
+        *options, AGGREGATIONS.index("constant"),
     )  # fmt: skip
     return slope.mul_(share)

@@ -5,15 +5,21 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from r1v3.kernels import group_advantages, logprobs_and_entropy
 from tests.kernels.conftest import INTERPRETED
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="thousands of small rows; Triton has its own")
-often = settings(max_examples=60, deadline=None, derandomize=True)
+pytestmark = pytest.mark.usefixtures("backend")
+# The backend is the same for all examples of a test.
+often = settings(
+    max_examples=3 if INTERPRETED else 60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 @st.composite
@@ -78,6 +84,7 @@ def test_permutation_invariance(case: tuple[Tensor, Tensor, float]) -> None:
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="a row for every label takes the interpreter minutes")
 @often
 @given(rows())
 def test_probabilities_sum_to_one(case: tuple[Tensor, Tensor, float]) -> None:

@@ -1,0 +1,135 @@
+"""Where ops take their memory, and that on a GPU they stay on their stream and wait for nothing."""
+# mypy: disable-error-code="arg-type,union-attr,index"
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1v3.kernels import (
+    ban_tokens_,
+    entropy_from_logits,
+    group_advantages,
+    grpo_loss,
+    linear_logprobs_and_entropy,
+    logits_grpo_loss,
+    logprobs_and_entropy,
+    selective_log_softmax,
+)
+
+Step = Callable[[Tensor], list[Tensor]]
+ROWS, VOCAB = 6, 4500
+
+
+def with_gradient(x: Tensor, function: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    leaf = x.detach().requires_grad_()
+    outputs = function(leaf)
+    (gradient,) = torch.autograd.grad(sum(value.sum() for value in outputs), leaf)
+    return [*(value.detach() for value in outputs), gradient]
+
+
+def steps(device: torch.device) -> dict[str, Step]:
+    """Ops, forward and backward, of [ROWS, VOCAB] numbers; everything else is on the device."""
+    ids = torch.tensor([0, 5, -100, 4499, 4, 7], device=device)
+    ones, rows = torch.ones(2, 3, device=device), torch.tensor([4, 1], device=device)
+    weight, enabled = torch.ones(50, VOCAB, device=device), ids > 4
+    mask, old = ones > 0, -ones
+
+    def loss(x: Tensor) -> list[Tensor]:
+        return [grpo_loss(x, old, ones[:, 0], mask, ref_logprobs=old, kl_coef=0.1)[0]]
+
+    def loss_of_logits(x: Tensor) -> list[Tensor]:
+        return [logits_grpo_loss(x.view(2, 3, -1), ids.view(2, 3), old, ones[:, 0], mask)[0]]
+
+    def head(x: Tensor) -> list[Tensor]:
+        return [*linear_logprobs_and_entropy(x, weight, ids % 50, rows=rows)]
+
+    return {
+        "both": lambda x: with_gradient(x, lambda x: [*logprobs_and_entropy(x, ids)]),
+        "rows": lambda x: with_gradient(x, lambda x: [*logprobs_and_entropy(x, ids, rows=rows)]),
+        "entropy": lambda x: with_gradient(x, lambda x: [entropy_from_logits(x)]),
+        "logprobs": lambda x: with_gradient(x, lambda x: [selective_log_softmax(x, ids)]),
+        "loss": lambda x: with_gradient(x[:2, :3], loss),
+        "loss of logits": lambda x: with_gradient(x, loss_of_logits),
+        "advantages": lambda x: [group_advantages(x[:, 0], 3)],
+        "advantages of ids": lambda x: [group_advantages(x[:, 0], ids)],
+        "ban": lambda x: [ban_tokens_(x.clone(), ids, enabled=enabled)],
+        "head": lambda x: with_gradient(x, head),
+    }
+
+
+NAMES = list(steps(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "head"])
+def test_the_default_device_is_not_asked(name: str, backend: str) -> None:
+    """Fails if memory is taken where the caller's other tensors are, not where the inputs are."""
+    x = torch.randn(ROWS, VOCAB)
+    step = steps(x.device)[name]
+    expected = step(x)
+    with torch.device("meta"):
+        got = step(x)
+        group_advantages(x[:, 0], [2, 4])
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.fixture
+def step(request: pytest.FixtureRequest) -> Iterator[Step]:
+    """The op of this name on a GPU, compiled by a first call."""
+    device = torch.device("cuda")
+    with device:
+        made = steps(device)[request.param]
+        made(torch.randn(ROWS, VOCAB))
+        torch.cuda.synchronize()
+        yield made
+
+
+each_step = pytest.mark.parametrize("step", NAMES, indirect=True)
+
+
+@pytest.mark.gpu
+@each_step
+def test_runs_on_the_current_stream(step: Step) -> None:
+    """Fails if a kernel goes to another stream: there it would read x before x is written."""
+    values = torch.randn(ROWS, VOCAB)
+    expected, x = step(values), torch.zeros(ROWS, VOCAB)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        got = step(x.copy_(values))
+    stream.synchronize()
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.gpu
+@each_step
+def test_does_not_wait_for_the_device(step: Step) -> None:
+    """Fails if an op synchronises with the host."""
+    x = torch.randn(ROWS, VOCAB)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@each_step
+def test_replays_in_a_graph(step: Step) -> None:
+    """Fails if a captured op keeps an address or a number of its capture."""
+    x = torch.randn(ROWS, VOCAB)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(x)
+    for _ in range(2):
+        x.copy_(torch.randn(ROWS, VOCAB))
+        graph.replay()
+        assert all(map(torch.equal, captured, step(x)))
