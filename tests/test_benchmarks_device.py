@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compilations, gate, peers, runner, timing
+from benchmarks import (
+    bench_linear_logprobs_and_entropy,
+    compilations,
+    gate,
+    peers,
+    runner,
+    timing,
+)
 from benchmarks.__main__ import OPS
 
 
@@ -103,3 +110,15 @@ def test_the_loss_of_sampled_rows_is_that_of_all() -> None:
     for name, function in functions.items():
         result = runner.check(problem, name, function, truth, "cpu")
         assert (result.status, result.note) == ("timed", ""), name
+
+
+@pytest.mark.parametrize("cuda,size,error", [(True, 2, 1e-4), (True, 4, 0.0), (False, 2, 0.0)])
+def test_products_in_tensor_cores_may_be_less_exact(cuda: bool, size: int, error: float) -> None:
+    """Fails if r1v3 is refused for what tensor cores cut off, or excused where none are used."""
+    hidden: Any = SimpleNamespace(is_cuda=cuda, element_size=lambda: size)
+    tolerance = bench_linear_logprobs_and_entropy.product_tolerance(hidden)
+    truth = gate.Truth(gate.Answer((torch.zeros(3),), {}), None, {"output 0": 1e-6})
+    given = gate.Answer((torch.zeros(3),), {})
+    for off, allowed in ((error, True), (error + 1.5e-4, False)):
+        objection = gate.objection({"output 0": off}, truth, given, tolerance, is_ours=True)
+        assert (objection is None) == allowed

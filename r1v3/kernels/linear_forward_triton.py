@@ -2,10 +2,10 @@
 
 A tile of logits is complete in the registers of one program, and leaves them as 16 bytes per row:
 float32 (max, sum, weighted sum, target logit), in the format of `logits_triton`. Logits are never
-stored and never rounded to 16 bits. Every tile has its own statistics, so a row's result depends
-on that row, the weight and the bias alone: not on other rows, how many there are, which program
-computes a tile or how many programs run. That is as far as the tensor cores treat the 64 rows of
-an instruction alike, which NVIDIA's do.
+stored and never rounded to 16 bits; they are as exact as the sums of the tensor cores. Every tile
+has its own statistics, so a row's result depends on that row, the weight and the bias alone: not
+on other rows, how many there are, which program computes a tile or how many programs run. That is
+as far as the tensor cores treat the 64 rows of an instruction alike.
 
 What it costs, for H = 5,120, a tile of 128 x 256 logits and a multiprocessor that multiplies and
 adds 2,048 pairs of 16-bit numbers per clock:
