@@ -29,7 +29,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(
             devices, "runs_triton", lambda tensor: tensor.dtype in devices.HALF_OR_SINGLE
         )
-    elif request.param == "reference":
+    if request.param in ("triton", "reference"):
         monkeypatch.setattr(host, "supports", lambda tensor: False)
     elif request.param == "compiled" and not host.supports(torch.zeros(1)):
         pytest.skip("r1v3._C is not built")

@@ -65,6 +65,17 @@ def test_any_layout(cut: str) -> None:
     assert (base == -math.inf).sum() == view[..., 0].numel() * 2
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 8, 1023, 1025, 151_674, 152_064])
+def test_first_and_last_column_of_rows_far_apart(vocab: int) -> None:
+    """Fails if the offset of a row is computed in 32 bits, or an end of it is taken for outside."""
+    far = torch.empty(2**31 + 2 + vocab, dtype=torch.bfloat16)
+    far = far.as_strided((3, vocab), (2**30 + 1, 1)).zero_()
+    expected = torch.zeros(3, vocab)
+    expected[:, [0, -1]] = -math.inf
+    ban_tokens_(far, torch.tensor([vocab - 1, vocab, -1, 0]))
+    assert torch.equal(far.float(), expected)
+
+
 def test_more_ids_than_one_block() -> None:
     """Fails if only the first block of a long list is banned."""
     logits = torch.zeros(2, 5000)

@@ -17,6 +17,7 @@ from r1v3.kernels import (
     logprobs_and_entropy,
     selective_log_softmax,
 )
+from tests.kernels.conftest import INTERPRETED
 
 Step = Callable[[Tensor], list[Tensor]]
 ROWS, VOCAB = 6, 4500
@@ -72,6 +73,28 @@ def test_the_default_device_is_not_asked(name: str, backend: str) -> None:
         got = step(x)
         group_advantages(x[:, 0], [2, 4])
     assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about what the interpreter runs")
+def test_every_kernel_is_interpreted(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an op takes another path than on a device, so that nothing tests its kernel."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launched, launch = set(), GridExecutor.__call__
+
+    def record(executor: GridExecutor, *arguments: object, **named: object) -> None:
+        launched.add(executor.fn.__name__)
+        launch(executor, *arguments, **named)
+
+    monkeypatch.setattr(GridExecutor, "__call__", record)
+    x = torch.randn(ROWS, VOCAB)
+    made = steps(x.device)
+    for step in made.values():
+        step(x)
+    kernels = (
+        "row_statistics merge row_gradient grpo_loss group_advantages ban_tokens scale".split()
+    )
+    assert launched == {f"_{name}_kernel" for name in kernels}
 
 
 @pytest.fixture

@@ -112,9 +112,10 @@ def test_a_broken_reward_stays_in_its_group(bad: float) -> None:
 
 def test_lengths_and_ids_agree() -> None:
     """Fails if the two ways to name groups differ in a bit, or empty groups or none break."""
-    rewards = torch.randn(9)
+    rewards = torch.randn(9, 2)[:, 1]
     ids = torch.tensor([5, 5, 5, 2, 2, 2, 2, 7, 7], dtype=torch.int32)
     assert torch.equal(group_advantages(rewards, ids), group_advantages(rewards, [3, 0, 4, 2]))
+    assert torch.equal(group_advantages(rewards.clone(), ids), group_advantages(rewards, ids))
     assert torch.equal(group_advantages(rewards, 3), group_advantages(rewards, [3, 3, 3]))
     assert group_advantages(torch.zeros(0), 3).shape == (0,)
     assert group_advantages(torch.zeros(0), []).shape == (0,)

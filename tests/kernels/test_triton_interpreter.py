@@ -24,6 +24,7 @@ SUITE = (
     "linear_persistent",
     "ban_tokens",
     "properties",
+    "device_contract",
 )
 
 
