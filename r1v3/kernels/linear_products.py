@@ -2,7 +2,7 @@
 
 bfloat16 operands are multiplied as they are, by tensor cores or the host kernel, both with
 float32 sums and results. Where neither is at hand 16-bit weights are converted tile by tile, in
-a buffer of `CONVERTED_BYTES`; float16 always is, so that small gradients do not underflow. float64
+a buffer of `TILE_BYTES`; float16 always is, so that small gradients do not underflow. float64
 stays float64.
 """
 
@@ -14,10 +14,9 @@ from torch import Tensor
 
 from r1v3.kernels import host
 
-# Columns of the weight as operands: enough that starting threads for a product takes no time to
-# speak of; few enough to stay in a processor's cache where they are converted.
-TILE_BYTES = 32 * 2**20
-CONVERTED_BYTES = 8 * 2**20
+# Columns of the weight as operands: few enough to stay in a processor's cache, and enough for a
+# full-speed product.
+TILE_BYTES = 8 * 2**20
 TILE_ALIGNMENT = 128
 ROW_ALIGNMENT = 64
 
@@ -63,9 +62,8 @@ class Head:
             yield columns, tile if buffer is None else buffer[: tile.shape[0]].copy_(tile)
 
     def tile_columns(self) -> int:
-        """Columns of the weight that fit `TILE_BYTES`, or `CONVERTED_BYTES`, as operands."""
-        most = min(TILE_BYTES, CONVERTED_BYTES) if self.converts else TILE_BYTES
-        return aligned(most // max(self.weight.shape[1] * self.operand.itemsize, 1))
+        """Columns of the weight that fit `TILE_BYTES` as operands."""
+        return aligned(TILE_BYTES // max(self.weight.shape[1] * self.operand.itemsize, 1))
 
     def logits(
         self, states: Tensor, columns: slice, tile: Tensor, out: Tensor | None = None
