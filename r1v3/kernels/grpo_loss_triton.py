@@ -83,6 +83,17 @@ def _value_of(values_ptr, t, sequence, valid, PER_TOKEN: tl.constexpr):
 
 
 @triton.jit
+def _sequence(offsets_ptr, sequence, length, tokens, HAS_OFFSETS: tl.constexpr):
+    """Where a sequence begins and ends."""
+    begin = sequence * length
+    end = tl.minimum(begin + length, tokens)
+    if HAS_OFFSETS:
+        begin = tl.load(offsets_ptr + sequence)
+        end = tl.load(offsets_ptr + sequence + 1)
+    return begin, end
+
+
+@triton.jit
 def _count(mask_ptr, begin, end, BLOCK: tl.constexpr):
     """Valid tokens in [begin, end)."""
     lanes = tl.arange(0, BLOCK)
@@ -149,12 +160,7 @@ def _grpo_loss_kernel(
     for item in range(tl.program_id(0), sequences * parts, tl.num_programs(0)):
         sequence = (item // parts).to(tl.int64)
         part = item % parts
-        if HAS_OFFSETS:
-            begin = tl.load(offsets_ptr + sequence)
-            end = tl.load(offsets_ptr + sequence + 1)
-        else:
-            begin = sequence * length
-            end = tl.minimum(begin + length, tokens)
+        begin, end = _sequence(offsets_ptr, sequence, length, tokens, HAS_OFFSETS)
         own = 1.0
         # Sequences without a valid token do not count, nor do pieces past a sequence's end.
         if (AGGREGATION == 0 or AGGREGATION == 2) and begin + part * BLOCK < end:

@@ -69,14 +69,38 @@ def gradient_arguments(dtype: str, align: int, sharded: bool = False) -> dict[st
     }  # fmt: skip
 
 
+def advantage_arguments(of_one_length: bool) -> dict[str, Any]:
+    f, i = "*fp32:16", None if of_one_length else "*i64:16"
+    return {
+        "rewards_ptr": f, "order_ptr": i, "offsets_ptr": i, "length": "i64",
+        "batch_std_ptr": None, "out_ptr": f, "eps": "fp32", "HAS_ORDER": not of_one_length,
+        "HAS_OFFSETS": not of_one_length, "BASELINE": 1, "SCALE": 0, "RAW_SINGLETON": False, "DDOF": 1,
+        "BLOCK": 512,
+    }  # fmt: skip
+
+
+def loss_arguments(padded: bool) -> dict[str, Any]:
+    from r1v3.kernels import grpo_loss_triton
+
+    f, u = "*fp32:16", "*u8:16"
+    return {
+        "logprobs_ptr": f, "old_ptr": f, "advantages_ptr": f, "mask_ptr": u, "ref_ptr": f,
+        "weights_ptr": f, "offsets_ptr": None if padded else "*i64:16", "length": "i64", "normalizer_ptr": f, "gradient_ptr": f,
+        "sums_ptr": "*fp64:16", "loss_ptr": f, "metrics_ptr": f, "inverse_ptr": f,
+        "ticket_ptr": "*i32:16", "tokens": "i64", "sequences": "i32", "parts": "i32",
+        "clip_low": "fp32", "clip_high": "fp32", "dual_clip": "fp32", "kl_coef": "fp32",
+        "HAS_OFFSETS": not padded, "HAS_OLD": True, "HAS_REF": True, "HAS_WEIGHTS": True,
+        "HAS_NORMALIZER": True, "TOKEN_ADVANTAGES": True, "TOKEN_WEIGHTS": True, "DUAL": True,
+        "PENALTY": True, "KL": 2, "AGGREGATION": 0, "BLOCK": grpo_loss_triton.BLOCK,
+        "MASK_BLOCK": grpo_loss_triton.MASK_BLOCK,
+    }  # fmt: skip
+
+
 def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
     """Name to (kernel, arguments, warps as launched)."""
-    from r1v3.kernels import (
-        ban_tokens_triton,
-        group_advantages_triton,
-        grpo_loss_triton,
-        scale_triton,
-    )
+    from r1v3.kernels import ban_tokens_triton, scale_triton
+    from r1v3.kernels.group_advantages_triton import _group_advantages_kernel
+    from r1v3.kernels.grpo_loss_triton import _grpo_loss_kernel
     from r1v3.kernels.logits_gradient_triton import _row_gradient_kernel
     from r1v3.kernels.logits_triton import _merge_kernel, _row_statistics_kernel
 
@@ -85,23 +109,6 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "stats_ptr": f, "ids_ptr": i, "shard_ptr": i, "merged_ptr": None, "logprobs_ptr": f,
         "entropy_ptr": f, "saved_ptr": f, "temperature": "fp32", "parts": "i32", "FINAL": True,
         "HAS_IDS": True, "HAS_SHARD": True, "PARTS": 32, "ROWS": 16,
-    }  # fmt: skip
-    advantages = {
-        "rewards_ptr": f, "order_ptr": i, "offsets_ptr": i, "length": "i64",
-        "batch_std_ptr": None, "out_ptr": f, "eps": "fp32", "HAS_ORDER": True,
-        "HAS_OFFSETS": True, "BASELINE": 1, "SCALE": 0, "RAW_SINGLETON": False, "DDOF": 1,
-        "BLOCK": 512,
-    }  # fmt: skip
-    loss = {
-        "logprobs_ptr": f, "old_ptr": f, "advantages_ptr": f, "mask_ptr": u, "ref_ptr": f,
-        "weights_ptr": f, "offsets_ptr": i, "length": "i64", "normalizer_ptr": f, "gradient_ptr": f,
-        "sums_ptr": "*fp64:16", "loss_ptr": f, "metrics_ptr": f, "inverse_ptr": f,
-        "ticket_ptr": "*i32:16", "tokens": "i64", "sequences": "i32", "parts": "i32",
-        "clip_low": "fp32", "clip_high": "fp32", "dual_clip": "fp32", "kl_coef": "fp32",
-        "HAS_OFFSETS": True, "HAS_OLD": True, "HAS_REF": True, "HAS_WEIGHTS": True,
-        "HAS_NORMALIZER": True, "TOKEN_ADVANTAGES": True, "TOKEN_WEIGHTS": True, "DUAL": True,
-        "PENALTY": True, "KL": 2, "AGGREGATION": 0, "BLOCK": grpo_loss_triton.BLOCK,
-        "MASK_BLOCK": grpo_loss_triton.MASK_BLOCK,
     }  # fmt: skip
     scale = {"x_ptr": "*bf16:16", "factor_ptr": f, "n": "i64", "programs": "i64",
              "BLOCK": scale_triton.BLOCK}  # fmt: skip
@@ -117,24 +124,10 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "gradient fp32": (_row_gradient_kernel, gradient_arguments("fp32", 4), 8),
         "gradient shard": (_row_gradient_kernel, gradient_arguments("fp16", 8, True), 8),
         "merge": (_merge_kernel, merge, 4),
-        "advantages": (group_advantages_triton._group_advantages_kernel, advantages, 4),
-        "advantages of equal groups": (
-            group_advantages_triton._group_advantages_kernel,
-            {
-                **advantages,
-                "order_ptr": None,
-                "offsets_ptr": None,
-                "HAS_ORDER": False,
-                "HAS_OFFSETS": False,
-            },
-            4,
-        ),
-        "loss": (grpo_loss_triton._grpo_loss_kernel, loss, 4),
-        "loss padded": (
-            grpo_loss_triton._grpo_loss_kernel,
-            {**loss, "offsets_ptr": None, "HAS_OFFSETS": False},
-            4,
-        ),
+        "advantages": (_group_advantages_kernel, advantage_arguments(False), 4),
+        "advantages of equal groups": (_group_advantages_kernel, advantage_arguments(True), 4),
+        "loss": (_grpo_loss_kernel, loss_arguments(False), 4),
+        "loss padded": (_grpo_loss_kernel, loss_arguments(True), 4),
         "ban": (ban_tokens_triton._ban_tokens_kernel, ban, 1),
         "scale": (scale_triton._scale_kernel, scale, 8),
     }
