@@ -74,8 +74,8 @@ def advantage_arguments(of_one_length: bool) -> dict[str, Any]:
     return {
         "rewards_ptr": f, "order_ptr": i, "offsets_ptr": i, "length": "i64",
         "batch_std_ptr": None, "out_ptr": f, "eps": "fp32", "HAS_ORDER": not of_one_length,
-        "HAS_OFFSETS": not of_one_length, "BASELINE": 1, "SCALE": 0, "RAW_SINGLETON": False, "DDOF": 1,
-        "BLOCK": 512,
+        "HAS_OFFSETS": not of_one_length, "BASELINE": 1, "SCALE": 0, "RAW_SINGLETON": False,
+        "DDOF": 1, "BLOCK": 512,
     }  # fmt: skip
 
 
@@ -85,7 +85,8 @@ def loss_arguments(padded: bool) -> dict[str, Any]:
     f, u = "*fp32:16", "*u8:16"
     return {
         "logprobs_ptr": f, "old_ptr": f, "advantages_ptr": f, "mask_ptr": u, "ref_ptr": f,
-        "weights_ptr": f, "offsets_ptr": None if padded else "*i64:16", "length": "i64", "normalizer_ptr": f, "gradient_ptr": f,
+        "weights_ptr": f, "offsets_ptr": None if padded else "*i64:16", "length": "i64",
+        "normalizer_ptr": f, "gradient_ptr": f,
         "sums_ptr": "*fp64:16", "loss_ptr": f, "metrics_ptr": f, "inverse_ptr": f,
         "ticket_ptr": "*i32:16", "tokens": "i64", "sequences": "i32", "parts": "i32",
         "clip_low": "fp32", "clip_high": "fp32", "dual_clip": "fp32", "kl_coef": "fp32",
