@@ -67,7 +67,7 @@ def test_hostile_tokens_match_the_specification(kl: str, dual_clip: float | None
 
     Every combination of log-probability, old, reference and advantage is a token of its own.
     """
-    hostile = [-1.0, -1.3, -201.0, 199.0, 1e30, math.inf, -math.inf, math.nan]
+    hostile = [-1.0, -1.3, -31.0, -201.0, 199.0, 1e30, math.inf, -math.inf, math.nan]
     tokens = torch.tensor(list(itertools.product(hostile, hostile, hostile[::2], (-1.0, 0.0, 2.0))))
     new, old, ref, advantages = tokens.T[:, None]
     options = dict(kl_coef=0.1, kl=kl, dual_clip=dual_clip, aggregation="constant", normalizer=2.0)
