@@ -145,10 +145,12 @@ def linear_grpo_loss(
     Where a gradient is required, it is computed together with the loss: three matrix products
     instead of the four of a recomputing backward, which then only multiplies by the upstream
     gradient (in place: a second backward raises). As many rows at a time as `HOST_WORKSPACE` or
-    `DEVICE_WORKSPACE` of `linear_rows` allow.
+    `DEVICE_WORKSPACE` of `linear_rows` allow; on the host, up to H rows (H / 2 with bfloat16) keep
+    their logits where the weight's gradient will be.
 
     If that is more than one chunk, the gradient of a 16-bit weight is summed in a float32 [V, H]
-    of its own, unless there is a weight_grad_accumulator.
+    of its own, unless there is a weight_grad_accumulator. On the host the logits are then computed
+    twice instead.
 
     Args:
         hidden: [B, T, H], or [N, H] with cu_seqlens.

@@ -1,58 +1,94 @@
-"""The host kernel that multiplies bfloat16 with float32 results."""
+"""The host kernels that multiply float32 or bfloat16 with float32 results."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from r1v3.kernels import host
 
-pytestmark = pytest.mark.skipif(
-    not host.multiplies(torch.bfloat16), reason="r1v3._C is not built, or no AVX-512 BF16"
-)
+CODES = {torch.float32: 0, torch.bfloat16: 1}
+KERNELS = [
+    (dtype, capability)
+    for dtype, code in CODES.items()
+    for capability in (host._C.cpu_capabilities() if host.built() else ())
+    if host._C.has_gemm(code, capability)
+]
+pytestmark = pytest.mark.skipif(not KERNELS, reason="r1v3._C is not built, or only portably")
+every_kernel = pytest.mark.parametrize("dtype,capability", KERNELS, ids=str)
 
 
-@pytest.mark.parametrize("n,m,k", [(1, 1, 1), (14, 32, 2), (29, 77, 601), (100, 5, 7), (3, 200, 0)])
+def layouts(n: int, m: int, k: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """a [n, k] and b [k, m] in every order of strides, at odd addresses."""
+    rows, columns = (
+        torch.randn(n, k + 3).to(dtype)[:, 1 : k + 1],
+        torch.randn(m + 1, k).to(dtype)[1:],
+    )
+    sparse_a = torch.randn(2 * n, 3 * k).to(dtype)[::2, ::3]
+    sparse_b = torch.randn(2 * k, 3 * m).to(dtype)[::2, ::3]
+    for a in (rows, rows.T.contiguous().T, sparse_a):
+        for b in (columns.T, columns.T.contiguous(), sparse_b):
+            yield a, b
+
+
+@every_kernel
 @pytest.mark.parametrize("add", [False, True])
-def test_matches_float64(n: int, m: int, k: int, add: bool) -> None:
-    """Fails for an edge of a panel, an odd k, a stride, or a sum in less than float32."""
+@pytest.mark.parametrize(
+    "n,m,k",
+    [(1, 1, 1), (14, 32, 2), (29, 77, 601), (100, 5, 7), (3, 200, 0), (15, 16, 31), (33, 48, 1050)],
+)
+def test_matches_float64(
+    n: int, m: int, k: int, add: bool, dtype: torch.dtype, capability: str
+) -> None:
+    """Fails for an edge of a panel or block, an odd k, a stride, or sums in less than float32."""
     torch.manual_seed(0)
-    rows, columns = torch.randn(n, k + 3).bfloat16(), torch.randn(m + 1, k).bfloat16()
     wide = torch.randn(n, m + 6)
-    for a, b in (
-        (rows[:, :k], columns[:m].T),
-        (rows[:, :k].T.contiguous().T, columns[:m].T.contiguous()),
-    ):
+    for a, b in layouts(n, m, k, dtype):
         out = wide.clone()
-        host.product(a, b, out[:, 2 : m + 2], add=add)
+        host.product(a, b, out[:, 3 : m + 3], add=add, capability=capability)
         want = wide.double()
-        exact = a.double() @ b.double()
-        want[:, 2 : m + 2] = exact + (want[:, 2 : m + 2] if add else 0)
+        want[:, 3 : m + 3] = a.double() @ b.double() + (want[:, 3 : m + 3] if add else 0)
         torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=2e-7 * max(k, 1))
-        assert torch.equal(out[:, :2], wide[:, :2]) and torch.equal(
-            out[:, m + 2 :], wide[:, m + 2 :]
-        )
+        rest = [0, 1, 2, m + 3, m + 4, m + 5]
+        assert torch.equal(out[:, rest], wide[:, rest]), "written outside"
 
 
-def test_infinity_and_nan_stay_in_their_row() -> None:
+@every_kernel
+def test_infinity_and_nan_stay_in_their_row(dtype: torch.dtype, capability: str) -> None:
     """Fails if padding multiplies infinity by 0, or a NaN reaches another row."""
-    a, b = torch.ones(3, 5).bfloat16(), torch.ones(5, 3).bfloat16()
+    a, b = torch.ones(3, 5).to(dtype), torch.ones(5, 3).to(dtype)
     a[0, 4], a[1, 0] = torch.inf, torch.nan
     out = torch.empty(3, 3)
-    host.product(a, b, out, add=False)
+    host.product(a, b, out, add=False, capability=capability)
     assert (out[0] == torch.inf).all() and out[1].isnan().all() and (out[2] == 5).all()
 
 
-def test_bits_do_not_depend_on_place_or_threads() -> None:
-    """Fails if a row's result changes with its place, its company or the number of threads."""
+@every_kernel
+def test_bits_do_not_depend_on_place_or_threads(dtype: torch.dtype, capability: str) -> None:
+    """Fails if a row's result changes with its place, its company or the number of threads.
+
+    Of 300 rows the other operand is copied, of 7 and 1 the rows are.
+    """
     torch.manual_seed(0)
-    a, b = torch.randn(300, 700).bfloat16(), torch.randn(700, 400).bfloat16()
-    whole, part = torch.empty(300, 400), torch.empty(7, 400)
-    rows = torch.tensor([299, 3, 150, 0, 31, 77, 200])
+    a, b = torch.randn(500, 700).to(dtype), torch.randn(700, 400).to(dtype)
+    whole = torch.empty(500, 400)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        host.product(a, b, whole, add=False)
+        host.product(a, b, whole, add=False, capability=capability)
         torch.set_num_threads(1)
-        host.product(a[rows], b, part, add=False)
+        for rows in ([299, 3, 150, 0, 31, 77, 200], [499], list(range(450))):
+            part = torch.empty(len(rows), 400)
+            host.product(a[rows], b, part, add=False, capability=capability)
+            assert torch.equal(whole[rows], part)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(whole[rows], part)
+
+
+def test_a_dtype_without_a_kernel_raises() -> None:
+    """Fails if float16 is multiplied as if it were something else."""
+    assert not host.multiplies(torch.float16) and not host.multiplies(torch.float64)
+    x = torch.ones(2, 2).half()
+    with pytest.raises(ValueError, match="dtype must be one for which has_gemm is true"):
+        host.product(x, x, torch.empty(2, 2), add=False)

@@ -3,10 +3,15 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from benchmarks import timing
+from r1v3.kernels import linear_grpo_loss, linear_products, linear_rows
 from tests.kernels.conftest import INTERPRETED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,15 +45,31 @@ def step(function, rows):
     function(h, w, torch.zeros(rows, dtype=torch.int64)).backward()
 
 added = {}
-for function in (logprobs, loss):
+for name in sys.argv[4].split():
+    function = globals()[name]
     step(function, 8)
     before = peak()
-    for rows in map(int, sys.argv[4:]):
+    for rows in map(int, sys.argv[5:]):
         step(function, rows)
         added[f"{function.__name__} {rows}"] = peak() - before
         before = peak()
 print(json.dumps(added))
 """
+
+
+def added(vocab: int, width: int, dtype: str, functions: str, *rows: int) -> dict[str, int]:
+    """Bytes that each function's steps of so many rows added to the peak, by function and rows.
+
+    A step of 8 rows goes first, so that the hidden states, the weight and its gradient count once.
+    """
+    arguments = [str(x) for x in (vocab, width, dtype, functions, *rows)]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's own memory is not the kernels'")
@@ -58,13 +79,69 @@ def test_memory_does_not_grow_with_rows_times_vocabulary(dtype: str) -> None:
 
     From 1,024 to 5,120 rows of 20,000 logits: all of them would be 390 MiB in float32.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(VOCAB), str(WIDTH), dtype, str(FEW), str(MANY)],
-        cwd=ROOT, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    added = json.loads(done.stdout)
-    assert added[f"logprobs {FEW}"] < 40 * MEBIBYTE
-    assert added[f"logprobs {MANY}"] < 20 * MEBIBYTE
-    # One workspace of 160 MiB, and the operands of a tile.
-    assert added[f"loss {FEW}"] + added[f"loss {MANY}"] < 220 * MEBIBYTE
+    found = added(VOCAB, WIDTH, dtype, "logprobs loss", FEW, MANY)
+    assert found[f"logprobs {FEW}"] < 40 * MEBIBYTE
+    assert found[f"logprobs {MANY}"] < 20 * MEBIBYTE
+    # One workspace of 56 MiB, and the operands of a tile.
+    assert found[f"loss {FEW}"] + found[f"loss {MANY}"] < 100 * MEBIBYTE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tenth_of_the_memory_of_all_logits(dtype: torch.dtype) -> None:
+    """Fails if, beside the gradients, more than a tenth of eager PyTorch's tensors are alive.
+
+    In float32 the logits wait in the memory of the weight's gradient; in bfloat16, whose gradient
+    has room for half of these rows, they are computed twice.
+    """
+    hidden = torch.randn(1, 512, 512).to(dtype).requires_grad_()
+    weight = torch.randn(2 * VOCAB, 512).to(dtype).requires_grad_()
+    ids = torch.randint(0, 2 * VOCAB, (1, 512))
+
+    def eager() -> Tensor:
+        logp = torch.log_softmax((hidden @ weight.T).float(), -1)
+        return -logp.gather(-1, ids[..., None]).mean()
+
+    def ours() -> Tensor:
+        return linear_grpo_loss(hidden, weight, ids, None, torch.ones(1), torch.ones_like(ids))[0]
+
+    def beside_gradients(function: Callable[[], Tensor]) -> int:
+        task = timing.Task("step", lambda _: torch.autograd.grad(function(), (hidden, weight)))
+        gradients = (hidden.numel() + weight.numel()) * dtype.itemsize
+        return timing.peak_extra_bytes(task, "cpu") - gradients
+
+    assert beside_gradients(ours) <= beside_gradients(eager) / 10
+
+
+@pytest.mark.parametrize(
+    "rows,width,dtype",
+    [
+        (24, 24, torch.float32),
+        (4, 9, torch.bfloat16),
+        (5, 9, torch.bfloat16),
+        (9, 9, torch.float16),
+    ],
+    ids=str,
+)
+def test_logits_in_the_memory_of_a_gradient(
+    rows: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a tile's logits are overwritten before their last use.
+
+    As many rows as just fit, one more, odd widths, and a last tile of 45 columns.
+    """
+    monkeypatch.setattr(linear_products, "TILE_BYTES", 1)
+    monkeypatch.setattr(linear_rows, "HOST_WORKSPACE", 2 * 301 * 4)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 301, (1, rows))
+    given = [torch.randn(1, rows, width).to(dtype), torch.randn(301, width).to(dtype)]
+    answers = []
+    for kind in (dtype, torch.float64):
+        leaves = [x.detach().clone().to(kind).requires_grad_() for x in given]
+        loss, _ = linear_grpo_loss(
+            *leaves, ids, None, torch.ones(1, dtype=kind), torch.ones_like(ids)
+        )
+        loss.backward()
+        answers.append([loss.detach(), *(x.grad for x in leaves)])
+    for got, want in zip(*answers, strict=True):
+        near = torch.finfo(got.dtype).eps
+        torch.testing.assert_close(got.double(), want.double(), rtol=8 * near, atol=2 * near)
