@@ -63,6 +63,7 @@ def steps(device: torch.device) -> dict[str, Step]:
 NAMES = list(steps(torch.device("cpu")))
 
 
+@pytest.mark.skipif(INTERPRETED, reason="about the code around the kernels")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_default_device_is_not_asked(name: str, backend: str) -> None:
     """Fails if memory is taken where the caller's other tensors are, not where the inputs are."""

@@ -182,7 +182,7 @@ def main(rank: int, world: int, folder: Path, device: str) -> None:
     torch.set_num_threads(1)
     if device == "cuda":  # one GPU serves several ranks: gloo, not NCCL
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    torch.set_default_device(device)
+        torch.set_default_device(device)
     if INTERPRETED:
         devices.runs_triton = lambda tensor: tensor.dtype in devices.HALF_OR_SINGLE
         warnings.simplefilter("ignore", RuntimeWarning)
