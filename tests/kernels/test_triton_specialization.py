@@ -124,3 +124,16 @@ def test_the_loss_of_logits_compiles_each_kernel_once(variants: Variants) -> Non
     names = "_row_statistics _merge _row_gradient _scale".split()
     assert {name: len(variants[f"{name}_kernel"]) for name in names} == dict.fromkeys(names, 1)
     assert len(variants["_grpo_loss_kernel"]) == 2  # slopes with a share of 1, then the loss
+
+
+def test_lengths_of_one_compile(variants: Variants) -> None:
+    """Fails where a 1, which Triton makes a constant of, does not compile as a number."""
+    tokens, mask = torch.zeros(3, 1), torch.ones(3, 1, dtype=torch.bool)
+    grpo_loss(tokens, tokens, torch.ones(3), mask)
+    for groups in (1, [1, 2], torch.tensor([0, 1, 1])):
+        group_advantages(torch.zeros(3), groups, scale="none")
+    assert len(variants["_grpo_loss_kernel"]) == 1
+    assert len(variants["_group_advantages_kernel"]) == 3
+    for codes in variants.values():
+        for compiled in codes.values():
+            compiled()
