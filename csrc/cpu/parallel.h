@@ -11,7 +11,8 @@ namespace r1v3 {
 //
 // Threads live for one call. There is no pool that could deadlock in a forked child, as GNU OpenMP's
 // does, and none that would compete with torch's own; starting a thread takes some 20 us, which the
-// minimum work per thread keeps small. body must not throw.
+// minimum work per thread keeps small. One that the system has not started when the work is done is
+// not waited for. body must not throw.
 void parallel_for(int64_t n, int64_t cost, int num_threads,
                   const std::function<void(int64_t)>& body);
 
