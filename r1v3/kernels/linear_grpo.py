@@ -322,7 +322,7 @@ def _(
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, hidden, weight, grad_hidden, grad_weight, ctx.accumulated = inputs
-    ctx.dtypes = hidden.dtype, weight.dtype
+    ctx.like = (hidden.shape, hidden.dtype), (weight.shape, weight.dtype)
     ctx.save_for_backward(grad_hidden, grad_weight)
 
 
@@ -334,10 +334,10 @@ def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
             "must be 1, as the weight's gradient is already added; use normalizer to scale",
         )
     given = []
-    for gradient, dtype, wanted in zip(
-        ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:3], strict=True
+    for gradient, (shape, dtype), wanted in zip(
+        ctx.saved_tensors, ctx.like, ctx.needs_input_grad[1:3], strict=True
     ):
-        if wanted and gradient.numel():
+        if wanted and gradient.shape == shape:
             scale_(gradient, grad_loss)
             given.append(gradient.to(dtype))
         else:
