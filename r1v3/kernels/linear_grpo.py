@@ -127,14 +127,16 @@ def _add_up(
     """Log-probabilities and entropy of the batch's rows; the gradients are added up."""
     whole = _whole_rows(head)
     tiled = not whole and not head.weight.is_cuda
-    sums = gradients.weight is not None and gradients.weight.sums
-    if tiled and gradients.weight is not None and gradients.weight.can_hold(batch.n):
+    weight = gradients.weight
+    sums = weight is not None and weight.sums
+    # With a row_tile the order of the work must not depend on how many rows there are.
+    if tiled and weight is not None and weight.can_hold(batch.n) and not head.row_tile:
         return _columns_by_columns(head, batch, loss, gradients, temperature, bounds, group)
     size = linear_rows.chunk_rows(
         head, batch.n, _common_width(head.weight.shape[0], vocab_size, bounds, group),
         copies=whole and head.operand != head.result, sums=sums and not tiled, shared=bool(group),
     )  # fmt: skip
-    if tiled and sums and size < batch.n:
+    if tiled and sums and (size < batch.n or head.row_tile):
         return _two_passes(head, batch, loss, gradients, temperature, bounds, group)
     return _rows_by_rows(head, batch, size, loss, gradients, temperature, vocab_size, bounds, group)
 
@@ -155,7 +157,7 @@ def _columns_by_columns(
     """
     assert gradients.weight is not None
     states, rows = batch.states(head.operand), slice(0, batch.n)
-    width = linear_rows.tile_columns(head, head.row_tile or batch.n)
+    width = linear_rows.tile_columns(head, batch.n)
     statistics = RowStatistics(batch.token_ids, temperature, bounds, group)
     for columns, tile in head.tiles(width) if batch.n else ():
         logits = gradients.weight.memory(columns, batch.n)

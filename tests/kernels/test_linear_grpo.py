@@ -331,6 +331,23 @@ def test_row_tile() -> None:
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
 
 
+@host_only
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_tile_makes_rows_independent_of_the_batch(dtype: torch.dtype) -> None:
+    """Fails if a row has other bits among more rows, by way of another order of the work."""
+    inputs = make(dtype)
+    options = dict(aggregation="constant", normalizer=1.0, row_tile=4)
+    for name in ("token_ids", "old_logprobs", "ref_logprobs", "hidden", "advantages"):
+        inputs[name] = torch.cat([inputs[name]] * 4)
+    gradients = []
+    for sequences in (12, 4, 1):  # 96, 32 and 8 rows: more than a gradient of 24 columns holds
+        inputs["loss_mask"] = torch.zeros(12, 8, dtype=torch.bool)
+        inputs["loss_mask"][:sequences] = True
+        (_, gradient, _), _ = run(linear_grpo_loss, inputs, dtype, **options)
+        gradients.append(gradient[0])
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+
+
 def test_wrong_arguments_raise(backend: str) -> None:
     """Fails if a mistake goes through, or the message does not name it."""
     inputs = make()
