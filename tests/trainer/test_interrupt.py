@@ -15,6 +15,8 @@ STAGE = """
     import signal, sys, time
     from r1v3.trainer.interrupt import StopRequest
 
+    # Under a shell's background job it would be ignored, and stay so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     print("start", flush=True)
     try:
