@@ -23,7 +23,7 @@ DEVICE_WORKSPACE = 2**30
 ROW_ALIGNMENT = 128
 # Tiles of logits, cut into columns as well: rows of one product, and bytes.
 HOST_BLOCK_ROWS = 1024
-HOST_TILE = 4 * 2**20
+HOST_TILE = 16 * 2**20
 DEVICE_BLOCK_ROWS = 8192
 DEVICE_TILE = 288 * 2**20
 
