@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from r1v3.kernels import linear_rows, softmax_rows
-from r1v3.kernels.arguments import AGGREGATIONS
 from r1v3.kernels.linear_gradients import Gradients
 from r1v3.kernels.linear_logprobs import add_gradients, row_results
 from r1v3.kernels.linear_parallel import HiddenReduction, group_size
@@ -23,11 +22,9 @@ from r1v3.kernels.linear_statistics import (
     shifted,
     vocabulary_bounds,
 )
+from r1v3.kernels.linear_tokens import slope_of_tokens
 from r1v3.kernels.reference import accumulation_dtype
 from r1v3.kernels.scale import scale_
-
-# Tokens that one program of the loss kernel works on.
-LOSS_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,10 @@ class TokenLoss:
             None if x is None else x[rows]
             for x in (self.old_logprobs, self.ref_logprobs, self.weights)
         )
-        _, slope, _ = torch.ops.r1v3.grpo_loss(
-            logprobs, old, self.advantages[rows], torch.ones_like(logprobs, dtype=torch.bool),
-            ref, weights, None, LOSS_BLOCK, logprobs.new_ones((), dtype=torch.float64),
-            *self.options, AGGREGATIONS.index("constant"),
+        return slope_of_tokens(
+            logprobs, torch.ones_like(logprobs, dtype=torch.bool), self.share[rows],
+            self.advantages[rows], old, ref, weights, self.options,
         )  # fmt: skip
-        return slope.mul_(self.share[rows])
 
 
 @torch.library.custom_op("r1v3::linear_grpo", mutates_args=("weight_grad_accumulator",))

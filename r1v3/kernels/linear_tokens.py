@@ -1,7 +1,12 @@
-"""What a GRPO loss knows of each token before its log-probability."""
+"""What a GRPO loss knows of each token before its log-probability, and its slope after."""
 
 import torch
 from torch import Tensor
+
+from r1v3.kernels.arguments import AGGREGATIONS
+
+# Tokens that one program of the loss kernel works on, where no sequence matters.
+LOSS_BLOCK = 1024
 
 
 def sequence_of_tokens(offsets: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -48,3 +53,25 @@ def share_of_tokens(
     if aggregation == "sequence-mean":
         divisor = divisor * counts[sequence].clamp(min=1)
     return torch.where(mask, 1.0, 0.0).to(dtype) / divisor
+
+
+def slope_of_tokens(
+    logprobs: Tensor,
+    mask: Tensor,
+    share: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    options: tuple[float, float, float, float, int],
+) -> Tensor:
+    """d loss / d logprob [n], 0 outside the mask.
+
+    Args:
+        share: from `share_of_tokens`; options: clip_low, clip_high, dual_clip, kl_coef, kl.
+    """
+    _, slope, _ = torch.ops.r1v3.grpo_loss(
+        logprobs, old_logprobs, advantages, mask, ref_logprobs, weights, None, LOSS_BLOCK,
+        logprobs.new_ones(()), *options, AGGREGATIONS.index("constant"),
+    )  # fmt: skip
+    return slope.mul_(share)  # type: ignore[no-any-return]

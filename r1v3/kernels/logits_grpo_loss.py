@@ -18,7 +18,6 @@ from r1v3.kernels import (
     softmax_rows,
 )
 from r1v3.kernels.arguments import (
-    AGGREGATIONS,
     KL_ESTIMATORS,
     as_scalar,
     check_logits,
@@ -35,9 +34,6 @@ from r1v3.kernels.grpo_loss import grpo_loss
 from r1v3.kernels.logprobs_and_entropy import logprobs_and_entropy
 from r1v3.kernels.scale import scale_
 from r1v3.kernels.vocab_parallel import group_name
-
-# Tokens that one thread of the host's loss kernel works on.
-LOSS_BLOCK = 1024
 
 _Tokens = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 _Options = tuple[float, float, float, float, int]
@@ -318,7 +314,7 @@ def _compute(
     if gradient is not None:
         softmax_rows.backward(
             logits, gradient, ids, None, temperature, vocab_size, shard, saved,
-            _slope(logprobs, keep, tokens, options), None,
+            linear_tokens.slope_of_tokens(logprobs, keep, *tokens, options), None,
         )  # fmt: skip
     return logprobs, torch.where(keep, entropy, 0.0)
 
@@ -342,22 +338,12 @@ def _on_host(
     if gradient is not None:
         share, advantages = tokens[0][rows], tokens[1][rows]
         old, ref, own = (None if t is None else t[rows] for t in tokens[2:])
-        slope = _slope(
-            chosen, torch.ones_like(ids, dtype=torch.bool), (share, advantages, old, ref, own),
-            options,
-        )  # fmt: skip
+        counted = torch.ones_like(ids, dtype=torch.bool)
+        slope = linear_tokens.slope_of_tokens(
+            chosen, counted, share, advantages, old, ref, own, options
+        )
         softmax_rows.backward(
             logits, gradient, ids, rows, temperature, vocab_size, shard, saved, slope, None
         )
     zero = torch.zeros_like(tokens[0])
     return zero.index_copy(0, rows, chosen), zero.index_copy(0, rows, spread)
-
-
-def _slope(logprobs: Tensor, keep: Tensor, tokens: _Tokens, options: _Options) -> Tensor:
-    """d loss / d logprob [n], 0 for rows that are not kept."""
-    share, advantages, old, ref, weights = tokens
-    _, slope, _ = torch.ops.r1v3.grpo_loss(
-        logprobs, old, advantages, keep, ref, weights, None, LOSS_BLOCK, logprobs.new_ones(()),
-        *options, AGGREGATIONS.index("constant"),
-    )  # fmt: skip
-    return slope.mul_(share)
