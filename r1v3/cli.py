@@ -145,7 +145,7 @@ def select(config: ConfigFile, overrides: Overrides = None) -> None:
     """Choose a checkpoint by critical-token entropy, the validation score beside it."""
     with _friendly():
         from r1v3.config import Select, load
-        from r1v3.demo import select_from_run
+        from r1v3.trainer.selection import select_from_run
 
         typer.echo(select_from_run(load(Select, config, overrides or [])))
 
@@ -155,7 +155,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Score one checkpoint in all decoding modes."""
     with _friendly():
         from r1v3.config import Evaluate, load
-        from r1v3.evaluation.benchmark import evaluate as run_evaluation
+        from r1v3.evaluation.evaluate import evaluate as run_evaluation
 
         def show(mode: str, result: dict[str, Any]) -> None:
             for where in ("in_domain", "out_of_domain"):
@@ -266,8 +266,8 @@ def plan(
 ) -> None:
     """Say what a stage needs of every GPU before it starts, and what would make it fit."""
     with _friendly():
-        from r1v3.model.plan_job import Cluster
-        from r1v3.model.plan_run import run_plan
+        from r1v3.plan.job import Cluster
+        from r1v3.plan.run import run_plan
 
         fits = run_plan(
             config,
@@ -286,7 +286,7 @@ def plan(
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Draw the figures and write report.html of a run again."""
     with _friendly():
-        from r1v3.evaluation.report import write_report
+        from r1v3.report.page import write_report
 
         typer.echo(write_report(run))
 

@@ -2,36 +2,26 @@
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from rich.console import Console
 
 from r1v3.config import GRPO, SFT, Connector, Data, Evaluate, Section, Select, load
 from r1v3.data import recipe
-from r1v3.data.tokenizer import load_tokenizer
-from r1v3.evaluation.benchmark import evaluate
-from r1v3.evaluation.report import write_report
-from r1v3.evaluation.statistics import paired_gain
-from r1v3.evaluation.tables import summary_table
-from r1v3.files import replace_directory, temporary_sibling, write_json, write_text
-from r1v3.model.internvl import count_parameters, load_model
+from r1v3.evaluation.evaluate import evaluate
+from r1v3.evaluation.summary import EVALUATED, summarise
+from r1v3.files import write_json, write_text
+from r1v3.report.page import write_report
+from r1v3.report.tables import summary_table
 from r1v3.trainer import connector, grpo, sft
-from r1v3.trainer.checkpoint import MANIFEST, STATE, TENSORS
 from r1v3.trainer.critical_tokens import ENTROPY_BIN_EDGES
-from r1v3.trainer.metrics import read_metrics
-from r1v3.trainer.selection import CheckpointRecord, select_checkpoint, write_selection
+from r1v3.trainer.selection import select_from_run
 from r1v3.trainer.stage import begin
-
-EVALUATED = ("base", "sft", "grpo", "connector", "selected")
-_ENTROPY_WINDOW = 5
 
 
 def choose_run(parent: Path, resuming: bool) -> Path:
@@ -67,104 +57,6 @@ class Clock:
             spent = time.perf_counter() - started
             self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 1)
             write_json(self.path, self.seconds)
-
-
-def select_from_run(config: Select) -> str:
-    """Choose among the GRPO checkpoints of a run; writes selection.json and `models/selected`.
-
-    The critical-token entropy of a checkpoint is the mean over the last training steps before it,
-    weighted by how many critical tokens each saw; it was measured while training. Where no
-    checkpoint ever emitted one, validation accuracy decides, and selection.json says so.
-    """
-    run = Path(config.run)
-    lines = {line["step"]: line for line in read_metrics(run / "metrics" / "grpo.jsonl")}
-    records = []
-    for path in sorted((run / "checkpoints" / "grpo").glob("step-*")):
-        step = int(path.name.removeprefix("step-"))
-        line = lines.get(step, {})
-        window = [lines[s] for s in range(step - _ENTROPY_WINDOW + 1, step + 1) if s in lines]
-        records.append(
-            CheckpointRecord(
-                name=path.name,
-                step=step,
-                critical_entropy=_weighted(window, "critical_entropy"),
-                critical_entropy_after=_weighted(window, "critical_entropy_after"),
-                critical_tokens=sum(int(w.get("critical_tokens") or 0) for w in window),
-                validation_accuracy=line.get("validation_accuracy"),
-                validation_low=line.get("validation_low"),
-                validation_high=line.get("validation_high"),
-            )
-        )
-    rule = config.rule
-    if rule == "critical_entropy" and all(r.critical_entropy is None for r in records):
-        # A policy that never says "Wait" has no critical tokens to be chosen by.
-        rule = "validation_accuracy"
-    selection = select_checkpoint(records, rule=rule)
-    write_selection(run, selection)
-    _publish_copy(run / "checkpoints" / "grpo" / selection.selected.name, run / "models/selected")
-    return selection.selected.name
-
-
-def _weighted(lines: list[dict[str, Any]], key: str) -> float | None:
-    pairs = [
-        (line[key], line["critical_tokens"])
-        for line in lines
-        if line.get(key) is not None and line.get("critical_tokens")
-    ]
-    total = sum(weight for _, weight in pairs)
-    return sum(value * weight for value, weight in pairs) / total if total else None
-
-
-def _publish_copy(source: Path, target: Path) -> None:
-    """Copy the model of a checkpoint, without the trainer's files."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
-        shutil.rmtree(leftover)
-    temporary = temporary_sibling(target)
-    temporary.mkdir()
-    for file in source.iterdir():
-        if file.name not in (MANIFEST, STATE, TENSORS):
-            shutil.copyfile(file, temporary / file.name)
-    replace_directory(temporary, target)
-
-
-def summarise(run: Path, seed: int, base: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """Collect the evaluation records of a run into summary.json."""
-    records = {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in (run / "evaluation").glob("*.json")
-    }
-    stages = {
-        name: {"checkpoint": records[name]["checkpoint"], "modes": records[name]["modes"]}
-        for name in EVALUATED
-        if name in records
-    }
-    inside = _in_domain_questions(run)
-    gains = {}
-    for later, earlier in (("grpo", "sft"), ("connector", "grpo"), ("selected", "grpo")):
-        if all("correct" in records.get(name, {}) for name in (later, earlier)):
-            before = np.array(records[earlier]["correct"])[inside]
-            after = np.array(records[later]["correct"])[inside]
-            gains[f"{later}_minus_{earlier}"] = asdict(paired_gain(before, after))
-    summary = {
-        "seed": seed,
-        "base": str(base),
-        "stages": stages,
-        "gain": gains,
-        "seconds": seconds,
-        "vocabulary": len(load_tokenizer(base)),
-        "parameters": count_parameters(load_model(base)),
-    }
-    write_json(run / "summary.json", summary)
-    return summary
-
-
-def _in_domain_questions(run: Path) -> np.ndarray:
-    """Which questions of the evaluation are in domain: they come first, in file order."""
-    counts = json.loads((run / "data" / "statistics.json").read_text(encoding="utf-8"))
-    inside = counts["test_in_domain"]["samples"]
-    outside = counts.get("test_out_of_domain", {}).get("samples", 0)
-    return np.arange(inside + outside) < inside
 
 
 def _evaluate_all(run: Path, configs: Path, base: Path, common: list[str], show: Any) -> None:

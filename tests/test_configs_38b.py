@@ -14,10 +14,10 @@ from transformers import InternVLConfig
 
 from r1v3.config import load
 from r1v3.model.flops import Dimensions
-from r1v3.model.plan import Plan, make_plan
-from r1v3.model.plan_job import TEXT_TOKENS, Cluster, job_of, model_folder
-from r1v3.model.plan_run import stage_kind
-from r1v3.model.plan_search import propose
+from r1v3.plan.job import TEXT_TOKENS, Cluster, job_of, model_folder
+from r1v3.plan.plan import Plan, make_plan
+from r1v3.plan.run import stage_kind
+from r1v3.plan.search import propose
 
 FOLDER = Path(__file__).parents[1] / "configs" / "r1v3-38b"
 LAUNCH = FOLDER / "launch"

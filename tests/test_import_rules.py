@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,10 +25,23 @@ FORBIDDEN = {
     "kernels": ("transformers", "megatron", "vllm", "pydantic"),
     "config": ("torch", "transformers", "megatron", "vllm", "r1v3.kernels"),
     "rewards": ("torch", "transformers", "megatron", "vllm", "r1v3.kernels"),
-    "model": ("r1v3.trainer", "r1v3.rollout", "r1v3.evaluation"),
-    "engine": ("r1v3.trainer", "r1v3.evaluation"),
-    "rollout": ("r1v3.trainer",),
-}
+    "data": (
+        "r1v3.kernels", "r1v3.model", "r1v3.engine", "r1v3.rollout", "r1v3.trainer",
+        "r1v3.evaluation", "r1v3.plan", "r1v3.report",
+    ),
+    "model": (
+        "r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.evaluation", "r1v3.plan",
+        "r1v3.report",
+    ),
+    "engine": ("r1v3.rollout", "r1v3.trainer", "r1v3.evaluation", "r1v3.plan", "r1v3.report"),
+    "plan": ("r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.evaluation", "r1v3.report"),
+    "rollout": ("r1v3.trainer", "r1v3.evaluation", "r1v3.plan", "r1v3.report"),
+    "evaluation": ("r1v3.trainer", "r1v3.plan", "r1v3.report"),
+    "report": (
+        "r1v3.model", "r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.plan",
+    ),
+    "trainer": ("r1v3.plan", "r1v3.report"),
+}  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "r1v3"} | set(sys.stdlib_module_names)
 # Importing these takes seconds, or fails where the package is optional.
 NEVER_AT_TOP = ("vllm", "wandb", "flash_attn", "transformer_engine", "apex", "verl", "trl")
@@ -89,6 +103,34 @@ def test_kernels_import_torch_and_triton_only() -> None:
     assert found == []
 
 
+def module_name(path: Path) -> str:
+    """`r1v3.data` for r1v3/data/__init__.py, `r1v3.data.batch` for r1v3/data/batch.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which module of r1v3 imports which, deferred and TYPE_CHECKING imports included."""
+    modules = {module_name(path): path for path in SOURCES}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        # `from r1v3.data.batch import Batch` yields r1v3.data.batch.Batch: an attribute.
+        found = {
+            target if target in modules else target.rpartition(".")[0] for target in imports(path)
+        }
+        graph[name] = (found & modules.keys()) - {name}
+    return graph
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Fails if modules cannot be read, moved or tested one at a time."""
+    sorter = graphlib.TopologicalSorter(import_graph())
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
 def test_nobody_imports_integrations_but_the_command_line() -> None:
     """Fails if the core needs a foreign framework's adapter."""
     parts = {part_of(path) for path in SOURCES} - {"integrations", "cli"}
@@ -134,13 +176,13 @@ def test_an_import_loads_only_what_it_says(module: str, absent: set[str]) -> Non
     assert loaded_after(module) & absent == set()
 
 
-def test_files_stay_below_400_lines() -> None:
+def test_files_stay_below_800_lines() -> None:
     """Fails if a file has grown past what one reads in one sitting: split it by concept."""
     sizes = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
         for path in CODE
     }
-    assert {path: lines for path, lines in sizes.items() if lines >= 400} == {}
+    assert {path: lines for path, lines in sizes.items() if lines >= 800} == {}
 
 
 def is_jit(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

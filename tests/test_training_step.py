@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import training_step, training_step_reference
-from benchmarks import training_step_heads as heads
-from benchmarks.training_step_problem import DEFAULTS, VARIANTS, Workload
-from benchmarks.training_step_worker import TOLERANCE, measure
+from benchmarks.training_step import __main__ as command
+from benchmarks.training_step import heads, reference
+from benchmarks.training_step.problem import DEFAULTS, VARIANTS, Workload
+from benchmarks.training_step.worker import TOLERANCE, measure
 from r1v3.engine.head import Head
-from r1v3.model.internvl import PARTS
+from r1v3.model.parts import PARTS
 
 WORKLOAD = replace(DEFAULTS["cpu"], repeats=2)
 
@@ -27,7 +27,7 @@ WORKLOAD = replace(DEFAULTS["cpu"], repeats=2)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Model, tokens and reference."""
     path = tmp_path_factory.mktemp("step")
-    training_step_reference.write(WORKLOAD, path)
+    reference.write(WORKLOAD, path)
     return path
 
 
@@ -47,7 +47,7 @@ def test_heads_agree_with_the_reference_and_are_timed(folder: Path, variant: str
 
 def test_the_reference_is_the_loss_of_the_report(folder: Path) -> None:
     """Fails if all variants agree on a loss that is not eq. 4 and 5 on the stored numbers."""
-    data, logprobs, found = training_step_reference.read(WORKLOAD, folder)
+    data, logprobs, found = reference.read(WORKLOAD, folder)
     ratio = (logprobs.double() - data.old_logprobs.double()).exp()
     advantage = data.advantages.double()[:, None]
     clipped = (ratio * advantage).minimum(ratio.clamp(0.8, 1.2) * advantage)
@@ -103,7 +103,7 @@ def test_every_end_of_a_process_is_a_row(
     python.write_text(f"#!/bin/sh\nexec /bin/sh -c '{script}'\n")
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(python))
-    row = training_step.run(tmp_path, "hf-fused", timeout=0.5)
+    row = command.run(tmp_path, "hf-fused", timeout=0.5)
     assert (row["status"], note in row["note"]) == (status, True)
 
 
@@ -122,14 +122,14 @@ def test_mistakes_are_named(
 ) -> None:
     """Fails if a mistake costs minutes of work before it is found."""
     with pytest.raises(SystemExit):
-        training_step.parse(arguments)
+        command.parse(arguments)
     assert message in capsys.readouterr().err
 
 
 def test_text_only_steps_leave_the_vision_tower_alone(tmp_path: Path) -> None:
     """Fails if --tiles 0 breaks, or a gradient of a part that nothing passes through is fine."""
     workload = replace(WORKLOAD, tiles=0, prompts=1)
-    training_step_reference.write(workload, tmp_path)
+    reference.write(workload, tmp_path)
     row = measure(workload, tmp_path, "hf-fused")
     assert row.status == "timed", row.note
     assert row.grad_norms["vision"] == 0.0 and row.grad_norms["llm"] > 0
@@ -139,7 +139,7 @@ def test_the_command_times_megatron_in_processes_of_their_own(tmp_path: Path) ->
     """Fails if the command line, MegatronEngine's numbers or the JSON's fields are broken."""
     target = tmp_path / "step.json"
     arguments = ["--device", "cpu", "--repeats", "2", "--variants", "megatron-fused", "trl"]
-    assert training_step.main([*arguments, "--json", str(target)]) == 0
+    assert command.main([*arguments, "--json", str(target)]) == 0
     document = json.loads(target.read_text(encoding="utf-8"))
     assert document["schema"] == 1 and document["benchmark"] == "training_step"
     assert {"commit", "torch", "device", "cpu", "megatron-core"} <= set(document["header"])

@@ -14,12 +14,12 @@ from r1v3.data.builders import questions
 from r1v3.data.encoding import Example, ImageShape, model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import IMAGE_CONTEXT, THINK_CLOSE, render_prompt, train_tokenizer
-from r1v3.engine.hf import HFEngine
-from r1v3.engine.hf_decoder import HFDecoder
+from r1v3.engine.hf.decoder import HFDecoder
+from r1v3.engine.hf.engine import HFEngine
 from r1v3.evaluation.sampling import Policy
 from r1v3.model.internvl import build_model, internvl_config
 from r1v3.rollout.contract import TokenRules
-from r1v3.rollout.local_sampler import LocalSampler
+from r1v3.rollout.local import LocalSampler
 
 IMAGE_SIZE, PATCH_SIZE = 32, 8
 TOKENS_PER_TILE = (IMAGE_SIZE // PATCH_SIZE // 2) ** 2

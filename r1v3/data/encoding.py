@@ -1,7 +1,9 @@
 """From samples to tensors: token ids, pixel values and left-padded batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
+from r1v3.data.batch import Batch
 from r1v3.data.images import load_image, normalise, tile_image
 from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END, render_prompt, token_id
-from r1v3.engine.contract import Batch
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,23 @@ def collate(
         loss_mask,
         group_size,
     )
+
+
+@contextmanager
+def in_row(path: Path, row: int) -> Iterator[None]:
+    """Put file and row in front of what is wrong with a sample."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} row {row}: {error}") from error
+
+
+def encode_all(
+    path: Path, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerFast, shape: ImageShape
+) -> list[Example]:
+    """The prompts of a file's samples; what is wrong with one is named by file and row."""
+    examples = []
+    for row, sample in enumerate(samples):
+        with in_row(path, row):
+            examples.append(encode_sample(sample, tokenizer, shape))
+    return examples

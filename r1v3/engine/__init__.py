@@ -1,1 +1,1 @@
-"""Engines: one contract, and what runs the model behind it."""
+"""Engines: one contract, and the two that train a model behind it."""

@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerFast
 from r1v3.config import Architecture, Optimizer, Stage
 from r1v3.data.tokenizer import IMAGE_CONTEXT, load_tokenizer, token_id
 from r1v3.engine.contract import Engine
-from r1v3.engine.hf import HFEngine
-from r1v3.engine.ranks import ALONE, Ranks
+from r1v3.engine.hf.engine import HFEngine
 from r1v3.model.internvl import build_model, internvl_config, load_model
+from r1v3.ranks import ALONE, Ranks
 
 
 def connect(config: Stage) -> Ranks:
@@ -21,7 +21,7 @@ def connect(config: Stage) -> Ranks:
             fit the parallel layout.
     """
     if config.engine == "megatron":
-        from r1v3.engine.megatron_ranks import connect as connect_megatron
+        from r1v3.engine.megatron.ranks import connect as connect_megatron
 
         return connect_megatron(config.parallel, device=config.device)
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
@@ -68,7 +68,7 @@ def build_engine(
     assert config.model is not None
     tokenizer = load_tokenizer(config.model)
     if config.engine == "megatron":
-        from r1v3.engine.megatron import MegatronEngine
+        from r1v3.engine.megatron.engine import MegatronEngine
 
         return MegatronEngine(config.model, tokenizer, config, ranks, **settings)
     return HFEngine(load_model(config.model, device=config.device), tokenizer, **settings)

@@ -1,1 +1,1 @@
-"""Evaluation: decoding modes, scores, figures and the report."""
+"""Evaluation: decoding modes, grading, scores with their intervals."""

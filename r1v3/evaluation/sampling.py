@@ -11,8 +11,8 @@ from r1v3.data.encoding import ImageShape, encode_sample
 from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import TURN_END, token_id
 from r1v3.rewards import accuracy_reward
-from r1v3.rollout.contract import Request, Sampler
-from r1v3.rollout.local import Rollout, Sampling, decode_texts
+from r1v3.rollout.contract import Request, Rollout, Sampler, Sampling
+from r1v3.rollout.local import decode_texts
 
 
 @dataclass(frozen=True)

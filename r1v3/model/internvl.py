@@ -9,22 +9,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from r1v3.model.conversion import Checkpoint, load_config, weights
 from r1v3.model.conversion.match import require_match
-
-PARTS = ("vision", "connector", "llm")
-_PREFIXES = {
-    "model.vision_tower.": "vision",
-    "model.multi_modal_projector.": "connector",
-    "model.language_model.": "llm",
-    "lm_head.": "llm",
-}
-
-
-def part_of(name: str) -> str:
-    """The part (vision, connector or llm) a parameter of HF-native InternVL belongs to."""
-    for prefix, part in _PREFIXES.items():
-        if name.startswith(prefix):
-            return part
-    raise ValueError(f"parameter {name!r} belongs to no part of InternVL ({', '.join(PARTS)})")
+from r1v3.model.parts import PARTS, part_of
 
 
 def internvl_config(

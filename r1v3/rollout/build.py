@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import RolloutEngine, Stage
 from r1v3.engine.contract import Decoder
-from r1v3.engine.ranks import Ranks
+from r1v3.ranks import Ranks
 from r1v3.rollout.contract import Sampler, TokenRules
-from r1v3.rollout.local_sampler import LocalSampler
+from r1v3.rollout.local import LocalSampler
 from r1v3.rollout.vllm_colocated import ColocatedVLLM
 from r1v3.rollout.vllm_server import VLLMServers
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from r1v3.data.tokenizer import THINK_CLOSE
-from r1v3.rollout.contract import TokenRules
-from r1v3.rollout.local import Rollout, Sampling
+from r1v3.rollout.contract import Rollout, Sampling, TokenRules
 
 # A log-prob is at most 0; float32 rounding may leave it a little above.
 _ROUNDING = 1e-3

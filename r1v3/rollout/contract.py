@@ -1,7 +1,7 @@
 """What samples completions for a trainer, wherever the weights that answer live."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -10,8 +10,86 @@ from transformers import PreTrainedTokenizerFast
 
 from r1v3.data.encoding import Example
 from r1v3.data.sample import Sample
-from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END, token_id
-from r1v3.rollout.local import Rollout, Sampling, ThoughtClosing
+from r1v3.data.tokenizer import SPECIAL_TOKENS, THINK_CLOSE, TURN_END, token_id
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to decode.
+
+    Attributes:
+        temperature: 0 is greedy.
+        max_tokens: longest completion, forced tokens included.
+        banned: token ids that are never sampled (image tokens; NoWait words).
+        budget: thought tokens after which an open thought is closed; None leaves it alone.
+    """
+
+    temperature: float = 1.0
+    max_tokens: int = 96
+    banned: tuple[int, ...] = ()
+    budget: int | None = None
+
+
+@dataclass(frozen=True)
+class ThoughtClosing:
+    """How a thought ends, for a tokenizer where `</think>` is plain text of several tokens.
+
+    `texts` is what every token writes (the tag is found in text, because its first and last marks
+    merge with their neighbours: ` </`, `.</`, `>\n\n`), `forced` the token ids that are appended to
+    close a thought whose budget is spent.
+    """
+
+    texts: tuple[str, ...]
+    forced: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: object) -> "ThoughtClosing":
+        encode = tokenizer.encode  # type: ignore[attr-defined]
+        size = len(tokenizer)  # type: ignore[arg-type]
+        texts = tokenizer.batch_decode([[i] for i in range(size)])  # type: ignore[attr-defined]
+        forced = encode(f"\n{THINK_CLOSE}\n\n", add_special_tokens=False)
+        return cls(tuple(texts), tuple(forced))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of P prompts x G samples, padded on the right with the padding token.
+
+    Attributes:
+        response_ids: int64 [P * G, R].
+        mask: bool [P * G, R], True up to and including the end-of-turn token.
+        logprobs: float32 [P * G, R], behaviour log-probs at the sampling temperature, in nats.
+        entropy: float32 [P * G, R], entropy of the distribution each token was drawn from.
+        sampled: bool [P * G, R], False at tokens that were forced by the budget.
+        finished: bool [P * G], the end-of-turn token was emitted in time.
+    """
+
+    response_ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    sampled: Tensor
+    finished: Tensor
+
+    def rows(self, start: int, stop: int) -> "Rollout":
+        """The completions `start` to `stop`."""
+        return Rollout(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+
+
+def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """Completions of different widths below each other."""
+    width = max(rollout.mask.shape[1] for rollout in rollouts)
+    joined = []
+    for field in fields(Rollout):
+        parts = [getattr(rollout, field.name) for rollout in rollouts]
+        if parts[0].dim() == 2:
+            value = pad_id if field.name == "response_ids" else 0
+            parts = [
+                torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value)
+                for part in parts
+            ]
+        joined.append(torch.cat(parts))
+    return Rollout(*joined)
 
 
 @dataclass(frozen=True)

@@ -1,77 +1,18 @@
 """Local generation from the training weights: batched over prompts x group, with a KV cache."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from r1v3.data.batch import Batch
+from r1v3.data.encoding import collate
 from r1v3.data.tokenizer import THINK_CLOSE
-from r1v3.engine.contract import Batch, Decoder
+from r1v3.engine.contract import Decoder
 from r1v3.kernels import ban_tokens_, logprobs_and_entropy
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to decode.
-
-    Attributes:
-        temperature: 0 is greedy.
-        max_tokens: longest completion, forced tokens included.
-        banned: token ids that are never sampled (image tokens; NoWait words).
-        budget: thought tokens after which an open thought is closed; None leaves it alone.
-    """
-
-    temperature: float = 1.0
-    max_tokens: int = 96
-    banned: tuple[int, ...] = ()
-    budget: int | None = None
-
-
-@dataclass(frozen=True)
-class ThoughtClosing:
-    """How a thought ends, for a tokenizer where `</think>` is plain text of several tokens.
-
-    `texts` is what every token writes (the tag is found in text, because its first and last marks
-    merge with their neighbours: ` </`, `.</`, `>\n\n`), `forced` the token ids that are appended to
-    close a thought whose budget is spent.
-    """
-
-    texts: tuple[str, ...]
-    forced: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tokenizer: object) -> "ThoughtClosing":
-        encode = tokenizer.encode  # type: ignore[attr-defined]
-        size = len(tokenizer)  # type: ignore[arg-type]
-        texts = tokenizer.batch_decode([[i] for i in range(size)])  # type: ignore[attr-defined]
-        forced = encode(f"\n{THINK_CLOSE}\n\n", add_special_tokens=False)
-        return cls(tuple(texts), tuple(forced))
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Completions of P prompts x G samples, padded on the right with the padding token.
-
-    Attributes:
-        response_ids: int64 [P * G, R].
-        mask: bool [P * G, R], True up to and including the end-of-turn token.
-        logprobs: float32 [P * G, R], behaviour log-probs at the sampling temperature, in nats.
-        entropy: float32 [P * G, R], entropy of the distribution each token was drawn from.
-        sampled: bool [P * G, R], False at tokens that were forced by the budget.
-        finished: bool [P * G], the end-of-turn token was emitted in time.
-    """
-
-    response_ids: Tensor
-    mask: Tensor
-    logprobs: Tensor
-    entropy: Tensor
-    sampled: Tensor
-    finished: Tensor
-
-    def rows(self, start: int, stop: int) -> "Rollout":
-        """The completions `start` to `stop`."""
-        return Rollout(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+from r1v3.ranks import ALONE, Ranks
+from r1v3.rollout.contract import Request, Rollout, Sampling, ThoughtClosing, TokenRules, join
 
 
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
@@ -210,22 +151,6 @@ def _emit(
     return tokens
 
 
-def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
-    """Completions of different widths below each other."""
-    width = max(rollout.mask.shape[1] for rollout in rollouts)
-    joined = []
-    for field in fields(Rollout):
-        parts = [getattr(rollout, field.name) for rollout in rollouts]
-        if parts[0].dim() == 2:
-            value = pad_id if field.name == "response_ids" else 0
-            parts = [
-                torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value)
-                for part in parts
-            ]
-        joined.append(torch.cat(parts))
-    return Rollout(*joined)
-
-
 def decode_texts(tokenizer: object, rollout: Rollout, stop_id: int) -> list[str]:
     """Completions as text, without the end-of-turn token; special tokens stay visible."""
     texts: list[str] = []
@@ -234,3 +159,53 @@ def decode_texts(tokenizer: object, rollout: Rollout, stop_id: int) -> list[str]
         kept = [i for i, m in zip(ids, mask, strict=True) if m and i != stop_id]
         texts.append(tokenizer.decode(kept, skip_special_tokens=False))  # type: ignore[attr-defined]
     return texts
+
+
+class LocalSampler:
+    """See `contract.Sampler`; the decoder's weights are used as they are at each call.
+
+    Args:
+        replicas: processes with a whole model each; every one completes its share of the prompts
+            and all get all completions. A completion does not depend on how many there are.
+    """
+
+    def __init__(self, decoder: Decoder, rules: TokenRules, replicas: Ranks = ALONE) -> None:
+        self.decoder, self.rules, self.replicas = decoder, rules, replicas
+
+    def complete(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        group_size: int = 1,
+        generator: torch.Generator,
+    ) -> Rollout:
+        """See `contract.Sampler.complete`."""
+        uniforms = torch.rand(len(requests) * group_size, sampling.max_tokens, generator=generator)
+        mine, rollout = self.replicas.share(len(requests)), None
+        if len(mine):
+            examples = [requests[i].example for i in mine]
+            rollout = generate(
+                self.decoder,
+                collate(examples, self.rules.pad_id, responses=[()] * len(examples)),
+                sampling=replace(sampling, banned=(*self.rules.never, *sampling.banned)),
+                closing=self.rules.closing,
+                stop_id=self.rules.stop_id,
+                pad_id=self.rules.pad_id,
+                group_size=group_size,
+                uniforms=uniforms[mine.start * group_size : mine.stop * group_size],
+            )
+        everyone = self.replicas.gather(rollout)
+        return join([found for found in everyone if found is not None], self.rules.pad_id)
+
+    def update_weights(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
+        """Nothing to do: the weights are the trainer's own."""
+
+    def sleep(self) -> None:
+        """Nothing to give up."""
+
+    def wake(self) -> None:
+        """Always ready."""
+
+    def close(self) -> None:
+        """Nothing is held."""

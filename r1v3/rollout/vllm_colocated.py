@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerFast
 
 from r1v3.data.images import load_image
 from r1v3.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, token_id
-from r1v3.engine.ranks import ALONE, Ranks, share_of
+from r1v3.ranks import ALONE, Ranks, share_of
 from r1v3.rollout.completions import (
     Completion,
     assemble,
@@ -44,8 +44,7 @@ from r1v3.rollout.completions import (
     check_prompt,
     close_thoughts,
 )
-from r1v3.rollout.contract import Request, TokenRules
-from r1v3.rollout.local import Rollout, Sampling
+from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
 from r1v3.rollout.vllm_protocol import check_sampling, picture_name, placeholder_of
 from r1v3.rollout.weights import buckets, in_layout
 

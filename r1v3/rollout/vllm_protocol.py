@@ -40,8 +40,7 @@ from r1v3.data.tokenizer import IMAGE_CONTEXT
 from r1v3.http import RequestFailed
 from r1v3.model.conversion.config import is_original, read_config
 from r1v3.rollout.completions import Completion, ban_list, check_completion, check_prompt
-from r1v3.rollout.contract import Request, TokenRules
-from r1v3.rollout.local import Sampling
+from r1v3.rollout.contract import Request, Sampling, TokenRules
 
 # vLLM raises lower temperatures to this one (`sampling_params._MAX_TEMP`).
 LOWEST_TEMPERATURE = 0.01

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from r1v3.engine.ranks import ALONE, Ranks
 from r1v3.http import (
     CLIENT_OPTIONS,
     IDENTITY,
@@ -38,9 +37,9 @@ from r1v3.http import (
     exchange,
     require_httpx,
 )
+from r1v3.ranks import ALONE, Ranks
 from r1v3.rollout.completions import Completion, assemble, close_thoughts
-from r1v3.rollout.contract import Request, TokenRules
-from r1v3.rollout.local import Rollout, Sampling
+from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
 from r1v3.rollout.server_pool import Pool, Server
 from r1v3.rollout.vllm_protocol import (
     Call,

@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from r1v3.engine.contract import Writing
-from r1v3.engine.ranks import ALONE, Ranks
 from r1v3.files import (
     human_bytes,
     remove_leftovers,
@@ -35,6 +34,7 @@ from r1v3.files import (
     temporary_sibling,
     write_json,
 )
+from r1v3.ranks import ALONE, Ranks
 
 MANIFEST = "manifest.json"
 TENSORS = "trainer.safetensors"

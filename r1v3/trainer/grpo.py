@@ -15,33 +15,27 @@ import torch
 from torch import Tensor
 
 from r1v3.config import GRPO
-from r1v3.data.encoding import Example, collate, model_image_shape
+from r1v3.data.batch import Batch
+from r1v3.data.encoding import Example, collate, encode_all, model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.words import expand_words
 from r1v3.engine.build import build_engine
-from r1v3.engine.contract import Batch, Engine
-from r1v3.engine.ranks import Ranks
+from r1v3.engine.contract import Engine
 from r1v3.evaluation.sampling import Policy
 from r1v3.evaluation.statistics import score as score_interval
 from r1v3.kernels import group_advantages
-from r1v3.model.internvl import PARTS
+from r1v3.model.parts import PARTS
+from r1v3.ranks import Ranks
 from r1v3.rewards import LLMVerifier, Reward, score
 from r1v3.rollout.build import build_sampler
-from r1v3.rollout.contract import Request
-from r1v3.rollout.local import Rollout, Sampling, join
+from r1v3.rollout.contract import Request, Rollout, Sampling, join
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.loop import run_steps
 from r1v3.trainer.policy_loss import PolicyLossFn, Targets, combine, normalizer
-from r1v3.trainer.stage import (
-    encode_all,
-    learning_rate,
-    open_stage,
-    order,
-    publish,
-    resume,
-    torch_stream,
-)
+from r1v3.trainer.randomness import order, torch_stream
+from r1v3.trainer.schedule import learning_rate
+from r1v3.trainer.stage import open_stage, publish, resume
 from r1v3.trainer.telemetry import Telemetry
 
 _SHOWN = ("reward", "accuracy", "response_length", "critical_entropy", "validation_accuracy")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from r1v3.config import PolicyLoss
-from r1v3.engine.contract import Batch
+from r1v3.data.batch import Batch
 from r1v3.engine.head import Head
 from r1v3.kernels import grpo_loss
-from r1v3.rollout.local import Rollout
+from r1v3.rollout.contract import Rollout
 from r1v3.rollout.mismatch import Mismatch, importance_weights
 
 

@@ -6,13 +6,18 @@ this follows validation accuracy. Whether it does here is measured and written b
 """
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from r1v3.files import write_json
+from r1v3.config import Select
+from r1v3.files import replace_directory, temporary_sibling, write_json
+from r1v3.trainer.checkpoint import MANIFEST, STATE, TENSORS
+from r1v3.trainer.metrics import read_metrics
 
+_ENTROPY_WINDOW = 5
 Rule = Literal["critical_entropy", "validation_accuracy"]
 _RULE_TEXT = {
     "critical_entropy": "highest mean entropy (nats) at critical tokens",
@@ -165,3 +170,62 @@ def _why_not(record: CheckpointRecord, rule: Rule, value: float | None) -> str |
     if not math.isfinite(value):
         return f"its {rule} is {value}"
     return None
+
+
+def select_from_run(config: Select) -> str:
+    """Choose among the GRPO checkpoints of a run; writes selection.json and `models/selected`.
+
+    The critical-token entropy of a checkpoint is the mean over the last training steps before it,
+    weighted by how many critical tokens each saw; it was measured while training. Where no
+    checkpoint ever emitted one, validation accuracy decides, and selection.json says so.
+    """
+    run = Path(config.run)
+    lines = {line["step"]: line for line in read_metrics(run / "metrics" / "grpo.jsonl")}
+    records = []
+    for path in sorted((run / "checkpoints" / "grpo").glob("step-*")):
+        step = int(path.name.removeprefix("step-"))
+        line = lines.get(step, {})
+        window = [lines[s] for s in range(step - _ENTROPY_WINDOW + 1, step + 1) if s in lines]
+        records.append(
+            CheckpointRecord(
+                name=path.name,
+                step=step,
+                critical_entropy=_weighted(window, "critical_entropy"),
+                critical_entropy_after=_weighted(window, "critical_entropy_after"),
+                critical_tokens=sum(int(w.get("critical_tokens") or 0) for w in window),
+                validation_accuracy=line.get("validation_accuracy"),
+                validation_low=line.get("validation_low"),
+                validation_high=line.get("validation_high"),
+            )
+        )
+    rule = config.rule
+    if rule == "critical_entropy" and all(r.critical_entropy is None for r in records):
+        # A policy that never says "Wait" has no critical tokens to be chosen by.
+        rule = "validation_accuracy"
+    selection = select_checkpoint(records, rule=rule)
+    write_selection(run, selection)
+    _publish_copy(run / "checkpoints" / "grpo" / selection.selected.name, run / "models/selected")
+    return selection.selected.name
+
+
+def _weighted(lines: list[dict[str, Any]], key: str) -> float | None:
+    pairs = [
+        (line[key], line["critical_tokens"])
+        for line in lines
+        if line.get(key) is not None and line.get("critical_tokens")
+    ]
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else None
+
+
+def _publish_copy(source: Path, target: Path) -> None:
+    """Copy the model of a checkpoint, without the trainer's files."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(leftover)
+    temporary = temporary_sibling(target)
+    temporary.mkdir()
+    for file in source.iterdir():
+        if file.name not in (MANIFEST, STATE, TENSORS):
+            shutil.copyfile(file, temporary / file.name)
+    replace_directory(temporary, target)

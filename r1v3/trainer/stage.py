@@ -1,29 +1,18 @@
 """What all training stages share: the run folder, resuming, schedules and stateless randomness."""
 
-import math
-import os
-import platform
 import shutil
-import subprocess
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerFast
 
-from r1v3.config import Optimizer, Section, Stage, to_yaml
-from r1v3.data.encoding import Example, ImageShape, encode_sample
-from r1v3.data.sample import Sample
+from r1v3.config import Section, Stage, to_yaml
 from r1v3.engine.build import connect
 from r1v3.engine.contract import Engine
-from r1v3.engine.ranks import Ranks
+from r1v3.environment import environment
 from r1v3.files import (
     remove_leftovers,
     replace_directory,
@@ -31,48 +20,12 @@ from r1v3.files import (
     write_json,
     write_text,
 )
+from r1v3.ranks import Ranks
 from r1v3.trainer.checkpoint import (
     Loaded,
     latest_checkpoint,
     load_checkpoint,
 )
-
-
-def stream(*key: int | str) -> np.random.Generator:
-    """A random stream that depends on its key alone.
-
-    Everything random in training is drawn from such a stream, keyed by seed, purpose and step, so
-    that a resumed run needs no saved generator state to repeat an uninterrupted one.
-    """
-    words = [part if isinstance(part, int) else int.from_bytes(part.encode()) for part in key]
-    return np.random.default_rng(words)
-
-
-def torch_stream(*key: int | str) -> torch.Generator:
-    """The same for torch."""
-    return torch.Generator().manual_seed(int(stream(*key).integers(0, 2**63 - 1)))
-
-
-def order(count: int, start: int, size: int, *key: int | str) -> list[int]:
-    """Entries `start` to `start + size` of endless shuffled passes over `count` things."""
-    if count == 0:
-        raise ValueError("the training data is empty")
-    passes = {
-        n: stream(*key, n).permutation(count)
-        for n in range(start // count, (start + size) // count + 1)
-    }
-    return [int(passes[i // count][i % count]) for i in range(start, start + size)]
-
-
-def learning_rate(step: int, total: int, config: Optimizer) -> float:
-    """Learning rate of a step (from 0): linear warm-up, then cosine to zero, or constant."""
-    warmup = max(1, round(config.warmup_ratio * total))
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - warmup) / max(1, total - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def require_fresh(name: str, run: Path, resuming: bool) -> None:
@@ -126,41 +79,6 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def environment() -> dict[str, Any]:
-    """What the run ran on."""
-    import transformers
-
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "machine": platform.platform(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": _commit(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _commit() -> str | None:
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def open_stage(name: str, config: Stage, *, resuming: bool) -> Ranks:
     """Connect the ranks, refuse to start over an earlier run, and begin the run folder."""
     ranks = connect(config)
@@ -172,26 +90,6 @@ def open_stage(name: str, config: Stage, *, resuming: bool) -> Ranks:
     ranks.lead(first)
     set_threads(config.threads)
     return ranks
-
-
-@contextmanager
-def in_row(path: Path, row: int) -> Iterator[None]:
-    """Put file and row in front of what is wrong with a sample."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path} row {row}: {error}") from error
-
-
-def encode_all(
-    path: Path, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerFast, shape: ImageShape
-) -> list[Example]:
-    """The prompts of a file's samples; what is wrong with one is named by file and row."""
-    examples = []
-    for row, sample in enumerate(samples):
-        with in_row(path, row):
-            examples.append(encode_sample(sample, tokenizer, shape))
-    return examples
 
 
 def resume(name: str, run: Path, engine: Engine, wanted: bool) -> Loaded | None:

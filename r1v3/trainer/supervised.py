@@ -11,23 +11,19 @@ from rich.console import Console
 from torch import Tensor
 
 from r1v3.config import Supervised
-from r1v3.data.encoding import Example, collate, encode_sample, model_image_shape
+from r1v3.data.batch import Batch
+from r1v3.data.encoding import Example, collate, encode_sample, in_row, model_image_shape
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import SYSTEM_PROMPT, THINK_OPEN, train_tokenizer
 from r1v3.data.words import expand_words
 from r1v3.engine.build import build_engine
-from r1v3.engine.contract import Batch, Engine
+from r1v3.engine.contract import Engine
 from r1v3.engine.head import Head
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.loop import run_steps
-from r1v3.trainer.stage import (
-    in_row,
-    learning_rate,
-    open_stage,
-    order,
-    publish,
-    resume,
-)
+from r1v3.trainer.randomness import order
+from r1v3.trainer.schedule import learning_rate
+from r1v3.trainer.stage import open_stage, publish, resume
 from r1v3.trainer.telemetry import Telemetry
 
 _SHOWN = ("loss", "validation_loss", "grad_norm")

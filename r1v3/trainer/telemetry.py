@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import InternVLConfig
 
-from r1v3.engine.contract import Batch
-from r1v3.engine.ranks import ALONE, Ranks
+from r1v3.data.batch import Batch
 from r1v3.model.flops import Dimensions, Work, train_flops
+from r1v3.ranks import ALONE, Ranks
 
 # Dense bfloat16 FLOP/s by the driver's device name, from NVIDIA's data sheets of H100, H200, A100
 # and HGX B200 (half of the figures with sparsity). A device that is not listed has no MFU.

@@ -1,7 +1,7 @@
 """The layouts that MegatronEngine is tested in, and the parts that are trained."""
 
 from r1v3.config import Parallel
-from r1v3.model.internvl import PARTS
+from r1v3.model.parts import PARTS
 
 SPLIT = Parallel(tensor=2, pipeline=2)
 # Ranks and layout; data parallelism is what is left.

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from r1v3.config import Parallel, Stage
 from r1v3.data.encoding import collate
-from r1v3.engine.megatron import MegatronEngine
-from r1v3.engine.megatron_ranks import connect
-from r1v3.model.internvl import PARTS
-from tests import tiny
-from tests.engine import ranks_case, recorded
+from r1v3.engine.megatron.engine import MegatronEngine
+from r1v3.engine.megatron.ranks import connect
+from r1v3.model.parts import PARTS
+from tests import ranks_case, tiny
+from tests.engine import recorded
 from tests.engine.layouts import LAYOUTS, OTHER_LAYOUTS, PATTERNS, SPLIT, only
 
 Result = dict[str, Any]

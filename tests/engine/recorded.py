@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
 from r1v3.config import PolicyLoss
+from r1v3.data.batch import Batch
 from r1v3.data.encoding import Example, collate
-from r1v3.engine.contract import Batch, Engine, LossFn
-from r1v3.rollout.contract import Request, TokenRules
-from r1v3.rollout.local import Sampling
-from r1v3.rollout.local_sampler import LocalSampler
+from r1v3.engine.contract import Engine, LossFn
+from r1v3.rollout.contract import Request, Sampling, TokenRules
+from r1v3.rollout.local import LocalSampler
 from r1v3.trainer.policy_loss import PolicyLossFn, Targets, normalizer
 from tests import tiny
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from r1v3.data.batch import Batch
 from r1v3.data.encoding import Example, collate
-from r1v3.engine.contract import Batch
 from tests import tiny
 
 

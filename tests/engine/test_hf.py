@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
+from r1v3.data.batch import Batch
 from r1v3.data.encoding import Example, collate
-from r1v3.engine.contract import Batch
 from r1v3.engine.head import Head
-from r1v3.engine.hf import HFEngine
-from r1v3.model.internvl import PARTS, load_model, part_of
+from r1v3.engine.hf.engine import HFEngine
+from r1v3.model.internvl import load_model
+from r1v3.model.parts import PARTS, part_of
 from tests import tiny
 
 ALL = dict.fromkeys(PARTS, True)

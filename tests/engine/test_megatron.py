@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
 from r1v3.data.encoding import collate
-from r1v3.engine.hf import HFEngine
-from r1v3.model.internvl import PARTS, load_model, part_of
+from r1v3.engine.hf.engine import HFEngine
+from r1v3.model.internvl import load_model
+from r1v3.model.parts import PARTS, part_of
 from tests import tiny
 from tests.engine import recorded
 from tests.engine.layouts import LAYOUTS, OTHER_LAYOUTS, PATTERNS, only

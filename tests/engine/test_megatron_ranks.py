@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from r1v3.config import Parallel, Stage
-from r1v3.engine.megatron_ranks import connect
+from r1v3.engine.megatron.ranks import connect
 from r1v3.trainer import stage
 
 

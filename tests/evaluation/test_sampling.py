@@ -10,8 +10,7 @@ from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END
 from r1v3.evaluation.sampling import Answers, Policy
 from r1v3.rewards import accuracy_reward
 from r1v3.rollout import local
-from r1v3.rollout.contract import TokenRules
-from r1v3.rollout.local import Sampling
+from r1v3.rollout.contract import Sampling, TokenRules
 from tests import tiny
 
 QUESTIONS = tiny.some_questions(7)

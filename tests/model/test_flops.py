@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from r1v3.data.encoding import collate
-from r1v3.engine.hf import HFEngine
+from r1v3.engine.hf.engine import HFEngine
 from r1v3.model.flops import (
     Dimensions,
     Work,

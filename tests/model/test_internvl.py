@@ -10,7 +10,6 @@ from transformers import InternVLForConditionalGeneration
 
 from r1v3.data.encoding import collate
 from r1v3.model.internvl import (
-    PARTS,
     build_model,
     count_parameters,
     embed_prompts,
@@ -18,8 +17,8 @@ from r1v3.model.internvl import (
     internvl_config,
     load_model,
     named_part_parameters,
-    part_of,
 )
+from r1v3.model.parts import PARTS, part_of
 from tests import tiny
 
 

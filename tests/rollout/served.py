@@ -7,8 +7,7 @@ import torch
 
 from r1v3.data.encoding import encode_sample
 from r1v3.data.sample import Sample, make_sample
-from r1v3.rollout.contract import Request, Sampler
-from r1v3.rollout.local import Rollout, Sampling
+from r1v3.rollout.contract import Request, Rollout, Sampler, Sampling
 from r1v3.rollout.vllm_server import VLLMServers
 from tests import tiny
 from tests.rollout.speaking_server import RULES, SpeakingServer, local

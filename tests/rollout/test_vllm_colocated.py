@@ -19,12 +19,11 @@ from r1v3.data.encoding import Example, encode_sample
 from r1v3.data.images import tile_image
 from r1v3.data.sample import make_sample
 from r1v3.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, token_id
-from r1v3.engine.hf import HFEngine
-from r1v3.engine.ranks import Ranks
+from r1v3.engine.hf.engine import HFEngine
 from r1v3.model.conversion import Checkpoint, convert, weights
 from r1v3.model.internvl import load_model
-from r1v3.rollout.contract import Request, TokenRules
-from r1v3.rollout.local import Rollout, Sampling
+from r1v3.ranks import Ranks
+from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
 from r1v3.rollout.vllm_colocated import ColocatedVLLM, collapse_pictures
 from tests import tiny
 from tests.rollout.speaking_server import local

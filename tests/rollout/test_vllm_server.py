@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from r1v3.rollout import server_pool
-from r1v3.rollout.contract import Request
-from r1v3.rollout.local import Sampling
+from r1v3.rollout.contract import Request, Sampling
 from r1v3.rollout.server_pool import NoServers
 from r1v3.rollout.vllm_server import VLLMServers
 from tests import tiny

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1v3.engine.hf import HFEngine
-from r1v3.engine.ranks import Ranks
+from r1v3.engine.hf.engine import HFEngine
 from r1v3.model.conversion import Checkpoint, convert
+from r1v3.ranks import Ranks
 from r1v3.rollout.contract import Request
 from r1v3.rollout.server_pool import NoServers
 from r1v3.rollout.vllm_server import VLLMServers

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from r1v3.engine.hf import HFEngine
+from r1v3.engine.hf.engine import HFEngine
 from r1v3.model.internvl import load_model
 from r1v3.rollout.weights import buckets, publish, published_step
 from tests import tiny

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import r1v3
-from r1v3.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from r1v3.engine.hf.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from r1v3.trainer.checkpoint import load_checkpoint, save_checkpoint
 
 REPOSITORY = Path(r1v3.__path__[0]).parent

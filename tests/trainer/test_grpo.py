@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from r1v3.config import GRPO, load
-from r1v3.engine.hf import response_hidden
+from r1v3.engine.hf.engine import response_hidden
 from r1v3.kernels import reference_grpo
 from r1v3.rewards import score
-from r1v3.rollout.contract import TokenRules
-from r1v3.rollout.local import Rollout, decode_texts
+from r1v3.rollout.contract import Rollout, TokenRules
+from r1v3.rollout.local import decode_texts
 from r1v3.trainer.grpo import Episode, Trainer
 from r1v3.trainer.metrics import read_metrics
 from tests.rewards.judge_server import Answer, says, send, serving

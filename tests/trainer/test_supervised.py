@@ -121,7 +121,7 @@ def test_micro_batches_do_not_change_a_step(tmp_path: Path) -> None:
 
 def test_the_step_loss_is_the_mean_cross_entropy_of_response_tokens(tmp_path: Path) -> None:
     """Otherwise prompts or padding would be trained on."""
-    from r1v3.trainer.stage import order
+    from r1v3.trainer.randomness import order
     from r1v3.trainer.supervised import micro_batches, validation_loss
 
     trainer = Trainer("sft", config(tmp_path), resuming=False)

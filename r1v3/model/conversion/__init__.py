@@ -1,11 +1,9 @@
-"""Converting InternVL between HF checkpoints, in either naming, and Megatron's layouts."""
+"""InternVL checkpoints as files: reading, checking, renaming and writing them."""
 
 from r1v3.model.conversion.config import load_config
 from r1v3.model.conversion.disk import Converted, convert
 from r1v3.model.conversion.match import CheckpointError, Report, match
-from r1v3.model.conversion.parallel import export_hf, load_hf
 from r1v3.model.conversion.reader import Checkpoint
-from r1v3.model.conversion.saving import save_hf, write_hf
 from r1v3.model.conversion.table import native_shapes, parameter_name, saved_name, weights
 
 __all__ = [
@@ -14,14 +12,10 @@ __all__ = [
     "Converted",
     "Report",
     "convert",
-    "export_hf",
     "load_config",
-    "load_hf",
     "match",
     "native_shapes",
     "parameter_name",
-    "save_hf",
     "saved_name",
     "weights",
-    "write_hf",
 ]

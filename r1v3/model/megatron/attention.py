@@ -6,19 +6,16 @@ layers and the micro-batches that a pipeline keeps in flight therefore each see 
 
 import functools
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from r1v3.model.megatron.packing import Packed
-
-if TYPE_CHECKING:
-    from r1v3.model.megatron.decoding import KeyValueCache
 
 
 @functools.cache
@@ -92,10 +89,57 @@ class Layout(PackedSeqParams):
         raise NotImplementedError
 
 
+class KeyValueCache:
+    """Keys and values [rows, capacity, kv heads, d] of this stage's layers, by layer number.
+
+    Args:
+        lengths: int64 [prompts], tokens of each prompt.
+        group_size: rows of each prompt.
+        capacity: most tokens that will follow a prompt.
+    """
+
+    def __init__(self, lengths: Tensor, group_size: int, capacity: int) -> None:
+        self.group_size = group_size
+        self.longest = int(lengths.amax())
+        self.capacity = self.longest + capacity
+        self.lengths = lengths.repeat_interleave(group_size)
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def fill(self, layer: int, key: Tensor, value: Tensor, prompt_starts: Tensor) -> None:
+        """Keep what a layer computed for packed prompts, [T, kv heads, d], once for each row."""
+        columns = torch.arange(self.longest, device=key.device)
+        # Beyond a shorter prompt's end this reads other rows, which its length hides.
+        rows = (prompt_starts[:-1, None] + columns).clamp(max=len(key) - 1)
+        for kept, packed in ((self.keys, key), (self.values, value)):
+            buffer = packed.new_zeros(len(self.lengths), self.capacity, *packed.shape[1:])
+            buffer[:, : self.longest] = packed[rows].repeat_interleave(self.group_size, 0)
+            kept[layer] = buffer
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token per row, [rows, kv heads, d], behind the others; the whole buffers."""
+        rows = torch.arange(len(self.lengths), device=key.device)
+        for kept, token in ((self.keys, key), (self.values, value)):
+            kept[layer][rows, self.lengths] = token
+        return self.keys[layer], self.values[layer]
+
+    def advance(self) -> None:
+        """Count the token that every layer has written."""
+        self.lengths = self.lengths + 1
+        self.longest += 1
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows only."""
+        self.lengths = self.lengths.index_select(0, rows)
+        for kept in (self.keys, self.values):
+            for layer in kept:
+                kept[layer] = kept[layer].index_select(0, rows)
+
+
 class PackedLayout(Layout):
     """Segments of a packed sequence; with a `cache`, the keys and values are recorded in it."""
 
-    def __init__(self, packed: Packed, cache: "KeyValueCache | None" = None) -> None:
+    def __init__(self, packed: Packed, cache: KeyValueCache | None = None) -> None:
         super().__init__()
         self.packed = packed
         self.cache = cache
@@ -127,6 +171,34 @@ class PackedLayout(Layout):
             strict=True,
         )
         return torch.cat([_segment_attention(*segment) for segment in segments])
+
+
+class DecodeLayout(Layout):
+    """One token of each row attends to the row's cache; tokens beyond the rows are padding."""
+
+    def __init__(self, cache: KeyValueCache) -> None:
+        super().__init__()
+        self.cache = cache
+        columns = torch.arange(cache.longest + 1, device=cache.lengths.device)
+        self.visible = (columns <= cache.lengths.unsqueeze(1))[:, None, None, :]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows, tokens = len(self.cache.lengths), len(query)
+        keys, values = self.cache.extend(layer, key[:rows], value[:rows])
+        query = query[:rows].unsqueeze(1)
+        if (flash := flash_attention(query)) is not None:
+            lengths = (self.cache.lengths + 1).int()
+            mixed = flash.flash_attn_with_kvcache(query, keys, values, cache_seqlens=lengths)
+        else:
+            end = self.cache.longest + 1
+            mixed = scaled_dot_product_attention(
+                query.transpose(1, 2),
+                keys[:, :end].transpose(1, 2),
+                values[:, :end].transpose(1, 2),
+                attn_mask=self.visible,
+                enable_gqa=True,
+            ).transpose(1, 2)
+        return pad(mixed.squeeze(1), (0, 0, 0, 0, 0, tokens - rows))
 
 
 def _tile_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1v3.engine.contract import Batch
+from r1v3.data.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ CHILD = """
 import resource, sys, torch, zlib
 from r1v3.model.conversion import Checkpoint, convert, load_config, weights
 from r1v3.model.conversion.match import require_match
-from r1v3.model.conversion.parallel import fill
+from r1v3.model.megatron.hf_weights import fill
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

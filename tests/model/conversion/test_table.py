@@ -9,9 +9,9 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from r1v3.model.conversion import Checkpoint, native_shapes, parameter_name, saved_name, weights
 from r1v3.model.conversion.match import require_match
-from r1v3.model.conversion.parallel import fill, restore
 from r1v3.model.conversion.slices import interleave
 from r1v3.model.conversion.table import RULES
+from r1v3.model.megatron.hf_weights import fill, restore
 from tests.model.conversion.checkpoints import (
     megatron_shard,
     original_tensors,

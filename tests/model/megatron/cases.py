@@ -18,8 +18,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from safetensors.torch import load_file
 from torch import Tensor
 
-from r1v3.model.conversion import export_hf
-from r1v3.model.megatron.decoding import Decoder
+from r1v3.engine.megatron.decoder import Decoder
+from r1v3.model.megatron.hf_weights import export_hf
 from r1v3.model.megatron.internvl import InternVL
 from r1v3.model.megatron.options import ModelOptions
 from tests.model.megatron import reference

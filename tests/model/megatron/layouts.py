@@ -14,9 +14,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 from transformers import InternVLConfig
 
-from r1v3.engine.contract import Batch
+from r1v3.data.batch import Batch
 from r1v3.kernels import linear_logprobs_and_entropy
-from r1v3.model.conversion import export_hf, load_hf
+from r1v3.model.megatron.hf_weights import export_hf, load_hf
 from r1v3.model.megatron.internvl import InternVL, part_of
 from r1v3.model.megatron.options import ModelOptions
 from r1v3.model.megatron.packing import Packed, pack

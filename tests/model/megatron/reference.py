@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from r1v3.engine.contract import Batch
+from r1v3.data.batch import Batch
 
 IMAGE, VOCAB = 500, 509
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from r1v3.engine.contract import Batch
+from r1v3.data.batch import Batch
 from r1v3.model.megatron.packing import Packed, pack, pack_prompts
 
 IMAGE = 7

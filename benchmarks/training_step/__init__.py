@@ -1,0 +1,1 @@
+"""A whole GRPO step: fused head, materialised logits, TRL."""

@@ -1,0 +1,73 @@
+"""Prompts and responses as tensors: what every engine takes."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """P prompts with G responses each; row p * G + g of the responses answers prompt p.
+
+    Attributes:
+        prompt_ids: int64 [P, L], padded on the left.
+        prompt_mask: bool [P, L], True at real tokens.
+        pixel_values: float32 [tiles, 3, S, S] of all prompts in order, or None (text only).
+        tiles: int64 [P], tiles of each prompt.
+        response_ids: int64 [P * G, R], padded on the right.
+        loss_mask: bool [P * G, R], True at response tokens that count.
+        group_size: G. The samples of one prompt share its image and its keys and values.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    pixel_values: Tensor | None
+    tiles: Tensor
+    response_ids: Tensor
+    loss_mask: Tensor
+    group_size: int = 1
+
+    def __post_init__(self) -> None:
+        rows, prompts = len(self.response_ids), len(self.prompt_ids)
+        if rows != prompts * self.group_size:
+            raise ValueError(
+                f"{rows} responses do not belong to {prompts} prompts x {self.group_size} samples"
+            )
+        if self.loss_mask.shape != self.response_ids.shape:
+            raise ValueError(
+                f"loss_mask {tuple(self.loss_mask.shape)} must have the shape of response_ids "
+                f"{tuple(self.response_ids.shape)}"
+            )
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def slice(self, start: int, stop: int) -> "Batch":
+        """Prompts start to stop with their responses, trimmed to the longest of each."""
+        g = self.group_size
+        rows = slice(start * g, stop * g)
+        # Up to the last token that counts; tokens before it are context, whether they count or not.
+        counting = self.loss_mask[rows].any(0).nonzero()
+        longest = int(counting.amax()) + 1 if len(counting) else 0
+        first = int(self.prompt_mask[start:stop].long().argmax(1).amin())
+        before = int(self.tiles[:start].sum())
+        here = int(self.tiles[start:stop].sum())
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[start:stop, first:],
+            prompt_mask=self.prompt_mask[start:stop, first:],
+            pixel_values=None
+            if self.pixel_values is None or not here
+            else self.pixel_values[before : before + here],
+            tiles=self.tiles[start:stop],
+            response_ids=self.response_ids[rows, :longest],
+            loss_mask=self.loss_mask[rows, :longest],
+        )

@@ -1,0 +1,1 @@
+"""The engine on transformers: one process, one device."""

@@ -1,0 +1,218 @@
+"""HFEngine: transformers' InternVL in one process."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
+
+from r1v3.data.batch import Batch
+from r1v3.engine.contract import LossFn
+from r1v3.engine.head import Head
+from r1v3.engine.hf.decoder import HFDecoder, prefill
+from r1v3.engine.hf.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from r1v3.model.internvl import load_model, named_part_parameters
+from r1v3.model.parts import PARTS, check_modules
+from r1v3.ranks import ALONE
+
+
+class PrefixCache:
+    """Keys and values of the prompts, shared by the G samples of each, gradients included."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.group_size = 0
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Called by every attention layer: record while prefilling, extend afterwards."""
+        if not self.group_size:
+            self.keys.append(keys)
+            self.values.append(values)
+            return keys, values
+        prefix_keys = self.keys[layer].repeat_interleave(self.group_size, 0)
+        prefix_values = self.values[layer].repeat_interleave(self.group_size, 0)
+        return torch.cat([prefix_keys, keys], 2), torch.cat([prefix_values, values], 2)
+
+
+def response_hidden(model: InternVLForConditionalGeneration, batch: Batch) -> Tensor:
+    """Hidden states [P * G, R, H] that predict the response tokens.
+
+    Each prompt is run once; its keys and values (and gradients) are shared by its samples, which
+    is exact: a causal prompt does not depend on what follows it.
+    """
+    cache, g = PrefixCache(), batch.group_size
+    hidden = prefill(model, cache, batch.prompt_ids, batch.prompt_mask, batch.pixel_values)
+    first = hidden[:, -1:].repeat_interleave(g, 0)
+    length = batch.response_ids.shape[1] - 1
+    if length < 1:
+        return first[:, : batch.response_ids.shape[1]]
+    cache.group_size = g
+    ids = batch.response_ids[:, :-1]
+    prompt_mask = batch.prompt_mask.repeat_interleave(g, 0)
+    causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+    mask = torch.cat(
+        [
+            prompt_mask[:, None, None, :].expand(-1, 1, length, -1),
+            causal.expand(len(ids), 1, -1, -1),
+        ],
+        dim=-1,
+    )
+    positions = prompt_mask.sum(1, keepdim=True) + torch.arange(length, device=ids.device)
+    rest = model.model.language_model(
+        inputs_embeds=model.get_input_embeddings()(ids),
+        attention_mask={"full_attention": mask},
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return torch.cat([first, rest], 1)
+
+
+class HFEngine:
+    """One model with AdamW in one process; see `contract.Engine`.
+
+    Args:
+        model: transformers' InternVL, in the device and dtype it trains in.
+        tokenizer: saved beside the weights.
+        modules: which of vision, connector and llm are trained; None only evaluates.
+        weight_decay: of matrices; vectors are never decayed.
+        max_grad_norm: total norm to clip to.
+        temperature: of the distributions that log-probs and entropies are of.
+    """
+
+    def __init__(
+        self,
+        model: InternVLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        modules: Mapping[str, bool] | None,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        max_grad_norm: float = 1.0,
+        temperature: float = 1.0,
+    ) -> None:
+        trained = check_modules(modules)
+        self.model = model
+        self.config = model.config
+        self.ranks = self.replicas = ALONE
+        self.tokenizer = tokenizer
+        self.max_grad_norm = max_grad_norm
+        self.temperature = temperature
+        self.trainable: dict[str, nn.Parameter] = {}
+        self.parts: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
+        for name, part, parameter in named_part_parameters(model):
+            parameter.requires_grad_(trained[part])
+            if parameter.requires_grad:
+                self.trainable[name] = parameter
+                self.parts[part].append(parameter)
+        if modules is None:
+            return
+        matrices = [p for p in self.trainable.values() if p.dim() >= 2]
+        vectors = [p for p in self.trainable.values() if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=0.0,
+            betas=betas,
+            fused=True,
+        )
+
+    def head(self, batch: Batch) -> Head:
+        """The language head at the tokens of a batch that count; differentiable."""
+        batch = batch.to(self.model.device)
+        mask = batch.loss_mask
+        return Head(
+            response_hidden(self.model, batch)[mask],
+            self.model.lm_head.weight,
+            batch.response_ids[mask],
+            mask,
+            self.temperature,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
+        """See `contract.Engine.evaluate`."""
+        found = [self.head(batch).logprobs_and_entropy() for batch in micro_batches]
+        return [(logprobs.cpu(), entropy.cpu()) for logprobs, entropy in found]
+
+    def train_step(
+        self, micro_batches: Sequence[Batch], loss_fn: LossFn, *, learning_rate: float
+    ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
+        """See `contract.Engine.train_step`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total, outputs = 0.0, []
+        for index, batch in enumerate(micro_batches):
+            loss, output = loss_fn(self.head(batch), index)
+            # A micro-batch without pictures reaches nothing when only the connector is trained.
+            if loss.requires_grad:
+                loss.backward()
+            total += float(loss.detach())
+            outputs.append({name: tensor.detach().cpu() for name, tensor in output.items()})
+        norms = {part: _norm(parameters) for part, parameters in self.parts.items()}
+        norm = math.sqrt(sum(value**2 for value in norms.values()))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {norm}; the step was not taken")
+        if norm > self.max_grad_norm:
+            for parameter in self.trainable.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.max_grad_norm / (norm + 1e-6))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = {
+            "loss": total,
+            "learning_rate": learning_rate,
+            "grad_norm": norm,
+            **{f"grad_norm_{part}": value for part, value in norms.items()},
+        }
+        return metrics, outputs
+
+    def decoder(self) -> HFDecoder:
+        """See `contract.Engine.decoder`."""
+        return HFDecoder(self.model)
+
+    def export_hf(self) -> Iterator[tuple[str, Tensor]]:
+        """See `contract.Engine.export_hf`."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
+    def save(self, directory: Path) -> None:
+        """Write model.safetensors, config.json and the tokenizer into an existing folder."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.export_hf()}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        config = self.model.config.to_dict()
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self.tokenizer.save_pretrained(str(directory))
+
+    def optimizer_tensors(self) -> Mapping[str, Tensor]:
+        """See `contract.Engine.optimizer_tensors`."""
+        return optimizer_tensors(self.optimizer, self.trainable)
+
+    def save_state(self, directory: Path) -> None:
+        """See `contract.Engine.save_state`."""
+        self.save(directory)
+
+    def load_state(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        """See `contract.Engine.load_state`."""
+        self.load_weights(directory)
+        load_optimizer_tensors(self.optimizer, self.trainable, tensors)
+
+    def load_weights(self, directory: Path) -> None:
+        """Copy the weights of a model folder of the same configuration into the live model."""
+        stored = load_model(directory)
+        with torch.no_grad():
+            for own, saved in zip(self.model.parameters(), stored.parameters(), strict=True):
+                own.copy_(saved)
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> float:
+    squares = [p.grad.double().square().sum() for p in parameters if p.grad is not None]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

@@ -1,0 +1,1 @@
+"""The engine on megatron-core: tensor, sequence, pipeline and data parallelism."""

@@ -1,0 +1,212 @@
+"""MegatronEngine: InternVL on megatron-core, over the ranks that torchrun started."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from r1v3.config import Stage
+from r1v3.data.batch import Batch
+from r1v3.engine.contract import LossFn
+from r1v3.engine.head import Head
+from r1v3.engine.megatron.checkpoint import AsyncWriting, load_sharded, save_sharded
+from r1v3.engine.megatron.decoder import Decoder
+from r1v3.engine.megatron.optimizer import MegatronAdamW, wrap
+from r1v3.model.conversion import load_config
+from r1v3.model.megatron.hf_saving import write_hf
+from r1v3.model.megatron.hf_weights import export_hf, load_hf
+from r1v3.model.megatron.internvl import InternVL, part_of
+from r1v3.model.megatron.options import ModelOptions
+from r1v3.model.megatron.packing import Packed, pack
+from r1v3.model.parts import check_modules
+from r1v3.ranks import Ranks
+
+# What happens to a head: its loss, and tensors to hand to every rank.
+_Use = Callable[[Head, int], tuple[Tensor, dict[str, Tensor]]]
+
+
+class MegatronEngine:
+    """One model over tensor-, pipeline- and data-parallel ranks; see `contract.Engine`.
+
+    `r1v3.engine.megatron.ranks.connect` comes first. Every rank is given all micro-batches; the
+    replicas take them in turn, and what the losses hand back goes to every rank.
+
+    Args:
+        folder: a model folder in either layout of names; each rank reads its own part.
+        config: of the stage: layout, dtype and device.
+        ranks: of the whole job.
+        modules, weight_decay, betas, max_grad_norm, temperature: as `HFEngine`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        config: Stage,
+        ranks: Ranks,
+        *,
+        modules: Mapping[str, bool] | None,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        max_grad_norm: float = 1.0,
+        temperature: float = 1.0,
+    ) -> None:
+        trained = check_modules(modules)
+        self.tokenizer, self.temperature, self.ranks = tokenizer, temperature, ranks
+        self.replicas = Ranks(parallel_state.get_data_parallel_group_gloo())
+        self.config = load_config(folder)
+        parallel = config.parallel
+        self.device = torch.device(config.device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        options = ModelOptions(
+            dtype=getattr(torch, config.dtype),
+            sequence_parallel=parallel.sequence,
+            first_stage_layers=parallel.first_stage_layers,
+            last_stage_layers=parallel.last_stage_layers,
+            recompute=parallel.recompute,
+        )
+        self.model = InternVL(
+            self.config,
+            options,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+        ).to(self.device)
+        load_hf(self.model, folder)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trained[part_of(name)])
+        self._rows = parallel.tensor if parallel.sequence else 1
+        self._runs: DistributedDataParallel | InternVL = self.model
+        if modules is None:
+            return
+        self._runs = wrap(self.model, distributed_optimizer=parallel.distributed_optimizer)
+        self.model.config.finalize_model_grads_func = finalize_model_grads
+        self.optimizer = MegatronAdamW(
+            self._runs,
+            weight_decay=weight_decay,
+            betas=betas,
+            max_grad_norm=max_grad_norm,
+            bf16=options.dtype == torch.bfloat16,
+            distributed=parallel.distributed_optimizer,
+        )
+
+    def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
+        """See `contract.Engine.evaluate`."""
+
+        def use(head: Head, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs, entropy = head.logprobs_and_entropy()
+            found = {"logprobs": logprobs, "entropy": entropy}
+            return logprobs.new_zeros(()), found
+
+        with torch.no_grad():
+            _, outputs = self._run(micro_batches, use, forward_only=True)
+        return [(output["logprobs"], output["entropy"]) for output in outputs]
+
+    def train_step(
+        self, micro_batches: Sequence[Batch], loss_fn: LossFn, *, learning_rate: float
+    ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
+        """See `contract.Engine.train_step`."""
+        self.optimizer.zero_grad()
+        loss, outputs = self._run(micro_batches, loss_fn, forward_only=False)
+        norms = self.optimizer.step(learning_rate)
+        return {"loss": loss, **norms}, outputs
+
+    def _run(
+        self, micro_batches: Sequence[Batch], use: _Use, *, forward_only: bool
+    ) -> tuple[float, list[dict[str, Tensor]]]:
+        """Pass micro-batches through the pipeline; the sum of the losses and all outputs.
+
+        Each replica runs its share, and every rank gets the results of all.
+        """
+        mine = range(self.replicas.rank, len(micro_batches), self.replicas.size)
+        found: dict[int, tuple[float, dict[str, Tensor]]] = {}
+        # The schedule divides losses by the micro-batches, and reduction by the replicas.
+        scale = len(mine) * self.replicas.size
+
+        def forward(batches: Iterator[int], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+            index = next(batches)
+            packed = self._pack(micro_batches[index])
+
+            def loss_of(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                loss, output = use(self._head(hidden, packed), index)
+                kept = {name: value.detach().cpu() for name, value in output.items()}
+                found[index] = float(loss.detach()), kept
+                return loss * scale, {}
+
+            return model(packed), loss_of
+
+        if mine:
+            get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=iter(mine),
+                model=[self._runs],
+                num_microbatches=len(mine),
+                seq_length=1,  # sizes travel with the activations
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        elif not forward_only:
+            finalize_model_grads([self._runs])
+        reports = parallel_state.get_tensor_model_parallel_rank() == 0
+        everything: dict[int, tuple[float, dict[str, Tensor]]] = {}
+        for one in self.ranks.gather(found if reports else {}):
+            everything |= one
+        ordered = [everything[index] for index in range(len(micro_batches))]
+        return sum(loss for loss, _ in ordered), [output for _, output in ordered]
+
+    def _pack(self, batch: Batch) -> Packed:
+        packed = pack(batch, image_token_id=self.config.image_token_id, multiple_of=self._rows)
+        return packed.to(self.device)
+
+    def _head(self, hidden: Tensor, packed: Packed) -> Head:
+        """The head on the last stage; the gather sums gradients over its shards."""
+        sharded = parallel_state.get_tensor_model_parallel_world_size() > 1
+        states = self.model.gather_hidden(hidden, reduce_grad=sharded)
+        mask = torch.zeros(packed.shape, dtype=torch.bool, device=self.device)
+        mask.view(-1)[packed.places] = True
+        return Head(
+            states.index_select(0, packed.hidden_rows),
+            self.model.head_weight,
+            packed.token_ids,
+            mask,
+            self.temperature,
+            vocab_size=self.model.vocab_size,
+            group=parallel_state.get_tensor_model_parallel_group() if sharded else None,
+            reduce_hidden_grad=not sharded,
+        )
+
+    def decoder(self) -> Decoder:
+        """See `contract.Engine.decoder`."""
+        return Decoder(self.model)
+
+    def export_hf(self) -> Iterator[tuple[str, Tensor]]:
+        """See `contract.Engine.export_hf`: full tensors on every rank, one at a time."""
+        return export_hf(self.model)
+
+    def save(self, directory: Path) -> None:
+        """See `contract.Engine.save`."""
+        write_hf(self.model, directory, self.tokenizer)
+
+    def load_weights(self, directory: Path) -> None:
+        """See `contract.Engine.load_weights`; the optimizer's main parameters follow."""
+        load_hf(self.model, directory)
+        self.optimizer.optimizer.reload_model_params()
+
+    def optimizer_tensors(self) -> Mapping[str, Tensor]:
+        """Nothing: `save_state` writes the optimizer's shards."""
+        return {}
+
+    def save_state(self, directory: Path) -> AsyncWriting:
+        """See `contract.Engine.save_state`; weights and optimizer are copied before it returns."""
+        self.save(directory)
+        return save_sharded(directory, self.model, self.optimizer, self.ranks)
+
+    def load_state(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        """See `contract.Engine.load_state`; the layout may be another than the one that saved."""
+        load_sharded(directory, self.model, self.optimizer)

@@ -1,0 +1,239 @@
+"""Scores a checkpoint in every decoding mode, on questions that no tuning looked at."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from r1v3.config import Evaluate, Optimizer
+from r1v3.data.encoding import encode_sample, model_image_shape
+from r1v3.data.sample import Sample
+from r1v3.data.schema import load_samples
+from r1v3.data.tokenizer import load_tokenizer
+from r1v3.data.words import expand_words
+from r1v3.engine.build import build_engine, connect
+from r1v3.engine.contract import Decoder
+from r1v3.engine.hf.decoder import HFDecoder
+from r1v3.evaluation.sampling import Answers, Policy
+from r1v3.evaluation.statistics import score
+from r1v3.files import write_bytes, write_json
+from r1v3.model.conversion import load_config
+from r1v3.model.internvl import load_model
+from r1v3.ranks import Ranks
+from r1v3.rollout.build import build_sampler
+from r1v3.rollout.contract import Sampling, TokenRules
+from r1v3.rollout.local import LocalSampler
+
+
+def load_policy(folder: Path, *, device: str = "cpu", max_tiles: int = 1) -> Policy:
+    """The policy of a model folder."""
+    model = load_model(folder, device=device)
+    tokenizer = load_tokenizer(folder)
+    sampler = LocalSampler(HFDecoder(model), TokenRules.of(tokenizer))
+    return Policy(sampler, tokenizer, model_image_shape(model.config, max_tiles))
+
+
+def mode_sampling(config: Evaluate, policy: Policy, mode: str) -> tuple[Sampling, bool]:
+    """How a mode decodes, and whether its template opens a thought (report, section 6.2).
+
+    slow: the thinking template. nothink: the template without `<think>`. nowait: slow with every
+    surface form of the monitor's words banned. budget-N: slow, the thought closed after N tokens.
+    """
+    decoding = config.decoding
+    banned: tuple[int, ...] = ()
+    budget = None
+    if mode == "nowait":
+        banned = tuple(expand_words(policy.tokenizer, config.monitor.words))
+    elif mode.startswith("budget-") and mode.removeprefix("budget-").isdecimal():
+        budget = int(mode.removeprefix("budget-"))
+    elif mode not in ("slow", "nothink"):
+        raise ValueError(f"mode {mode!r} is not slow, nothink, nowait or budget-N")
+    sampling = Sampling(decoding.temperature, decoding.max_tokens, banned, budget)
+    return sampling, mode != "nothink"
+
+
+def summarise(
+    samples: Sequence[Sample], answers: Answers, out_of_domain: Sequence[str]
+) -> dict[str, Any]:
+    """Scores in domain, out of domain and per domain, as JSON."""
+    domains = np.array([str(sample.domain) for sample in samples])
+    outside = np.isin(domains, list(out_of_domain))
+
+    def of(rows: np.ndarray) -> dict[str, Any] | None:
+        return asdict(score(answers.correct[rows], answers.tokens[rows])) if rows.any() else None
+
+    return {
+        "in_domain": of(~outside),
+        "out_of_domain": of(outside),
+        "domains": {name: of(domains == name) for name in sorted(set(domains))},
+    }
+
+
+def run_mode(
+    config: Evaluate, policy: Policy, samples: Sequence[Sample], mode: str
+) -> tuple[dict[str, Any], Answers]:
+    """Score one mode; the random stream depends on seed and mode alone, not on the checkpoint."""
+    sampling, thinking = mode_sampling(config, policy, mode)
+    generator = torch.Generator().manual_seed(config.seed * 1009 + sum(mode.encode()))
+    answers = policy.answer(
+        samples,
+        sampling,
+        generator=generator,
+        repeats=config.samples if mode == "slow" else config.mode_samples,
+        thinking=thinking,
+        batch_prompts=config.batch_prompts,
+    )
+    return summarise(samples, answers, config.out_of_domain), answers
+
+
+def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
+    """Score a checkpoint in all configured modes.
+
+    Writes `<run>/evaluation/<name>.json` after every mode, so that an interrupted evaluation goes
+    on where it was, with the correctness of every slow-thinking answer ([questions, samples]) for
+    paired comparisons, and sample transcripts with their pictures. Returns that record.
+    """
+    if config.model is None:
+        raise ValueError("`model` must name the folder of the checkpoint to score")
+    ranks = connect(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    run = Path(config.run)
+    path = run / "evaluation" / f"{config.name}.json"
+    samples = [sample for file in config.data for sample in load_samples(file)]
+    policy = _policy(config, samples, ranks)
+    record = ranks.lead(lambda: _read(path, config))
+    modes = [*config.modes, *(f"budget-{n}" for n in config.budgets)]
+    for mode in modes:
+        if mode in record["modes"]:
+            continue
+        result, answers = run_mode(config, policy, samples, mode)
+        record["modes"][mode] = result
+        if mode == "slow":
+            record["correct"] = answers.correct.astype(int).tolist()
+        if not ranks.leads:
+            continue
+        if mode == "slow":
+            _write_transcripts(run, config, policy, samples, answers)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record, indent=None)
+        if notify is not None:
+            notify(mode, result)
+    return record
+
+
+def _policy(config: Evaluate, samples: Sequence[Sample], ranks: Ranks) -> Policy:
+    """The checkpoint, sampled as the configuration says: by vLLM without loading it here."""
+    assert config.model is not None
+    tokenizer = load_tokenizer(config.model)
+    shape = model_image_shape(load_config(config.model), config.max_tiles)
+
+    def local() -> tuple[Decoder, Ranks]:
+        engine = build_engine(config, None, Optimizer(learning_rate=1.0), ranks)
+        return engine.decoder(), engine.replicas
+
+    longest = 0
+    if config.rollout.engine != "local":
+        longest = max(len(encode_sample(s, tokenizer, shape).prompt_ids) for s in samples)
+    sampler = build_sampler(
+        config.rollout,
+        config,
+        tokenizer,
+        ranks=ranks,
+        max_length=longest + config.decoding.max_tokens,
+        local=local,
+    )
+    return Policy(sampler, tokenizer, shape)
+
+
+def _read(path: Path, config: Evaluate) -> dict[str, Any]:
+    """The record to go on with: the one that is there if it is of the same scoring, else none."""
+    fresh = {"checkpoint": str(config.model), "scoring": _scoring(config), "modes": {}}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return fresh
+    if isinstance(record, dict) and all(
+        record.get(k) == fresh[k] for k in ("checkpoint", "scoring")
+    ):
+        return record
+    return fresh
+
+
+def _scoring(config: Evaluate) -> dict[str, Any]:
+    """What a score depends on: weights and questions by content, and the settings."""
+
+    assert config.model is not None
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    fields = {
+        "seed",
+        "max_tiles",
+        "out_of_domain",
+        "samples",
+        "mode_samples",
+        "decoding",
+        "monitor",
+    }
+    return {
+        "weights": [digest(file) for file in sorted(config.model.glob("*.safetensors"))],
+        "data": [digest(Path(file)) for file in config.data],
+        **config.model_dump(mode="json", include=fields),
+    }
+
+
+def _write_transcripts(
+    run: Path, config: Evaluate, policy: Policy, samples: Sequence[Sample], answers: Answers
+) -> None:
+    """The first sampled answer to a spread of questions, token by token with entropies."""
+    critical = set(expand_words(policy.tokenizer, config.monitor.words))
+    count = min(config.transcripts, len(samples))
+    folder = run / "transcripts"
+    folder.mkdir(parents=True, exist_ok=True)
+    repeats = answers.correct.shape[1]
+    transcripts = []
+    for i in np.linspace(0, len(samples) - 1, count).astype(int) if count else []:
+        sample, rollout = samples[i], answers.rollouts[i]
+        images = []
+        for data in sample.images:
+            # Named by content: fields of a data file do not name files, and stages share pictures.
+            name = f"images/{hashlib.sha256(data).hexdigest()[:20]}.png"
+            (folder / "images").mkdir(exist_ok=True)
+            write_bytes(folder / name, data)
+            images.append(f"transcripts/{name}")
+        tokens = [
+            {
+                "text": policy.tokenizer.decode([token]),
+                "entropy": None if math.isnan(entropy) else round(entropy, 4),
+                "critical": token in critical,
+            }
+            for token, entropy, kept in zip(
+                rollout.response_ids[0].tolist(),
+                rollout.entropy[0].tolist(),
+                rollout.mask[0].tolist(),
+                strict=True,
+            )
+            if kept and token != policy.stop_id
+        ]
+        transcripts.append(
+            {
+                "question": sample.question,
+                "options": sample.options,
+                "image": images[0] if images else None,
+                "ground_truth": sample.ground_truth,
+                "mode": "slow",
+                "response": answers.texts[i * repeats],
+                "correct": bool(answers.correct[i, 0]),
+                "tokens": tokens,
+            }
+        )
+    write_json(folder / f"{config.name}.json", transcripts)

@@ -1,0 +1,199 @@
+"""A stage's configuration laid out on a cluster.
+
+The worst case is planned for: every prompt has all its tiles and every response its full length.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from r1v3.config import GRPO, Evaluate, RolloutEngine, Stage, Supervised
+from r1v3.model.flops import Dimensions
+from r1v3.plan import memory
+from r1v3.plan.build import Layout
+
+TEXT_TOKENS = 512
+HEAD_MULTIPLE, VOCAB_MULTIPLE = 8, 128  # ModelOptions' own, checked by a test
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines. memory: bytes of one device. flops: sustained operations a second of one."""
+
+    gpus: int
+    memory: float = 80e9
+    flops: float = 400e12
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage laid out on a cluster.
+
+    pack: the largest micro-batch. micro_batches: of a step, all data-parallel ranks together.
+    rows: sequences that one replica of the model decodes at a time with `local` rollouts.
+    """
+
+    cluster: Cluster
+    layout: Layout
+    shards: memory.Shards
+    data: int
+    modules: Mapping[str, bool]
+    trains: bool
+    distributed_optimizer: bool
+    pack: memory.Pack
+    micro_batches: int
+    rows: int
+    rollout: RolloutEngine | None
+    reference: bool
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of a prompt with its response."""
+        return self.pack.prompt_tokens + self.pack.response_tokens
+
+
+def stage_layers(total: int, stages: int, first: int | None, last: int | None) -> tuple[int, ...]:
+    """Language layers of every pipeline stage; the middle ones share evenly.
+
+    Raises:
+        ValueError: the layers do not divide.
+    """
+    ends = [count for count in (first, last) if count is not None]
+    middle, rest = stages - len(ends), total - sum(ends)
+    if (
+        rest < 0
+        or (middle and rest % middle)
+        or (middle and rest < middle)
+        or (not middle and rest)
+    ):
+        raise ValueError(
+            f"{total} language layers cannot be {stages} stages with first_stage_layers={first} "
+            f"and last_stage_layers={last}: {rest} layers are left for {middle} stages"
+        )
+    layers = [rest // middle] * middle if middle else []
+    return tuple(
+        ([first] if first is not None else []) + layers + ([last] if last is not None else [])
+    )
+
+
+def job_of(
+    config: Stage,
+    dims: Dimensions,
+    cluster: Cluster,
+    *,
+    sequence_length: int | None = None,
+    text_tokens: int = TEXT_TOKENS,
+) -> Job:
+    """Lay a stage out on a cluster.
+
+    Args:
+        sequence_length: tokens of a prompt with its response, instead of the configured ones.
+        text_tokens: of a prompt besides its image tokens.
+
+    Raises:
+        ValueError: the layout does not fit the model or the number of GPUs.
+    """
+    if config.engine != "megatron":
+        raise ValueError(f"engine {config.engine} is one process; the plan needs engine=megatron")
+    parallel = config.parallel
+    model_ranks = parallel.tensor * parallel.pipeline
+    if cluster.gpus % model_ranks:
+        raise ValueError(
+            f"{cluster.gpus} GPUs are not a multiple of tensor {parallel.tensor} x pipeline "
+            f"{parallel.pipeline} = {model_ranks}"
+        )
+    data = cluster.gpus // model_ranks
+    pack, micro_batches, rows = _micro_batch(config, dims, data, sequence_length, text_tokens)
+    layout = Layout(
+        world=cluster.gpus,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        sequence=parallel.sequence,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
+        dtype=config.dtype,
+    )
+    shards = _shards(config, dims)
+    trains = isinstance(config, Supervised | GRPO)
+    modules = config.modules.model_dump() if isinstance(config, Supervised | GRPO) else {}
+    rollout = config.rollout if isinstance(config, GRPO | Evaluate) else None
+    return Job(
+        cluster=cluster,
+        layout=layout,
+        shards=shards,
+        data=data,
+        modules=modules,
+        trains=trains,
+        distributed_optimizer=parallel.distributed_optimizer,
+        pack=pack,
+        micro_batches=micro_batches,
+        rows=rows,
+        rollout=rollout,
+        reference=isinstance(config, GRPO) and config.loss.kl_coef > 0,
+    )
+
+
+def _shards(config: Stage, dims: Dimensions) -> memory.Shards:
+    parallel = config.parallel
+    return memory.Shards(
+        tensor=parallel.tensor,
+        sequence=parallel.sequence,
+        layers=stage_layers(
+            dims.layers,
+            parallel.pipeline,
+            parallel.first_stage_layers,
+            parallel.last_stage_layers,
+        ),
+        recompute=parallel.recompute == "full",
+        element=4 if config.dtype == "float32" else 2,
+        padded_heads=-(-dims.vision_heads // HEAD_MULTIPLE) * HEAD_MULTIPLE,
+        padded_vocab=-(-dims.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        cuda=config.device != "cpu",
+    )
+
+
+def _micro_batch(
+    config: Stage, dims: Dimensions, data: int, sequence_length: int | None, text_tokens: int
+) -> tuple[memory.Pack, int, int]:
+    """(largest micro-batch, micro-batches of a step, rows decoded at a time by a replica)."""
+    tiles = config.max_tiles + (config.max_tiles > 1)  # and the thumbnail
+    prompt = tiles * dims.image_tokens + text_tokens
+    if isinstance(config, Supervised):
+        length = sequence_length or config.max_length
+        if length is None:
+            raise ValueError("set max_length, or give --sequence-length, to plan for")
+        prompts, group, rows = config.micro_batch_size, 1, 0
+        count = config.batch_size // config.micro_batch_size
+    elif isinstance(config, GRPO):
+        longest = max([config.decoding.max_tokens, *(step.max_tokens for step in config.lengths)])
+        length = sequence_length or prompt + longest
+        share = config.prompts_per_step // config.gradient_steps
+        prompts, group = min(config.micro_batch_prompts, share), config.group_size
+        count = -(-share // prompts)
+        rows = -(-config.prompts_per_step // data) * group
+    elif isinstance(config, Evaluate):
+        length = sequence_length or prompt + config.decoding.max_tokens
+        prompts, group, count = -(-config.batch_prompts // data), config.samples, 1
+        rows = prompts * group
+    else:
+        raise ValueError(f"there is no plan of a {type(config).__name__} stage")
+    if length <= prompt:
+        raise ValueError(
+            f"a prompt of {tiles} tiles and {text_tokens} words has {prompt} tokens, which leaves "
+            f"no room for a response in {length}; lower max_tiles or raise the length"
+        )
+    return memory.Pack(prompts, group, prompt, length - prompt, tiles), count, rows
+
+
+def model_folder(config: Stage, config_file: Path) -> Path:
+    """The folder whose config.json describes the model: the configured one, or, before it was
+    downloaded, `model/` beside the configuration.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    beside = config_file.parent / "model"
+    for folder in (config.model, beside):
+        if folder is not None and (folder / "config.json").is_file():
+            return folder
+    raise ValueError(f"neither {config.model} nor {beside} holds a config.json")

@@ -1,0 +1,247 @@
+"""What a stage's configuration asks of a cluster: memory of every kind of rank, and operations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from r1v3.model.flops import Dimensions, Work, decode_flops, forward_flops, train_flops
+from r1v3.plan import memory
+from r1v3.plan.build import BuiltRank
+from r1v3.plan.job import Job
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Memory of a rank while completions are sampled.
+
+    reserved: bytes on top of the training state. sequences: full-length ones that one copy of
+    the engine holds at a time; None where it is not on these devices.
+    """
+
+    reserved: float
+    weights: float
+    cache: float
+    sequences: int | None
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Bytes of one kind of rank."""
+
+    stage: int
+    count: int
+    layers: int
+    parameters: dict[str, int]
+    state: memory.State
+    reference: float
+    activations: memory.Activations | None
+    outside: float
+    asleep: float
+    rollout: Rollout | None
+
+    @property
+    def resident(self) -> float:
+        """What stays while completions are sampled as well."""
+        return self.state.total + self.reference + self.outside
+
+    @property
+    def training(self) -> float:
+        """At the worst moment of a step."""
+        moving = 0.0 if self.activations is None else self.activations.total
+        return self.resident + self.asleep + moving
+
+    @property
+    def sampling(self) -> float:
+        """While completions are sampled."""
+        return self.resident + (0.0 if self.rollout is None else self.rollout.reserved)
+
+    @property
+    def peak(self) -> float:
+        """The larger of the two."""
+        return max(self.training, self.sampling)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All kinds of ranks, and what a step costs.
+
+    parameters: of the whole model by part, without padding. flops: of a step by part, model
+    operations; hardware_flops with what is computed again. slowest_stage: share of these that the
+    slowest pipeline stage has. rollout_flops: of sampling.
+    """
+
+    job: Job
+    ranks: list[RankPlan]
+    parameters: dict[str, int]
+    padding: int
+    flops: dict[str, float]
+    hardware_flops: float
+    slowest_stage: float
+    rollout_flops: float
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    @property
+    def overflow(self) -> float:
+        """Bytes by which the fullest rank is too full; negative: what it has left."""
+        return max(rank.peak for rank in self.ranks) - self.job.cluster.memory
+
+    @property
+    def seconds(self) -> float:
+        """A training step at the stated rate, waiting in the pipeline included.
+
+        The first micro-batch passes all stages; from then on the slowest sets the pace.
+        """
+        cluster, data = self.job.cluster, self.job.data
+        each = max(1, -(-self.job.micro_batches // data))
+        replica = cluster.gpus / data * cluster.flops  # operations a second
+        one = self.hardware_flops / max(1, self.job.micro_batches) / replica
+        pace = one * self.slowest_stage * self.job.shards.pipeline
+        return one + (each - 1) * pace
+
+    @property
+    def work(self) -> Work:
+        """Of one training step."""
+        return self.job.pack.work() * self.job.micro_batches
+
+
+def make_plan(job: Job, dims: Dimensions, built: Sequence[BuiltRank] | None = None) -> Plan:
+    """Count everything; parameters come from the built modules, or without them from formulas."""
+    stages = range(job.shards.pipeline)
+    counts = [memory.stage_parameters(dims, job.shards, stage) for stage in stages]
+    whole = dims.parameters()
+    if built is not None:
+        counts = [rank.parameters for rank in built]
+        whole = {part: sum(rank.whole[part] for rank in built) for part in whole}
+    ranks = [_rank(job, dims, stage, counts[stage]) for stage in stages]
+    work = job.pack.work() * job.micro_batches
+    if job.trains:
+        flops = train_flops(dims, work, job.modules)
+        hardware = train_flops(dims, work, job.modules, recompute=job.shards.recompute)
+    else:
+        flops = dict.fromkeys(whole, 0.0)
+        hardware = dict(flops)
+    sampled = 0.0
+    if job.rollout is not None:
+        prompts = job.pack.prompts * (job.micro_batches if job.trains else job.data)
+        alone = memory.Pack(1, 1, job.pack.prompt_tokens, 1, job.pack.tiles).work()
+        each = [job.pack.response_tokens] * job.pack.group
+        sampled = prompts * (
+            sum(forward_flops(dims, alone).values())
+            + decode_flops(dims, job.pack.prompt_tokens, each)
+        )
+    return Plan(
+        job=job,
+        ranks=ranks,
+        parameters=whole,
+        padding=_padding(dims, job.shards),
+        flops=flops,
+        hardware_flops=sum(hardware.values()),
+        slowest_stage=_slowest(job, dims) if job.trains else 1.0,
+        rollout_flops=sampled,
+        problems=_problems(job, ranks),
+    )
+
+
+def _slowest(job: Job, dims: Dimensions) -> float:
+    """The slowest pipeline stage's share of a micro-batch."""
+    work, stages = job.pack.work(), job.shards.pipeline
+
+    def cost(part: Work) -> dict[str, float]:
+        return train_flops(dims, part, job.modules, recompute=job.shards.recompute)
+
+    image = sum(cost(Work(tiles=work.tiles)).values())
+    head = sum(cost(Work(labels=work.labels)).values())
+    layers = cost(Work(work.tokens, work.attended))["llm"] / dims.layers
+    each = [
+        count * layers + image * (stage == 0) + head * (stage == stages - 1)
+        for stage, count in enumerate(job.shards.layers)
+    ]
+    return max(each) / sum(each)
+
+
+def _padding(dims: Dimensions, shards: memory.Shards) -> int:
+    """Parameters of the whole model that no checkpoint has."""
+    size = dims.vision_hidden // dims.vision_heads
+    heads = (shards.padded_heads - dims.vision_heads) * size
+    per_head_column = 4 * dims.vision_hidden + 3 * dims.vision_bias + 2 * dims.qk_norm
+    rows = (shards.padded_vocab - dims.vocab) * dims.hidden
+    return heads * per_head_column * dims.vision_layers + rows * (1 if dims.tied else 2)
+
+
+def _rank(job: Job, dims: Dimensions, stage: int, parameters: dict[str, int]) -> RankPlan:
+    shards, cuda = job.shards, job.shards.cuda
+    state = memory.State.of(
+        parameters,
+        job.modules,
+        element=shards.element,
+        data=job.data,
+        distributed=job.distributed_optimizer,
+    )
+    asleep = cuda and job.rollout is not None and job.rollout.engine == "vllm"
+    moving = None
+    if job.trains:
+        each = -(-job.micro_batches // job.data)
+        moving = memory.activations(dims, shards, job.pack, stage, job.modules, each)
+    return RankPlan(
+        stage=stage,
+        count=shards.tensor * job.data,
+        layers=shards.layers[stage],
+        parameters=parameters,
+        state=state,
+        reference=state.weights if job.reference else 0.0,
+        activations=moving,
+        outside=memory.CUDA_AND_NCCL if cuda else 0.0,
+        asleep=memory.VLLM_ASLEEP if asleep else 0.0,
+        rollout=_rollout(job, dims, stage),
+    )
+
+
+def _rollout(job: Job, dims: Dimensions, stage: int) -> Rollout | None:
+    rollout, shards = job.rollout, job.shards
+    if rollout is None:
+        return None
+    if rollout.engine == "vllm-server":
+        return Rollout(0.0, 0.0, 0.0, None)
+    if rollout.engine == "vllm":
+        reserved = rollout.memory_share * job.cluster.memory
+        weights = sum(dims.parameters().values()) * shards.element / rollout.tensor
+        cache = max(0.0, reserved - weights - memory.VLLM_WORKSPACE)
+        kv = max(dims.kv_heads // rollout.tensor, 1) * dims.head_dim
+        token = 2 * kv * shards.element * dims.layers
+        return Rollout(reserved, weights, cache, int(cache // (token * job.sequence_tokens)))
+    cache = job.rows * job.sequence_tokens * memory.cache_per_token(dims, shards, stage)
+    logits = 2 * 4 * job.rows * shards.padded_vocab
+    prompts = job.rows // job.pack.group * job.pack.prompt_tokens
+    prefill = prompts * shards.element * (5 * dims.ffn // shards.tensor + 4 * dims.hidden)
+    return Rollout(float(cache + max(logits, prefill)), 0.0, float(cache), job.rows)
+
+
+def _problems(job: Job, ranks: Sequence[RankPlan]) -> list[str]:
+    """What does not work, in words; empty when the plan fits."""
+    found, limit = [], job.cluster.memory
+    for rank in ranks:
+        for name, needed in (("training", rank.training), ("sampling", rank.sampling)):
+            if needed > limit:
+                found.append(
+                    f"stage {rank.stage}: {name} needs {needed / 1e9:.1f} GB of "
+                    f"{limit / 1e9:.0f} GB"
+                )
+    rollout = ranks[0].rollout
+    if rollout is not None and rollout.sequences == 0:
+        found.append(
+            f"vLLM's share of {rollout.reserved / 1e9:.1f} GB holds no sequence of "
+            f"{job.sequence_tokens} tokens beside {rollout.weights / 1e9:.1f} GB of weights"
+        )
+    if job.trains and job.micro_batches < job.data:
+        found.append(
+            f"{job.micro_batches} micro-batches leave "
+            f"{job.data - job.micro_batches} of {job.data} data-parallel ranks without work"
+        )
+    if job.rollout is not None and job.rollout.engine == "vllm":
+        if job.cluster.gpus % job.rollout.tensor:
+            found.append(f"{job.cluster.gpus} GPUs are no multiple of {job.rollout.tensor}")
+    return found

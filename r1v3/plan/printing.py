@@ -1,0 +1,175 @@
+"""The plan for people and, as JSON, for programs."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from r1v3.model.flops import PARTS
+from r1v3.plan import memory
+from r1v3.plan.plan import Plan, RankPlan
+from r1v3.plan.search import Proposal
+
+
+def gb(value: float) -> str:
+    """Bytes as 10^9 with one decimal."""
+    return f"{value / 1e9:.1f}"
+
+
+def print_plan(plan: Plan, title: str, proposals: Sequence[Proposal], console: Console) -> None:
+    """Layout, parameters, memory of every kind of rank, operations, and the verdict."""
+    job, pack = plan.job, plan.job.pack
+    console.print(
+        f"[bold]{title}[/]: {job.cluster.gpus} GPUs = tensor {job.shards.tensor} x pipeline "
+        f"{job.shards.pipeline} {list(job.shards.layers)} x data {job.data}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    counts = ", ".join(f"{part} {plan.parameters[part]:,}" for part in PARTS)
+    console.print(
+        f"parameters {sum(plan.parameters.values()):,} ({counts}); padding {plan.padding:,} more",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if job.trains:
+        console.print(
+            f"micro-batch: {pack.prompts} x {pack.group} sequences of {job.sequence_tokens:,} "
+            f"tokens, {pack.tiles} tiles each, are {pack.tokens:,} rows; "
+            f"{job.micro_batches} a step, {-(-job.micro_batches // job.data)} a replica",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(_memory_table(plan))
+    for line in _notes(plan):
+        console.print(line, highlight=False, soft_wrap=True)
+    _print_verdict(plan, proposals, console)
+
+
+def _memory_table(plan: Plan) -> Table:
+    limit = plan.job.cluster.memory
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(f"GB of {limit / 1e9:.0f} per rank")
+    for rank in plan.ranks:
+        table.add_column(f"stage {rank.stage}", justify="right")
+    for name, cells in _rows(plan.ranks, limit):
+        table.add_row(name, *cells)
+    return table
+
+
+def _rows(ranks: Sequence[RankPlan], limit: float) -> Iterator[tuple[str, list[str]]]:
+    """(name, one cell per kind of rank)."""
+
+    def verdict(needed: float) -> str:
+        return f"[{'red' if needed > limit else 'green'}]{gb(needed)}[/]"
+
+    yield "ranks x language layers", [f"{rank.count} x {rank.layers}" for rank in ranks]
+    yield (
+        "parameters, padding included",
+        [f"{sum(rank.parameters.values()) / 1e9:.2f} B" for rank in ranks],
+    )
+    yield "weights", [gb(rank.state.weights + rank.reference) for rank in ranks]
+    yield "gradients", [gb(rank.state.gradients) for rank in ranks]
+    yield "optimizer", [gb(rank.state.optimizer) for rank in ranks]
+    moving = [rank.activations for rank in ranks if rank.activations is not None]
+    if moving:
+        kept = [f"{gb(one.kept)} x {one.in_flight}" for one in moving]
+        yield "activations kept x micro-batches in flight", kept
+        yield "and, for a moment, a layer's backward", [gb(one.layer) for one in moving]
+        yield "or, for a moment, the fused head", [gb(one.head) for one in moving]
+        yield "   (it would be, with all logits)", [gb(one.materialised) for one in moving]
+    yield "CUDA, NCCL, sleeping vLLM", [gb(rank.outside + rank.asleep) for rank in ranks]
+    if moving:
+        yield "training, at most", [verdict(rank.training) for rank in ranks]
+    if ranks[0].rollout is not None:
+        yield "sampling, at most", [verdict(rank.sampling) for rank in ranks]
+
+
+def _notes(plan: Plan) -> list[str]:
+    job, lines = plan.job, []
+    rollout = plan.ranks[0].rollout
+    if rollout is not None and job.rollout is not None and job.rollout.engine == "vllm":
+        lines.append(
+            f"vLLM on {job.rollout.tensor} GPUs, {gb(rollout.reserved)} GB each: weights "
+            f"{gb(rollout.weights)}, key-value cache {gb(rollout.cache)} for {rollout.sequences} "
+            f"sequences of {job.sequence_tokens:,} tokens, workspace {gb(memory.VLLM_WORKSPACE)}"
+        )
+    elif rollout is not None and rollout.sequences is not None:
+        lines.append(
+            f"local sampling of {rollout.sequences} sequences at a time: "
+            f"{max(gb(rank.rollout.reserved) for rank in plan.ranks if rank.rollout)} GB"
+        )
+    if job.trains:
+        parts = ", ".join(f"{part} {plan.flops[part]:.2e}" for part in PARTS)
+        rate = job.cluster.gpus * plan.seconds
+        reached = sum(plan.flops.values()) / rate / 1e12
+        lines.append(
+            f"training step {sum(plan.flops.values()):.2e} FLOPs ({parts}), "
+            f"{plan.hardware_flops:.2e} with recomputation"
+        )
+        lines.append(
+            f"at {job.cluster.flops / 1e12:.0f} TFLOP/s per GPU: {plan.seconds:.0f} s, pipeline "
+            f"included, at full length ({reached:.0f} model TFLOP/s per GPU)"
+        )
+    if plan.rollout_flops:
+        lines.append(f"sampling {plan.rollout_flops:.2e} FLOPs, bound by memory bandwidth")
+    lines.append(
+        f"assumed, not measured: CUDA and NCCL {gb(memory.CUDA_AND_NCCL)} GB, sleeping vLLM "
+        f"{gb(memory.VLLM_ASLEEP)} GB, flash attention and fused norms"
+    )
+    return lines
+
+
+def _print_verdict(plan: Plan, proposals: Sequence[Proposal], console: Console) -> None:
+    if plan.fits:
+        console.print(f"[green]fits[/]: {gb(-plan.overflow)} GB left on the fullest rank")
+        return
+    for problem in plan.problems:
+        console.print(f"[red]does not fit[/]: {problem}", highlight=False, soft_wrap=True)
+    if not proposals:
+        console.print("no change of layout, micro-batch or memory share fits; more GPUs may")
+    for proposal in proposals:
+        console.print(
+            f"[green]would fit[/] ({gb(-proposal.plan.overflow)} GB left, "
+            f"{proposal.plan.seconds:.0f} s): {' '.join(proposal.overrides)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def as_json(plan: Plan, proposals: Sequence[Proposal]) -> dict[str, Any]:
+    """Everything, in bytes and operations."""
+    job = plan.job
+    ranks = []
+    for rank in plan.ranks:
+        entry = asdict(rank)
+        if rank.activations is not None:
+            entry["activations"]["total"] = rank.activations.total
+            entry["activations"]["total_materialised"] = rank.activations.total_materialised
+        ranks.append(entry | {"training": rank.training, "sampling": rank.sampling})
+    return {
+        "gpus": job.cluster.gpus,
+        "memory": job.cluster.memory,
+        "tensor": job.shards.tensor,
+        "pipeline": job.shards.pipeline,
+        "data": job.data,
+        "layers": list(job.shards.layers),
+        "micro_batch": asdict(job.pack) | {"tokens": job.pack.tokens},
+        "micro_batches": job.micro_batches,
+        "parameters": plan.parameters,
+        "total_parameters": sum(plan.parameters.values()),
+        "padding": plan.padding,
+        "ranks": ranks,
+        "flops": plan.flops,
+        "hardware_flops": plan.hardware_flops,
+        "rollout_flops": plan.rollout_flops,
+        "seconds": plan.seconds,
+        "fits": plan.fits,
+        "problems": plan.problems,
+        "proposals": [
+            {"overrides": list(p.overrides), "seconds": p.plan.seconds, "left": -p.plan.overflow}
+            for p in proposals
+        ],
+    }

@@ -1,0 +1,30 @@
+"""Random numbers that depend on seed, purpose and step alone, so that none are saved."""
+
+import numpy as np
+import torch
+
+
+def stream(*key: int | str) -> np.random.Generator:
+    """A random stream that depends on its key alone.
+
+    Everything random in training is drawn from such a stream, keyed by seed, purpose and step, so
+    that a resumed run needs no saved generator state to repeat an uninterrupted one.
+    """
+    words = [part if isinstance(part, int) else int.from_bytes(part.encode()) for part in key]
+    return np.random.default_rng(words)
+
+
+def torch_stream(*key: int | str) -> torch.Generator:
+    """The same for torch."""
+    return torch.Generator().manual_seed(int(stream(*key).integers(0, 2**63 - 1)))
+
+
+def order(count: int, start: int, size: int, *key: int | str) -> list[int]:
+    """Entries `start` to `start + size` of endless shuffled passes over `count` things."""
+    if count == 0:
+        raise ValueError("the training data is empty")
+    passes = {
+        n: stream(*key, n).permutation(count)
+        for n in range(start // count, (start + size) // count + 1)
+    }
+    return [int(passes[i // count][i % count]) for i in range(start, start + size)]

@@ -1,0 +1,101 @@
+"""`Ranks` and checkpoints of three ranks that share a file system."""
+
+import errno
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from r1v3.ranks import Ranks
+from r1v3.trainer import checkpoint
+
+
+def failing() -> None:
+    raise ValueError("only the first rank knows")
+
+
+def talking(ranks: Ranks) -> dict[str, Any]:
+    """What the calls give this rank."""
+    try:
+        ranks.lead(failing)
+        error = "none"
+    except ValueError as raised:
+        error = str(raised)
+    return {
+        "leads": ranks.leads,
+        "gathered": ranks.gather({"rank": ranks.rank}),
+        "broadcast": ranks.broadcast(f"from {ranks.rank}"),
+        "led": ranks.lead(lambda: f"led by {ranks.rank}"),
+        "error": error,
+        "shares": [list(ranks.share(count)) for count in (7, 3, 2, 0)],
+    }
+
+
+def run(folder: Path, name: str) -> dict[str, Any]:
+    """Talk, save, verify, and fail together."""
+    ranks = Ranks(dist.group.WORLD)
+    report = talking(ranks)
+    root, hashed = folder / "ranks", list[str]()
+    sha256 = checkpoint._sha256
+
+    def counting(file: Path) -> str:
+        hashed.append(file.name)
+        return sha256(file)
+
+    checkpoint._sha256 = counting
+
+    def write_model(directory: Path) -> None:
+        for number in range(2):
+            value = torch.full((5,), float(ranks.rank))
+            save_file({"x": value}, directory / f"{ranks.rank}-{number}.safetensors")
+
+    def save(step: int, keep: int = 2, write: Any = write_model) -> Path:
+        return checkpoint.save_checkpoint(
+            root, step, tensors={}, state={"n": 1}, write_model=write, keep=keep, ranks=ranks
+        )
+
+    path = save(1)
+    report["hashed"] = sorted(hashed)
+    hashed.clear()
+    loaded = checkpoint.load_checkpoint(path, ranks)
+    report["verified"], report["state"] = sorted(hashed), loaded.state
+    save(2)
+    save(3)
+    report["kept"] = sorted(entry.name for entry in root.iterdir())
+    ranks.barrier()
+    report["disk_full"] = disk_full(root, ranks)
+    if ranks.rank == 1:
+        (root / "step-000003" / "2-1.safetensors").write_bytes(b"damage")
+    ranks.barrier()
+    try:
+        checkpoint.load_checkpoint(root / "step-000003", ranks)
+    except checkpoint.CheckpointError as error:
+        report["damaged"] = str(error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        latest = checkpoint.latest_checkpoint(root, ranks)
+    report["latest"], report["warnings"] = latest and latest.name, len(caught)
+    checkpoint._sha256 = sha256
+    return report
+
+
+def disk_full(root: Path, ranks: Ranks) -> str:
+    """What every rank hears when the first one finds no room; nothing is left of the attempt."""
+    free = checkpoint.require_free_space
+
+    def none_left(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    checkpoint.require_free_space = none_left
+    try:
+        checkpoint.save_checkpoint(
+            root, 4, tensors={}, state={}, write_model=lambda directory: None, ranks=ranks
+        )
+    except OSError as error:
+        return f"{error} {sorted(entry.name for entry in root.iterdir())}"
+    finally:
+        checkpoint.require_free_space = free
+    return ""
