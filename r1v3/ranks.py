@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 T = TypeVar("T")
 
 
-def share_of(count: int, rank: int, size: int) -> range:
+def shard_range(count: int, rank: int, size: int) -> range:
     """Part `rank` of `count` things in `size` parts: contiguous, the earlier parts one larger."""
     base, extra = divmod(count, size)
     start = rank * base + min(rank, extra)
@@ -20,7 +20,7 @@ class Ranks:
     """A group of processes that run the same program; without a group, this process alone.
 
     Values travel pickled between processes of one job, which trust each other. Every call but
-    `leads` and `share` is collective.
+    `is_main` and `shard` is collective.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
@@ -29,13 +29,13 @@ class Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank is the one that writes files and talks to the user."""
         return self.rank == 0
 
-    def share(self, count: int) -> range:
-        """This rank's part of `count` things; see `share_of`."""
-        return share_of(count, self.rank, self.size)
+    def shard(self, count: int) -> range:
+        """This rank's part of `count` things; see `shard_range`."""
+        return shard_range(count, self.rank, self.size)
 
     def barrier(self) -> None:
         """Wait for all."""
@@ -58,12 +58,12 @@ class Ranks:
         dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
         return box[0]
 
-    def lead(self, function: Callable[[], T]) -> T:
+    def on_main(self, function: Callable[[], T]) -> T:
         """What `function` gives the first rank, on every rank; or its error, on every rank."""
         if self.group is None:
             return function()
         outcome: tuple[Any, Exception | None] = (None, None)
-        if self.leads:
+        if self.is_main:
             try:
                 outcome = function(), None
             except Exception as error:

@@ -20,17 +20,17 @@ def failing() -> None:
 def talking(ranks: Ranks) -> dict[str, Any]:
     """What the calls give this rank."""
     try:
-        ranks.lead(failing)
+        ranks.on_main(failing)
         error = "none"
     except ValueError as raised:
         error = str(raised)
     return {
-        "leads": ranks.leads,
+        "is_main": ranks.is_main,
         "gathered": ranks.gather({"rank": ranks.rank}),
         "broadcast": ranks.broadcast(f"from {ranks.rank}"),
-        "led": ranks.lead(lambda: f"led by {ranks.rank}"),
+        "led": ranks.on_main(lambda: f"led by {ranks.rank}"),
         "error": error,
-        "shares": [list(ranks.share(count)) for count in (7, 3, 2, 0)],
+        "shares": [list(ranks.shard(count)) for count in (7, 3, 2, 0)],
     }
 
 

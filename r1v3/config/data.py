@@ -5,16 +5,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from r1v3.config.base import Positive, Section, Share
+from r1v3.config.base import Fraction, Positive, Section
 
 
 class Teacher(Section):
     """See `r1v3.data.chains.TeacherConfig`."""
 
     glance_sharpness: Annotated[float, Field(gt=0)] = 1.5
-    doubt: Share = 0.7
-    slip: Share = 0.05
-    check: Share = 0.2
+    doubt: Fraction = 0.7
+    slip: Fraction = 0.05
+    check: Fraction = 0.2
 
 
 class Data(Section):

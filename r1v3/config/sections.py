@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from r1v3.config.base import Positive, Section, Share
+from r1v3.config.base import Fraction, Positive, Section
 
 
 class Modules(Section):
@@ -36,9 +36,9 @@ class Optimizer(Section):
 
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_ratio: Share = 0.03
+    warmup_ratio: Fraction = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -52,7 +52,7 @@ class Decoding(Section):
 class Rewards(Section):
     """Report eq. 1 to 3; the LLM verifier is off unless it has an endpoint."""
 
-    accuracy_weight: Share = 0.8
+    accuracy_weight: Fraction = 0.8
     verifier_url: str | None = None
     verifier_model: str = "Qwen2.5-32B-Instruct"
     verifier_timeout_seconds: Annotated[float, Field(gt=0)] = 20.0
@@ -109,7 +109,7 @@ class RolloutEngine(Section):
     engine: Literal["local", "vllm", "vllm-server"] = "local"
     urls: tuple[str, ...] = ()
     tensor: Positive = 1
-    memory_share: Share = 0.5
+    memory_share: Fraction = 0.5
     timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     retries: Annotated[int, Field(ge=0)] = 3
     concurrency: Positive = 64

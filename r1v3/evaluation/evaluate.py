@@ -108,7 +108,7 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
     path = run / "evaluation" / f"{config.name}.json"
     samples = [sample for file in config.data for sample in load_samples(file)]
     policy = _policy(config, samples, ranks)
-    record = ranks.lead(lambda: _read(path, config))
+    record = ranks.on_main(lambda: _read(path, config))
     modes = [*config.modes, *(f"budget-{n}" for n in config.budgets)]
     for mode in modes:
         if mode in record["modes"]:
@@ -117,7 +117,7 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
         record["modes"][mode] = result
         if mode == "slow":
             record["correct"] = answers.correct.astype(int).tolist()
-        if not ranks.leads:
+        if not ranks.is_main:
             continue
         if mode == "slow":
             _write_transcripts(run, config, policy, samples, answers)

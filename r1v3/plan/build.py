@@ -19,7 +19,7 @@ TIMEOUT_SECONDS = 600
 
 
 @dataclass(frozen=True)
-class Layout:
+class RankLayout:
     """What the modules of a rank depend on.
 
     world: all ranks. stages: language layers of the first and last stage; None divides evenly.
@@ -50,7 +50,7 @@ class BuiltRank:
     tensors: int
 
 
-def build_ranks(model_folder: Path, layout: Layout) -> list[BuiltRank]:
+def build_ranks(model_folder: Path, layout: RankLayout) -> list[BuiltRank]:
     """Build the first and the last tensor-parallel rank of every stage in a child process.
 
     Raises:
@@ -79,7 +79,7 @@ def build_ranks(model_folder: Path, layout: Layout) -> list[BuiltRank]:
     return _distinct([BuiltRank(**rank) for rank in answer["ranks"]], layout)
 
 
-def _distinct(built: Sequence[BuiltRank], layout: Layout) -> list[BuiltRank]:
+def _distinct(built: Sequence[BuiltRank], layout: RankLayout) -> list[BuiltRank]:
     """One entry for the equal ranks of a stage."""
     kinds: list[BuiltRank] = []
     for stage in range(layout.pipeline):
@@ -90,7 +90,7 @@ def _distinct(built: Sequence[BuiltRank], layout: Layout) -> list[BuiltRank]:
     return kinds
 
 
-def _build(folder: str, layout: Layout) -> list[dict[str, Any]]:
+def _build(folder: str, layout: RankLayout) -> list[dict[str, Any]]:
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -116,7 +116,7 @@ def _build(folder: str, layout: Layout) -> list[dict[str, Any]]:
     return found
 
 
-def _count(config: Any, layout: Layout, stage: int) -> dict[str, Any]:
+def _count(config: Any, layout: RankLayout, stage: int) -> dict[str, Any]:
     import torch
 
     from r1v3.model.megatron.internvl import InternVL, part_of
@@ -190,7 +190,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     try:
         answer: dict[str, Any] = {
-            "ranks": _build(request["folder"], Layout(**request["layout"])),
+            "ranks": _build(request["folder"], RankLayout(**request["layout"])),
         }
     except (ValueError, AssertionError) as error:
         answer = {"error": str(error) or "megatron-core refuses this layout"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from r1v3.config import GRPO, Evaluate, RolloutEngine, Stage, Supervised
 from r1v3.model.flops import Dimensions
 from r1v3.plan import memory
-from r1v3.plan.build import Layout
+from r1v3.plan.build import RankLayout
 
 TEXT_TOKENS = 512
 HEAD_MULTIPLE, VOCAB_MULTIPLE = 8, 128  # ModelOptions' own, checked by a test
@@ -34,7 +34,7 @@ class Job:
     """
 
     cluster: Cluster
-    layout: Layout
+    layout: RankLayout
     shards: memory.Shards
     data: int
     modules: Mapping[str, bool]
@@ -104,7 +104,7 @@ def job_of(
         )
     data = cluster.gpus // model_ranks
     pack, micro_batches, rows = _micro_batch(config, dims, data, sequence_length, text_tokens)
-    layout = Layout(
+    layout = RankLayout(
         world=cluster.gpus,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,

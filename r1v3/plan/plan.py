@@ -10,7 +10,7 @@ from r1v3.plan.job import Job
 
 
 @dataclass(frozen=True)
-class Rollout:
+class RolloutMemory:
     """Memory of a rank while completions are sampled.
 
     reserved: bytes on top of the training state. sequences: full-length ones that one copy of
@@ -36,7 +36,7 @@ class RankPlan:
     activations: memory.Activations | None
     outside: float
     asleep: float
-    rollout: Rollout | None
+    rollout: RolloutMemory | None
 
     @property
     def resident(self) -> float:
@@ -200,24 +200,24 @@ def _rank(job: Job, dims: Dimensions, stage: int, parameters: dict[str, int]) ->
     )
 
 
-def _rollout(job: Job, dims: Dimensions, stage: int) -> Rollout | None:
+def _rollout(job: Job, dims: Dimensions, stage: int) -> RolloutMemory | None:
     rollout, shards = job.rollout, job.shards
     if rollout is None:
         return None
     if rollout.engine == "vllm-server":
-        return Rollout(0.0, 0.0, 0.0, None)
+        return RolloutMemory(0.0, 0.0, 0.0, None)
     if rollout.engine == "vllm":
         reserved = rollout.memory_share * job.cluster.memory
         weights = sum(dims.parameters().values()) * shards.element / rollout.tensor
         cache = max(0.0, reserved - weights - memory.VLLM_WORKSPACE)
         kv = max(dims.kv_heads // rollout.tensor, 1) * dims.head_dim
         token = 2 * kv * shards.element * dims.layers
-        return Rollout(reserved, weights, cache, int(cache // (token * job.sequence_tokens)))
+        return RolloutMemory(reserved, weights, cache, int(cache // (token * job.sequence_tokens)))
     cache = job.rows * job.sequence_tokens * memory.cache_per_token(dims, shards, stage)
     logits = 2 * 4 * job.rows * shards.padded_vocab
     prompts = job.rows // job.pack.group * job.pack.prompt_tokens
     prefill = prompts * shards.element * (5 * dims.ffn // shards.tensor + 4 * dims.hidden)
-    return Rollout(float(cache + max(logits, prefill)), 0.0, float(cache), job.rows)
+    return RolloutMemory(float(cache + max(logits, prefill)), 0.0, float(cache), job.rows)
 
 
 def _problems(job: Job, ranks: Sequence[RankPlan]) -> list[str]:

@@ -182,7 +182,7 @@ class LocalSampler:
     ) -> Rollout:
         """See `contract.Sampler.complete`."""
         uniforms = torch.rand(len(requests) * group_size, sampling.max_tokens, generator=generator)
-        mine, rollout = self.replicas.share(len(requests)), None
+        mine, rollout = self.replicas.shard(len(requests)), None
         if len(mine):
             examples = [requests[i].example for i in mine]
             rollout = generate(

@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerFast
 
 from r1v3.data.images import load_image
 from r1v3.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, token_id
-from r1v3.ranks import ALONE, Ranks, share_of
+from r1v3.ranks import ALONE, Ranks, shard_range
 from r1v3.rollout.completions import (
     Completion,
     assemble,
@@ -177,7 +177,7 @@ class ColocatedVLLM:
         seeds = torch.randint(0, 2**48, (len(requests), 1 + count), generator=generator).tolist()
         # Each copy completes its share; its ranks do so together.
         copy, copies = self.ranks.rank // self.tensor, self.ranks.size // self.tensor
-        mine = share_of(len(requests), copy, copies)
+        mine = shard_range(len(requests), copy, copies)
         found: list[Completion] = []
         failure: Exception | None = None
         try:

@@ -186,7 +186,7 @@ class VLLMServers:
                 found = self._go_on(prompts, found, sampling, later_seeds)
             return found
 
-        found = self.ranks.lead(sample)
+        found = self.ranks.on_main(sample)
         if count < group_size:
             found = [row for row in found for _ in range(group_size)]
         return assemble(found, self.rules.pad_id)
@@ -244,7 +244,7 @@ class VLLMServers:
             OSError: writing failed. NoServers: no server has loaded them.
         """
         failure: Exception | None = None
-        if self.ranks.leads:
+        if self.ranks.is_main:
             try:
                 self._publish(tensors, step)
             except Exception as error:
@@ -260,7 +260,7 @@ class VLLMServers:
                 server.live, server.retry_at = False, 0.0
             self._run(self._pool.ready())
 
-        self.ranks.lead(load)
+        self.ranks.on_main(load)
 
     def _publish(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
         if self._weights_folder is None:

@@ -132,10 +132,10 @@ def start_checkpoint(
         temporary.mkdir()
         return temporary
 
-    pending = PendingCheckpoint(root, step, ranks.lead(prepare), needed, keep, protect, ranks)
+    pending = PendingCheckpoint(root, step, ranks.on_main(prepare), needed, keep, protect, ranks)
     with pending.cleaned_up():
         pending.writing = write_model(pending.temporary)
-        ranks.lead(lambda: _write_own_files(pending.temporary, step, tensors, state))
+        ranks.on_main(lambda: _write_own_files(pending.temporary, step, tensors, state))
     return pending
 
 
@@ -169,7 +169,7 @@ class PendingCheckpoint:
                 self.writing.wait()
             self.ranks.barrier()
             _write_manifest(self.temporary, self.step, self.ranks)
-            self.ranks.lead(place)
+            self.ranks.on_main(place)
         return final
 
     @contextmanager
@@ -244,7 +244,7 @@ def _write_manifest(directory: Path, step: int, ranks: Ranks) -> None:
         found[name] = {"size": size, "sha256": digest}
     files = dict(sorted(item for share in ranks.gather(found) for item in share.items()))
     document = {"format": _FORMAT, "step": step, "files": files}
-    ranks.lead(lambda: write_json(directory / MANIFEST, document))
+    ranks.on_main(lambda: write_json(directory / MANIFEST, document))
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def make_verifier(config: GRPO) -> LLMVerifier | None:
     )
 
 
-class Trainer:
+class GRPOTrainer:
     """The GRPO stage, step by step."""
 
     def __init__(self, config: GRPO, *, resuming: bool) -> None:
@@ -175,7 +175,7 @@ class Trainer:
         asked: list[Sample] = [self.samples[i] for i in indices for _ in range(config.group_size)]
         # Time limits and a verifier's answers could differ from rank to rank; rewards must not.
         weight = config.rewards.accuracy_weight
-        rewards = self.engine.ranks.lead(
+        rewards = self.engine.ranks.on_main(
             lambda: score(texts, asked, weight=weight, verifier=self.verifier)
         )
         return rollout, rewards
@@ -361,7 +361,7 @@ def train(config: GRPO, *, resuming: bool = False) -> Path:
     final = Path(config.run) / "models" / "grpo"
     if resuming and final.exists():
         return final
-    trainer = Trainer(config, resuming=resuming)
+    trainer = GRPOTrainer(config, resuming=resuming)
     trainer.loop()
     trainer.sampler.close()
     publish(trainer.engine, final)

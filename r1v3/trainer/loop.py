@@ -109,9 +109,9 @@ def run_steps(
     checkpoints = Checkpoints(trainer.run / "checkpoints" / name, trainer.engine, keep=keep)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        log = stack.enter_context(_log(trainer)) if ranks.leads else None
+        log = stack.enter_context(_log(trainer)) if ranks.is_main else None
         bar: ProgressBar = stack.enter_context(
-            progress_bar(name, total, trainer.step, shown, shown=ranks.leads)
+            progress_bar(name, total, trainer.step, shown, shown=ranks.is_main)
         )
         while not trainer.finished:
             metrics = trainer.take_step()

@@ -87,7 +87,7 @@ def open_stage(name: str, config: Stage, *, resuming: bool) -> Ranks:
         require_fresh(name, Path(config.run), resuming)
         begin(name, config, Path(config.run))
 
-    ranks.lead(first)
+    ranks.on_main(first)
     set_threads(config.threads)
     return ranks
 
@@ -104,7 +104,7 @@ def resume(name: str, run: Path, engine: Engine, wanted: bool) -> Loaded | None:
     if not wanted or not root.exists():
         return None
     # What a kill left half written or half deleted; nothing else would remove it after the end.
-    engine.ranks.lead(lambda: remove_leftovers(root, ".step-*.tmp"))
+    engine.ranks.on_main(lambda: remove_leftovers(root, ".step-*.tmp"))
     path = latest_checkpoint(root, engine.ranks)
     if path is None:
         broken = sorted(root.glob("step-*"))
@@ -130,10 +130,10 @@ def publish(engine: Engine, folder: Path) -> None:
         temporary.mkdir()
         return temporary
 
-    temporary = engine.ranks.lead(prepare)
+    temporary = engine.ranks.on_main(prepare)
     try:
         engine.save(temporary)
-        engine.ranks.lead(lambda: replace_directory(temporary, folder))
+        engine.ranks.on_main(lambda: replace_directory(temporary, folder))
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError | OSError):

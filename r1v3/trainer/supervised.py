@@ -75,7 +75,7 @@ def load_examples(
         told += f"max_length {max_length} tokens"
         if not examples:
             raise ValueError(f"{told}; none is left")
-        if engine.ranks.leads:
+        if engine.ranks.is_main:
             Console().print(f"{told} and are left out", highlight=False, soft_wrap=True)
     return examples
 
@@ -98,7 +98,7 @@ def validation_loss(engine: Engine, examples: list[Example], size: int) -> float
     return -total / max(1, tokens)
 
 
-class Trainer:
+class SupervisedTrainer:
     """One supervised stage, step by step."""
 
     def __init__(self, name: str, config: Supervised, *, resuming: bool) -> None:
@@ -199,7 +199,7 @@ class Trainer:
             keep=2,
             shown=_SHOWN,
         )
-        if self.best.stale and self.best.loss is not None and self.engine.ranks.leads:
+        if self.best.stale and self.best.loss is not None and self.engine.ranks.is_main:
             Console().print(
                 f"{self.name}: best validation loss {self.best.loss:.4f} at step "
                 f"{self.best.step} of {self.step}; those weights are kept",
@@ -221,7 +221,7 @@ def train(name: str, config: Supervised, *, resuming: bool = False) -> Path:
     final = Path(config.run) / "models" / name
     if resuming and final.exists():
         return final
-    trainer = Trainer(name, config, resuming=resuming)
+    trainer = SupervisedTrainer(name, config, resuming=resuming)
     trainer.loop()
     trainer.engine.load_weights(Path(config.run) / "checkpoints" / f"{name}-best")
     publish(trainer.engine, final)

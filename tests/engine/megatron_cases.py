@@ -44,7 +44,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 def keep(engine: MegatronEngine, file: Path, tensors: dict[str, Tensor]) -> str:
     """Store tensors once, for the tests; their digest on this rank."""
-    if engine.ranks.leads:
+    if engine.ranks.is_main:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     return digest(tensors)
 
@@ -61,7 +61,7 @@ def parity(folder: Path, name: str, parallel: Parallel) -> Result:
 
 def save_state(engine: MegatronEngine, folder: Path, name: str) -> Any:
     """Start to save below `folder`."""
-    engine.ranks.lead((folder / name).mkdir)
+    engine.ranks.on_main((folder / name).mkdir)
     return engine.save_state(folder / name)
 
 
@@ -166,7 +166,7 @@ def exported(folder: Path, name: str, model: str) -> Result:
     """Load a layout of names, train a step, save, and say what the saved weights should give."""
     engine = an_engine(folder, SPLIT, model=model)
     recorded.step(engine, folder / "rollout.safetensors", 0)
-    engine.ranks.lead((folder / f"saved-{model}").mkdir)
+    engine.ranks.on_main((folder / f"saved-{model}").mkdir)
     engine.save(folder / f"saved-{model}")
     prompts = recorded.examples()
     batch = collate(prompts, 0, responses=[()] * len(prompts))

@@ -297,7 +297,7 @@ def test_what_is_trained_and_saved_loads_in_transformers(folder: Path, names: st
 def test_every_rank_hears_the_same(folder: Path) -> None:
     """Fails if an error of the first rank leaves the others waiting, or values go astray."""
     ranks = reports(folder, "ranks")
-    assert [rank["leads"] for rank in ranks] == [True, False, False]
+    assert [rank["is_main"] for rank in ranks] == [True, False, False]
     for number, rank in enumerate(ranks):
         assert rank["gathered"] == [{"rank": n} for n in range(3)]
         assert (rank["broadcast"], rank["led"]) == ("from 0", "led by 0")

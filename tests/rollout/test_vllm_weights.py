@@ -95,8 +95,8 @@ class Pair(Ranks):
         super().__init__()
         self.rank, self.size, self.box = rank, 2, box
 
-    def lead(self, function: Callable[[], Any]) -> Any:
-        if self.leads:
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        if self.is_main:
             try:
                 self.box.put((function(), None))
             except Exception as error:

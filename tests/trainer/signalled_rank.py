@@ -14,9 +14,9 @@ from typing import Any
 
 def main(event: str, step: int, arguments: list[str]) -> None:
     from r1v3.cli import app
-    from r1v3.trainer.grpo import Trainer
+    from r1v3.trainer.grpo import GRPOTrainer
 
-    update, rank = Trainer.update, {"kill": "2", "stop": "0"}[event]
+    update, rank = GRPOTrainer.update, {"kill": "2", "stop": "0"}[event]
 
     def send() -> None:
         Path("signalled").touch()
@@ -24,7 +24,7 @@ def main(event: str, step: int, arguments: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         os.kill(os.getppid(), signal.SIGTERM)
 
-    def signalled(trainer: Trainer, episode: Any) -> dict[str, Any]:
+    def signalled(trainer: GRPOTrainer, episode: Any) -> dict[str, Any]:
         engine: Any = trainer.engine
         pack, packed = engine._pack, 0
 
@@ -43,7 +43,7 @@ def main(event: str, step: int, arguments: list[str]) -> None:
             engine._pack = pack
 
     if os.environ["RANK"] == rank:
-        Trainer.update = signalled  # type: ignore[method-assign]
+        GRPOTrainer.update = signalled  # type: ignore[method-assign]
     app(args=arguments, prog_name="r1v3")
 
 

@@ -17,7 +17,7 @@ from r1v3.kernels import reference_grpo
 from r1v3.rewards import score
 from r1v3.rollout.contract import Rollout, TokenRules
 from r1v3.rollout.local import decode_texts
-from r1v3.trainer.grpo import Episode, Trainer
+from r1v3.trainer.grpo import Episode, GRPOTrainer
 from r1v3.trainer.metrics import read_metrics
 from tests.rewards.judge_server import Answer, says, send, serving
 from tests.tiny_run import (
@@ -33,18 +33,18 @@ from tests.tiny_run import (
 NUMBERS = itertools.count()
 
 
-def trainer(folder: Path, *overrides: str) -> Trainer:
+def trainer(folder: Path, *overrides: str) -> GRPOTrainer:
     """A trainer in a run folder of its own."""
     write_configs(folder)
     own = [f"run={folder / f'run-{next(NUMBERS)}'}", f"model={home() / 'base'}"]
-    return Trainer(load(GRPO, folder / "configs/grpo.yaml", [*own, *overrides]), resuming=False)
+    return GRPOTrainer(load(GRPO, folder / "configs/grpo.yaml", [*own, *overrides]), resuming=False)
 
 
-def weights(made: Trainer) -> dict[str, Tensor]:
+def weights(made: GRPOTrainer) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in made.engine.model.named_parameters()}
 
 
-def same(before: dict[str, Tensor], made: Trainer) -> bool:
+def same(before: dict[str, Tensor], made: GRPOTrainer) -> bool:
     return all(before[name].equal(p) for name, p in made.engine.model.named_parameters())
 
 
@@ -79,7 +79,7 @@ def test_the_tiny_run_learns_from_something() -> None:
     assert all(line["ratio_max"] == 1 == line["ratio_mean"] for line in lines)
 
 
-def double_logprobs(made: Trainer, episode: Episode) -> tuple[Any, Any, Tensor]:
+def double_logprobs(made: GRPOTrainer, episode: Episode) -> tuple[Any, Any, Tensor]:
     """(model, batch, log-probs with gradient) of an episode in float64, by plain PyTorch."""
     model = copy.deepcopy(made.engine.model).double()
     batch = episode.batch(made.engine.tokenizer.pad_token_id, made.config.group_size)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from r1v3.config import SFT, load
 from r1v3.trainer.metrics import read_metrics
-from r1v3.trainer.supervised import Best, Trainer
+from r1v3.trainer.supervised import Best, SupervisedTrainer
 from tests.tiny_run import (
     check_kills,
     digest,
@@ -107,7 +107,7 @@ def test_micro_batches_do_not_change_a_step(tmp_path: Path) -> None:
     """Otherwise the loss would weigh tokens by the micro-batch they happened to be in."""
     metrics, weights = [], []
     for size in (16, 4):
-        trainer = Trainer(
+        trainer = SupervisedTrainer(
             "sft", config(tmp_path / str(size), f"micro_batch_size={size}"), resuming=False
         )
         metrics.append(trainer.take_step())
@@ -124,7 +124,7 @@ def test_the_step_loss_is_the_mean_cross_entropy_of_response_tokens(tmp_path: Pa
     from r1v3.trainer.randomness import order
     from r1v3.trainer.supervised import micro_batches, validation_loss
 
-    trainer = Trainer("sft", config(tmp_path), resuming=False)
+    trainer = SupervisedTrainer("sft", config(tmp_path), resuming=False)
     chosen = order(len(trainer.train), 0, 16, 0, "sft", "order")
     examples = [trainer.train[i] for i in chosen]
     batch = micro_batches(examples, 16, trainer.engine.tokenizer.pad_token_id)[0]
@@ -155,7 +155,7 @@ def test_early_stopping_ends_the_stage_and_keeps_the_best(tmp_path: Path) -> Non
     """Otherwise a stage that only gets worse would run to its end and hand on its end."""
     write_configs(tmp_path)
     worse = ["optimizer.learning_rate=0.5", "epochs=4", "early_stopping=2", "validate_every=1"]
-    trainer = Trainer("sft", config(tmp_path, *worse), resuming=False)
+    trainer = SupervisedTrainer("sft", config(tmp_path, *worse), resuming=False)
     trainer.loop()
     assert trainer.best.stale == 2 and trainer.step == trainer.best.step + 2 < trainer.total
     kept = load_file(tmp_path / "run/checkpoints/sft-best/model.safetensors")
@@ -174,13 +174,13 @@ def test_samples_over_the_greatest_length_are_left_out_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Otherwise one long sample would end a run by running out of memory, or vanish unseen."""
-    every = Trainer("sft", config(tmp_path), resuming=False).train
+    every = SupervisedTrainer("sft", config(tmp_path), resuming=False).train
     lengths = sorted(len(e.prompt_ids) + len(e.response_ids) for e in every)
     limit = lengths[len(lengths) // 2]
     some = config(tmp_path, f"run={tmp_path / 'short'}", f"max_length={limit}")
-    kept = Trainer("sft", some, resuming=False).train
+    kept = SupervisedTrainer("sft", some, resuming=False).train
     assert len(kept) == sum(length <= limit for length in lengths) < len(every)
     assert f"{len(every) - len(kept)} of {len(every)} samples" in capsys.readouterr().out
     none = config(tmp_path, f"run={tmp_path / 'none'}", "max_length=3")
     with pytest.raises(ValueError, match="max_length 3 tokens; none is left"):
-        Trainer("sft", none, resuming=False)
+        SupervisedTrainer("sft", none, resuming=False)

@@ -45,7 +45,7 @@ def save_sharded(
 ) -> AsyncWriting:
     """Start to write model and optimizer below an existing directory."""
     folder = directory / FOLDER
-    ranks.lead(folder.mkdir)
+    ranks.on_main(folder.mkdir)
     if filesystem_async._results_queue is None:
         # megatron-core's own dies of the SIGTERM that asks for a save, and outlives a killed rank.
         filesystem_async._results_queue = results_process.start().Queue()

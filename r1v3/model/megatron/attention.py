@@ -74,7 +74,7 @@ def _segment_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return mixed.squeeze(0).transpose(0, 1)
 
 
-class Layout(PackedSeqParams):
+class AttentionLayout(PackedSeqParams):
     """What the rows of one forward pass attend to.
 
     It is megatron-core's own type only so that it passes through its layers; every tensor stays
@@ -136,7 +136,7 @@ class KeyValueCache:
                 kept[layer] = kept[layer].index_select(0, rows)
 
 
-class PackedLayout(Layout):
+class PackedLayout(AttentionLayout):
     """Segments of a packed sequence; with a `cache`, the keys and values are recorded in it."""
 
     def __init__(self, packed: Packed, cache: KeyValueCache | None = None) -> None:
@@ -173,7 +173,7 @@ class PackedLayout(Layout):
         return torch.cat([_segment_attention(*segment) for segment in segments])
 
 
-class DecodeLayout(Layout):
+class DecodeLayout(AttentionLayout):
     """One token of each row attends to the row's cache; tokens beyond the rows are padding."""
 
     def __init__(self, cache: KeyValueCache) -> None:
@@ -214,8 +214,8 @@ def _tile_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class CoreAttention(nn.Module):
     """softmax(q k / sqrt(d)) v for this rank's heads, over all tokens.
 
-    With a `Layout` the tokens are [T, 1, heads, d] and attend as it says; without one they are
-    [tokens, tiles, heads, d] and attend to all of their tile.
+    With an `AttentionLayout` the tokens are [T, 1, heads, d] and attend as it says; without one
+    they are [tokens, tiles, heads, d] and attend to all of their tile.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_: object) -> None:
@@ -229,7 +229,7 @@ class CoreAttention(nn.Module):
         value: Tensor,
         attention_mask: None,
         *,
-        packed_seq_params: Layout | None = None,
+        packed_seq_params: AttentionLayout | None = None,
         **_: object,
     ) -> Tensor:
         """[T, 1, heads x d], or [tokens, tiles, heads x d]."""

@@ -43,11 +43,11 @@ def save_hf(
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
 
-    lead = Ranks(dist.group.WORLD).lead
+    on_main = Ranks(dist.group.WORLD).on_main
     try:
-        lead(begin)
+        on_main(begin)
         write_hf(model, temporary, tokenizer, max_shard_bytes=max_shard_bytes)
-        lead(lambda: replace_directory(temporary, folder))
+        on_main(lambda: replace_directory(temporary, folder))
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -85,7 +85,7 @@ def write_hf(
 
     if dist.get_rank() != 0:
         _exhaust(tensors)
-    Ranks(dist.group.WORLD).lead(write)
+    Ranks(dist.group.WORLD).on_main(write)
 
 
 def _exhaust(tensors: Iterator[object]) -> None:

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor
 from transformers import InternVLConfig
 
-from r1v3.model.megatron.attention import Layout, PackedLayout
+from r1v3.model.megatron.attention import AttentionLayout, PackedLayout
 from r1v3.model.megatron.layers import language_block
 from r1v3.model.megatron.options import (
     ModelOptions,
@@ -110,7 +110,7 @@ class InternVL(MegatronModule):
         )
         self._clear_padded_rows()
 
-    def forward(self, packed: Packed, layout: Layout | None = None) -> Tensor:
+    def forward(self, packed: Packed, layout: AttentionLayout | None = None) -> Tensor:
         """Run this stage on a packed micro-batch that lies on the model's device.
 
         Args:
@@ -128,7 +128,7 @@ class InternVL(MegatronModule):
         return self.run_layers(embedded, packed.position_ids, packed.longest, layout)
 
     def run_layers(
-        self, embedded: Tensor | None, position_ids: Tensor, longest: int, layout: Layout
+        self, embedded: Tensor | None, position_ids: Tensor, longest: int, layout: AttentionLayout
     ) -> Tensor:
         """The language layers of this stage on embeddings [T, 1, H] (first stage) or its input."""
         if embedded is not None and self.config.sequence_parallel:

@@ -24,7 +24,7 @@ from r1v3.model.megatron.internvl import InternVL
 from r1v3.model.megatron.options import ModelOptions
 from tests.model.megatron import reference
 from tests.model.megatron.layouts import (
-    Layout,
+    RankLayout,
     distance,
     freeze,
     gradients,
@@ -38,7 +38,7 @@ from tests.model.megatron.layouts import (
 Result = dict[str, Any]
 
 
-def parity(folder: Path, layout: Layout, which: str = "main", **options: Any) -> Result:
+def parity(folder: Path, layout: RankLayout, which: str = "main", **options: Any) -> Result:
     """Distances from transformers of outputs and gradients, and what padding and replicas hold."""
     truth = load_file(folder / which / "truth.safetensors")
     with layout.active():
@@ -63,7 +63,7 @@ def recompute(folder: Path) -> Result:
 
     Two micro-batches of different length are in flight on the first of the two stages.
     """
-    layout = Layout(2, 2, True)
+    layout = RankLayout(2, 2, True)
     found = []
     with layout.active():
         for mode in ("none", "full"):
@@ -76,7 +76,7 @@ def recompute(folder: Path) -> Result:
 def bfloat16(folder: Path) -> Result:
     """Largest error of the log-probs in bfloat16, everywhere the dtype goes."""
     truth = load_file(folder / "main" / "truth.safetensors")
-    layout = Layout(2, 2, True)
+    layout = RankLayout(2, 2, True)
     with layout.active():
         model = layout.build(folder / "main", dtype=torch.bfloat16, recompute="full")
         seen = run(model, reference.BATCHES["main"])
@@ -91,7 +91,7 @@ def bfloat16(folder: Path) -> Result:
 def frozen(folder: Path) -> Result:
     """Only the connector is trained: the second stage trains nothing, text trains nothing."""
     truth = load_file(folder / "main" / "truth.safetensors")
-    layout = Layout(2, 2)
+    layout = RankLayout(2, 2)
     with layout.active():
         model = layout.build(folder / "main")
         freeze(model, {"connector"})
@@ -108,7 +108,7 @@ def frozen(folder: Path) -> Result:
         return {"trained": trained, "gradients": with_images, "text_only": zeros}
 
 
-def training(folder: Path, layout: Layout, which: str) -> Result:
+def training(folder: Path, layout: RankLayout, which: str) -> Result:
     """Two steps of Megatron's DDP and distributed AdamW with weight decay."""
     batches = reference.BATCHES[which]
     stored = load_file(folder / which / "model.safetensors")
@@ -141,7 +141,7 @@ def training(folder: Path, layout: Layout, which: str) -> Result:
         return {"losses": losses, "norms": norms, "padding": padding, "moved": len(moved)}
 
 
-def decoding(folder: Path, layout: Layout, **options: Any) -> Result:
+def decoding(folder: Path, layout: RankLayout, **options: Any) -> Result:
     """Logits of prefill and steps against transformers' over the whole sequences.
 
     Every row is given its response of the batch; after three tokens some rows are dropped.
@@ -194,13 +194,13 @@ def checkpoint(folder: Path, which: str) -> Result:
     if dist.get_rank() == 0:
         place.mkdir()
     dist.barrier()
-    layout = Layout(2, 2)
+    layout = RankLayout(2, 2)
     with layout.active():
         dist_checkpointing.save(
             {"model": layout.build(folder / which).sharded_state_dict()}, str(place)
         )
     result: Result = {"unequal": {}, "outputs": {}}
-    for layout in (Layout(1), Layout(4, 1, True)):
+    for layout in (RankLayout(1), RankLayout(4, 1, True)):
         with layout.active():
             model = layout.build(folder / which)
             with torch.no_grad():
@@ -219,7 +219,7 @@ def checkpoint(folder: Path, which: str) -> Result:
 
 def fresh(folder: Path) -> Result:
     """A new model has zero padding, and a forward without gradients keeps no graph."""
-    with Layout(2).active():
+    with RankLayout(2).active():
         model = InternVL(reference.CONFIGS["plain"], ModelOptions())
         (packed,) = packs_for(model, reference.BATCHES["plain"])
         with torch.no_grad():
@@ -239,8 +239,8 @@ def refusals(folder: Path) -> Result:
     scaled = reference.tiny_config()
     scaled.text_config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     found = {}
-    with Layout(4).active():
-        model = Layout(4).build(folder / "main")
+    with RankLayout(4).active():
+        model = RankLayout(4).build(folder / "main")
         batch = reference.BATCHES["main"][0]
         tiles = batch.pixel_values
         assert tiles is not None
@@ -269,27 +269,27 @@ def refusals(folder: Path) -> Result:
 
 
 CASES: dict[str, Callable[[Path], Result]] = {
-    "tp1": partial(parity, layout=Layout()),
-    "tp2": partial(parity, layout=Layout(2)),
-    "pp2": partial(parity, layout=Layout(1, 2)),
-    "tp2_pp2": partial(parity, layout=Layout(2, 2)),
-    "tp2_sp": partial(parity, layout=Layout(2, 1, True)),
-    "tp4_sp": partial(parity, layout=Layout(4, 1, True)),
-    "tp2_pp2_sp_recompute": partial(parity, layout=Layout(2, 2, True), recompute="full"),
-    "tied_tp2_pp2": partial(parity, layout=Layout(2, 2), which="tied"),
-    "tied_tp2": partial(parity, layout=Layout(2), which="tied"),
-    "plain_tp2": partial(parity, layout=Layout(2), which="plain"),
-    "wide_tp2": partial(parity, layout=Layout(2), which="wide"),
+    "tp1": partial(parity, layout=RankLayout()),
+    "tp2": partial(parity, layout=RankLayout(2)),
+    "pp2": partial(parity, layout=RankLayout(1, 2)),
+    "tp2_pp2": partial(parity, layout=RankLayout(2, 2)),
+    "tp2_sp": partial(parity, layout=RankLayout(2, 1, True)),
+    "tp4_sp": partial(parity, layout=RankLayout(4, 1, True)),
+    "tp2_pp2_sp_recompute": partial(parity, layout=RankLayout(2, 2, True), recompute="full"),
+    "tied_tp2_pp2": partial(parity, layout=RankLayout(2, 2), which="tied"),
+    "tied_tp2": partial(parity, layout=RankLayout(2), which="tied"),
+    "plain_tp2": partial(parity, layout=RankLayout(2), which="plain"),
+    "wide_tp2": partial(parity, layout=RankLayout(2), which="wide"),
     "recompute": recompute,
     "bfloat16": bfloat16,
     "frozen": frozen,
-    "training_tp2": partial(training, layout=Layout(2), which="main"),
-    "training_tied_tp2_pp2_sp": partial(training, layout=Layout(2, 2, True), which="tied"),
-    "decode_tp1": partial(decoding, layout=Layout()),
-    "decode_tp2_sp": partial(decoding, layout=Layout(2, 1, True)),
-    "decode_pp2": partial(decoding, layout=Layout(1, 2)),
-    "decode_tp2_pp2_sp": partial(decoding, layout=Layout(2, 2, True), recompute="full"),
-    "decode_tp4": partial(decoding, layout=Layout(4)),
+    "training_tp2": partial(training, layout=RankLayout(2), which="main"),
+    "training_tied_tp2_pp2_sp": partial(training, layout=RankLayout(2, 2, True), which="tied"),
+    "decode_tp1": partial(decoding, layout=RankLayout()),
+    "decode_tp2_sp": partial(decoding, layout=RankLayout(2, 1, True)),
+    "decode_pp2": partial(decoding, layout=RankLayout(1, 2)),
+    "decode_tp2_pp2_sp": partial(decoding, layout=RankLayout(2, 2, True), recompute="full"),
+    "decode_tp4": partial(decoding, layout=RankLayout(4)),
     "checkpoint_main": partial(checkpoint, which="main"),
     "checkpoint_tied": partial(checkpoint, which="tied"),
     "fresh": fresh,

@@ -24,7 +24,7 @@ from tests.model.megatron import reference
 
 
 @dataclass(frozen=True)
-class Layout:
+class RankLayout:
     """How the ranks are used; the rest is data parallel and does the same work again."""
 
     tensor: int = 1
