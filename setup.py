@@ -22,7 +22,10 @@ ISA_FLAGS = {
         "-Wno-maybe-uninitialized",  # GCC 12 warns about its own _mm256_undefined_si256
     ],
     "csrc/cpu/gemm_avx2.cpp": ["-mavx2", "-mfma"],
-    "csrc/cpu/gemm_avx512.cpp": ["-mavx512f", "-Wno-maybe-uninitialized"],
+    "csrc/cpu/gemm_avx512.cpp": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl"),
+        "-Wno-maybe-uninitialized",
+    ],
     "csrc/cpu/gemm_avx512_bf16.cpp": [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"),
         "-Wno-maybe-uninitialized",

@@ -160,20 +160,22 @@ void prefer_huge_pages(Address data, int64_t bytes) {
 
 bool has_gemm(int dtype, const std::string& capability) {
   check_dtype(dtype);
-  return r1v3::gemm_kernels(dtype, capability) != nullptr;
+  return r1v3::gemm_kernels(dtype, dtype, capability) != nullptr;
 }
 
-void gemm(int dtype, Address a, int64_t rows, int64_t a_stride, int64_t a_k_stride, Address b,
-          int64_t columns, int64_t b_stride, int64_t b_k_stride, int64_t k, Address c,
+void gemm(int a_dtype, Address a, int64_t rows, int64_t a_stride, int64_t a_k_stride, int b_dtype,
+          Address b, int64_t columns, int64_t b_stride, int64_t b_k_stride, int64_t k, Address c,
           int64_t c_stride, bool add, int num_threads, const std::string& capability) {
-  check_dtype(dtype);
+  check_dtype(a_dtype);
+  check_dtype(b_dtype);
   require(rows >= 0 && columns >= 0 && k >= 0, "rows, columns and k",
           static_cast<double>(std::min({rows, columns, k})), ">= 0");
-  const r1v3::GemmKernels* kernels = r1v3::gemm_kernels(dtype, capability);
-  require(kernels != nullptr, "dtype", dtype, "one for which has_gemm is true");
-  r1v3::gemm(*kernels, {at<const void>(a), rows, a_stride, a_k_stride},
-             {at<const void>(b), columns, b_stride, b_k_stride}, k, at<float>(c), c_stride, add,
-             num_threads);
+  const r1v3::GemmKernels* kernels = r1v3::gemm_kernels(a_dtype, b_dtype, capability);
+  require(kernels != nullptr, "dtype", std::max(a_dtype, b_dtype),
+          "one for which has_gemm is true");
+  r1v3::gemm(*kernels, {at<const void>(a), a_dtype, rows, a_stride, a_k_stride},
+             {at<const void>(b), b_dtype, columns, b_stride, b_k_stride}, k, at<float>(c), c_stride,
+             add, num_threads);
 }
 
 #ifdef R1V3_WITH_CUDA
@@ -248,8 +250,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("prefer_huge_pages", &prefer_huge_pages, arg("data"), arg("bytes"));
   m.def("has_gemm", &has_gemm, arg("dtype"), arg("capability") = "",
         "Whether this machine, or one of this capability, multiplies matrices of the dtype.");
-  m.def("gemm", &gemm, WithoutGil(), arg("dtype"), arg("a"), arg("rows"), arg("a_stride"),
-        arg("a_k_stride"), arg("b"), arg("columns"), arg("b_stride"), arg("b_k_stride"), arg("k"),
+  m.def("has_bfloat16_dot", &r1v3::has_bfloat16_dot, arg("capability") = "",
+        "Whether it multiplies pairs of bfloat16 as they are, not converted to float32.");
+  m.def("gemm", &gemm, WithoutGil(), arg("a_dtype"), arg("a"), arg("rows"), arg("a_stride"),
+        arg("a_k_stride"), arg("b_dtype"), arg("b"), arg("columns"), arg("b_stride"), arg("b_k_stride"), arg("k"),
         arg("c"), arg("c_stride"), arg("add"), arg("num_threads"), arg("capability") = "");
 #ifdef R1V3_WITH_CUDA
   m.def("logits_grpo_loss_cluster", &logits_grpo_loss_cluster, WithoutGil(), arg("dtype"),

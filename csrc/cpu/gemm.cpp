@@ -61,9 +61,9 @@ class Panels {
     const bool last = block + 1 == blocks_.count;
     const int64_t ahead =
         last ? width * view_.stride - begin * view_.k_stride : (end - begin) * view_.k_stride;
-    kernels_.pack(view_, panel * width, rows(panel), begin, end,
-                  of_b_ ? static_cast<int>(width) : rows(panel), ahead * (4 / kernels_.per_unit),
-                  out);
+    kernels_.pack[view_.dtype](view_, panel * width, rows(panel), begin, end,
+                               of_b_ ? static_cast<int>(width) : rows(panel),
+                               ahead * (view_.dtype == kFloat32 ? 4 : 2), out);
   }
 
   int64_t width, count;
@@ -78,18 +78,25 @@ class Panels {
 
 }  // namespace
 
-const GemmKernels* gemm_kernels(int dtype, const std::string& capability) {
-#if defined(__x86_64__)
+bool has_bfloat16_dot(const std::string& capability) {
   const std::string name = kernels_for(capability).name;
+#if defined(__x86_64__)
   __builtin_cpu_init();
-  if (dtype == kFloat32 && name == "avx512") return &kAvx512GemmFloat32;
-  if (dtype == kFloat32 && name == "avx2") return &kAvx2GemmFloat32;
-  if (dtype == kBFloat16 && name == "avx512" && __builtin_cpu_supports("avx512bf16")) {
+  return name == "avx512" && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+const GemmKernels* gemm_kernels(int a_dtype, int b_dtype, const std::string& capability) {
+  const std::string name = kernels_for(capability).name;
+  if (a_dtype == kFloat16 || b_dtype == kFloat16) return nullptr;
+#if defined(__x86_64__)
+  if (a_dtype == kBFloat16 && b_dtype == kBFloat16 && has_bfloat16_dot(capability)) {
     return &kAvx512GemmBFloat16;
   }
-#else
-  (void)dtype;
-  (void)capability;
+  if (name == "avx512") return &kAvx512GemmFloat32;
+  if (name == "avx2") return &kAvx2GemmFloat32;
 #endif
   return nullptr;
 }

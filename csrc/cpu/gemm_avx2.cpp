@@ -1,11 +1,10 @@
-// AVX2 and FMA parts of the float32 product.
+// AVX2 and FMA parts of the product with float32 arithmetic.
 #include <immintrin.h>
 #include <stdint.h>
 
 namespace r1v3 {
 namespace {
 
-using Element = float;
 constexpr int kPerUnit = 1;
 using Units = __m256;
 using F = __m256;
@@ -16,8 +15,9 @@ inline __m256i first_lanes(int64_t n) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n < kLanes ? static_cast<int>(n) : kLanes), lane);
 }
-inline Units load_all(const void* x) { return _mm256_loadu_ps(static_cast<const float*>(x)); }
-inline Units load(const float* x, int64_t n) { return _mm256_maskload_ps(x, first_lanes(n)); }
+inline Units load_units(const uint32_t* x) {
+  return _mm256_loadu_ps(reinterpret_cast<const float*>(x));
+}
 inline void store(uint32_t* x, Units units, int n) {
   float* to = reinterpret_cast<float*>(x);
   if (n >= kLanes) {
@@ -26,7 +26,6 @@ inline void store(uint32_t* x, Units units, int n) {
     _mm256_maskstore_ps(to, first_lanes(n), units);
   }
 }
-inline Units neighbours(const float* x, int64_t, int n, bool) { return load(x, n); }
 inline Units broadcast(const uint32_t& unit) {
   return _mm256_broadcast_ss(reinterpret_cast<const float*>(&unit));
 }
@@ -40,6 +39,32 @@ inline void store_sums(float* x, F sums, int n) {
   } else {
     _mm256_maskstore_ps(x, first_lanes(n), sums);
   }
+}
+
+inline Units load_all(const float* x) { return _mm256_loadu_ps(x); }
+inline Units load(const float* x, int64_t n) { return _mm256_maskload_ps(x, first_lanes(n)); }
+inline uint32_t unit_of(const float* x, int64_t, bool) {
+  uint32_t unit;
+  __builtin_memcpy(&unit, x, sizeof unit);
+  return unit;
+}
+
+// bfloat16 is the upper half of a float32.
+inline Units load_all(const uint16_t* x) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+inline Units load(const uint16_t* x, int64_t n) {
+  if (n >= kLanes) return load_all(x);
+  uint16_t some[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) some[i] = x[i];
+  return load_all(some);
+}
+inline uint32_t unit_of(const uint16_t* x, int64_t, bool) { return uint32_t{*x} << 16; }
+
+template <typename Element>
+inline Units neighbours(const Element* x, int64_t, int n, bool) {
+  return load(x, n);
 }
 
 inline void transpose(Units x[kLanes]) {
@@ -71,5 +96,5 @@ inline void transpose(Units x[kLanes]) {
 #include "gemm_impl.h"
 
 namespace r1v3 {
-const GemmKernels kAvx2GemmFloat32 = {kMostRows, kColumns, kPerUnit, pack, multiply};
+const GemmKernels kAvx2GemmFloat32 = {kMostRows, kColumns, kPerUnit, {pack<float>, pack<uint16_t>}, multiply};
 }

@@ -18,7 +18,7 @@ constexpr int kMostRows = 14;
 inline __mmask16 first_lanes(int64_t n) {
   return n >= kLanes ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);
 }
-inline Units load_all(const void* x) { return _mm512_loadu_si512(x); }
+inline Units load_units(const void* x) { return _mm512_loadu_si512(x); }
 inline void store(uint32_t* x, Units units, int n) {
   if (n >= kLanes) {
     _mm512_storeu_si512(x, units);

@@ -1,10 +1,13 @@
 // The parts of the product that are compiled for an instruction set, over the including file's
-//   Element, kPerUnit: what is multiplied, and how many of them make 32 bits
 //   Units, F, kLanes: vectors of so many units, and of float
+//   kPerUnit: elements that make a unit of 32 bits
 //   kMostRows: rows of a in a panel; twice as many sums, two vectors of b and one of a are registers
-//   load_all(x), load(x, n), store(x, units, n): the first n elements or units, 0 for the rest
-//   neighbours(x, k_stride, n, pairs): units of elements x[i] and, if `pairs`, x[k_stride + i]
+//   load_units(x), store(x, units, n): whole vectors of units, and the first n
 //   transpose(units), broadcast(unit), multiply_add, load_sums(x, n), store_sums(x, sums, n)
+// and, for each type of element:
+//   load_all(x), load(x, n): units of contiguous elements; of the first n, 0 for the rest
+//   neighbours(x, k_stride, n, pairs): units of elements x[i] and, if `pairs`, x[k_stride + i]
+//   unit_of(x, k_stride, pairs): the first of them
 // No library template may be instantiated here: see rows_impl.h.
 #pragma once
 
@@ -23,7 +26,7 @@ inline void fetch(const void* x, int64_t ahead) {
 }
 
 // Up to kLanes rows of contiguous k.
-template <bool Whole>
+template <bool Whole, typename Element>
 void pack_rows(const Element* x, int64_t stride, int rows, int64_t n, int width, int lanes,
                int64_t ahead, uint32_t* panel) {
   for (int64_t k = 0; k < n; k += kLaneElements) {
@@ -50,6 +53,7 @@ void pack_rows(const Element* x, int64_t stride, int rows, int64_t n, int width,
 }
 
 // Rows that are neighbours in memory.
+template <typename Element>
 void pack_columns(const Element* x, int64_t k_stride, int rows, int64_t n, int width,
                   int64_t ahead, uint32_t* panel) {
   for (int64_t k = 0; k < n; k += kPerUnit) {
@@ -63,19 +67,18 @@ void pack_columns(const Element* x, int64_t k_stride, int rows, int64_t n, int w
   }
 }
 
+template <typename Element>
 void pack_elements(const Element* x, int64_t stride, int64_t k_stride, int rows, int64_t n,
                    int width, uint32_t* panel) {
   for (int64_t k = 0; k < n; k += kPerUnit) {
     for (int i = 0; i < width; ++i) {
-      Element unit[kPerUnit] = {};
-      for (int j = 0; i < rows && j < kPerUnit && k + j < n; ++j) {
-        unit[j] = x[i * stride + (k + j) * k_stride];
-      }
-      __builtin_memcpy(panel + k / kPerUnit * width + i, unit, sizeof(*panel));
+      const Element* from = x + i * stride + k * k_stride;
+      panel[k / kPerUnit * width + i] = i < rows ? unit_of(from, k_stride, k + kPerUnit <= n) : 0;
     }
   }
 }
 
+template <typename Element>
 void pack(const MatrixView& view, int64_t first, int rows, int64_t begin, int64_t end, int width,
           int64_t ahead, uint32_t* panel) {
   const Element* x =
@@ -86,7 +89,7 @@ void pack(const MatrixView& view, int64_t first, int rows, int64_t begin, int64_
     pack_columns(x, view.k_stride, rows, end - begin, width, ahead, panel);
   } else {
     for (int lane = 0; lane < width; lane += kLanes) {
-      const auto pack_lanes = rows - lane >= kLanes ? pack_rows<true> : pack_rows<false>;
+      const auto pack_lanes = rows - lane >= kLanes ? pack_rows<true, Element> : pack_rows<false, Element>;
       pack_lanes(x + lane * view.stride, view.stride, rows - lane, end - begin, width,
                  width - lane, ahead, panel + lane);
     }
@@ -104,7 +107,7 @@ void multiply_rows(const uint32_t* a, const uint32_t* b, int64_t units, float* c
     __builtin_prefetch(c + i * c_stride + columns - 1, 1);
   }
   for (int64_t k = 0; k < units; ++k) {
-    const Units left = load_all(b + k * kColumns), right = load_all(b + k * kColumns + kLanes);
+    const Units left = load_units(b + k * kColumns), right = load_units(b + k * kColumns + kLanes);
 #pragma GCC unroll 14
     for (int i = 0; i < Rows; ++i) {
       const Units unit = broadcast(a[k * Rows + i]);

@@ -172,17 +172,22 @@ def prefer_huge_pages(x: Tensor) -> None:
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether `product` is built for this dtype and this processor."""
+    """Whether `product` is built for operands of this dtype and this processor."""
     return _C is not None and dtype in DTYPE_CODES and _C.has_gemm(DTYPE_CODES[dtype])
 
 
+def has_bfloat16_dot() -> bool:
+    """Whether `product` multiplies pairs of bfloat16 as they are, not converted to float32."""
+    return multiplies(torch.bfloat16) and bool(_C.has_bfloat16_dot())
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool, capability: str = "") -> None:
-    """out (+)= a @ b for a [n, k], b [k, m] of one dtype and any strides, float32 out [n, m].
+    """out (+)= a @ b for a [n, k], b [k, m] of any strides, float32 out [n, m].
 
     The rows of out are contiguous.
     """
     _C.gemm(
-        DTYPE_CODES[a.dtype], a.data_ptr(), a.shape[0], *a.stride(), b.data_ptr(), b.shape[1],
-        b.stride(1), b.stride(0), a.shape[1], out.data_ptr(), out.stride(0), add,
-        torch.get_num_threads(), capability,
+        DTYPE_CODES[a.dtype], a.data_ptr(), a.shape[0], *a.stride(), DTYPE_CODES[b.dtype],
+        b.data_ptr(), b.shape[1], b.stride(1), b.stride(0), a.shape[1], out.data_ptr(),
+        out.stride(0), add, torch.get_num_threads(), capability,
     )  # fmt: skip

@@ -151,7 +151,7 @@ def _columns_by_columns(
     its columns, which is written after their last use.
     """
     assert gradients.weight is not None
-    states, rows = batch.states(head.operand), slice(0, batch.n)
+    states, rows = batch.states(head.states), slice(0, batch.n)
     width = linear_rows.tile_columns(head, batch.n)
     statistics = RowStatistics(batch.token_ids, temperature, bounds, group)
     for columns, tile in head.tiles(width) if batch.n else ():
@@ -183,7 +183,7 @@ def _rows_by_rows(
     group: str,
 ) -> tuple[Tensor, Tensor]:
     """`size` rows of logits at a time."""
-    states = batch.states(head.operand)
+    states = batch.states(head.states)
     logprobs = states.new_zeros(batch.n, dtype=head.result)
     entropy = torch.zeros_like(logprobs)
     vocab = head.weight.shape[0]

@@ -72,7 +72,7 @@ def row_results(
         )  # fmt: skip
         statistics.add_whole(stats)
         return statistics.results()
-    states = batch.states(head.operand)
+    states = batch.states(head.states)
     block, width = linear_rows.tile_shape(head, batch.n)
     for columns, tile in head.tiles(width) if batch.n else ():
         for part in linear_rows.blocks(batch.n, block):
@@ -163,7 +163,7 @@ def add_gradients(
     Args:
         saved: [n, 3] from `row_results`; grad_logprobs, grad_entropy: [n].
     """
-    states = batch.states(head.operand)
+    states = batch.states(head.states)
     block, width = linear_rows.tile_shape(head, batch.n)
     for columns, tile in head.tiles(width) if batch.n else ():
         shard = shifted(bounds, columns.start)

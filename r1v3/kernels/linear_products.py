@@ -1,9 +1,10 @@
 """Matrix products of a language head: float32 results whatever the operands, a tile at a time.
 
 bfloat16 operands are multiplied as they are, by tensor cores or the host kernel, both with
-float32 sums and results. Where neither is at hand 16-bit weights are converted tile by tile, in
-a buffer of `TILE_BYTES`; float16 always is, so that small gradients do not underflow. float64
-stays float64.
+float32 sums and results. A processor without such an instruction multiplies them by the float32
+gradient of the logits; the host kernel converts what fits its cache. Where there is no kernel
+16-bit weights are converted tile by tile, in a buffer of `TILE_BYTES`; float16 always is, so that
+small gradients do not underflow. float64 stays float64.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ class Head:
     """The weight [V, H] and bias [V] of a language head, and the dtypes of its products.
 
     Attributes:
-        operand: dtype in which hidden, weight and gradient of the logits are multiplied.
+        operand: dtype in which the gradient of the logits is multiplied.
+        states: dtype in which hidden states are multiplied.
         result: dtype of the logits and of every accumulator.
         row_tile: every product with rows of the batch has exactly this many of them, 0 for as
             many as there are.
@@ -36,16 +38,24 @@ class Head:
     ) -> None:
         double = hidden_dtype == torch.float64
         native = weight.dtype == hidden_dtype == torch.bfloat16
-        native = native and (weight.is_cuda or host.multiplies(torch.bfloat16))
+        native = native and (weight.is_cuda or host.has_bfloat16_dot())
         self.result = torch.float64 if double else torch.float32
         self.operand = torch.bfloat16 if native else self.result
         self.weight, self.bias, self.row_tile = weight, bias, row_tile
+        self.states = hidden_dtype if self._takes(hidden_dtype) else self.operand
         self._space = weight.new_empty(0, dtype=self.result)
 
     @property
     def converts(self) -> bool:
         """Whether a tile of the weight is copied before it is multiplied."""
-        return self.weight.dtype != self.operand
+        return not self._takes(self.weight.dtype)
+
+    def _takes(self, dtype: torch.dtype) -> bool:
+        """Whether operands of this dtype are multiplied as they are."""
+        mixed = self.operand == torch.float32 and not self.weight.is_cuda
+        return dtype == self.operand or (
+            mixed and host.multiplies(torch.float32) and host.multiplies(dtype)
+        )
 
     def tiles(self, width: int) -> Iterator[tuple[slice, Tensor]]:
         """Columns of the logits and the weight's rows for them, as operands.
@@ -108,7 +118,12 @@ class Head:
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
     """out = a @ b, or out += a @ b; out may be float32 where the operands have 16 bits."""
-    if out.dtype == torch.float32 and not out.is_cuda and host.multiplies(a.dtype):
+    if (
+        out.dtype == torch.float32
+        and not out.is_cuda
+        and host.multiplies(a.dtype)
+        and host.multiplies(b.dtype)
+    ):
         host.product(a, b, out, add=add)
     elif a.dtype == out.dtype:
         out.addmm_(a, b) if add else torch.mm(a, b, out=out)

@@ -1,6 +1,7 @@
-"""The host kernels that multiply float32 or bfloat16 with float32 results."""
+"""The host kernels that multiply float32 and bfloat16 with float32 results."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -10,23 +11,28 @@ from r1v3.kernels import host
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 KERNELS = [
-    (dtype, capability)
-    for dtype, code in CODES.items()
+    (dtypes, capability)
     for capability in (host._C.cpu_capabilities() if host.built() else ())
-    if host._C.has_gemm(code, capability)
+    if host._C.has_gemm(0, capability)
+    for dtypes in product(CODES, CODES)
 ]
 pytestmark = pytest.mark.skipif(not KERNELS, reason="r1v3._C is not built, or only portably")
-every_kernel = pytest.mark.parametrize("dtype,capability", KERNELS, ids=str)
+every_kernel = pytest.mark.parametrize(
+    "dtypes,capability",
+    KERNELS,
+    ids=[f"{capability}-{a}-{b}" for (a, b), capability in KERNELS],
+)
+Dtypes = tuple[torch.dtype, torch.dtype]
 
 
-def layouts(n: int, m: int, k: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+def layouts(n: int, m: int, k: int, dtypes: Dtypes) -> Iterator[tuple[Tensor, Tensor]]:
     """a [n, k] and b [k, m] in every order of strides, at odd addresses."""
     rows, columns = (
-        torch.randn(n, k + 3).to(dtype)[:, 1 : k + 1],
-        torch.randn(m + 1, k).to(dtype)[1:],
+        torch.randn(n, k + 3).to(dtypes[0])[:, 1 : k + 1],
+        torch.randn(m + 1, k).to(dtypes[1])[1:],
     )
-    sparse_a = torch.randn(2 * n, 3 * k).to(dtype)[::2, ::3]
-    sparse_b = torch.randn(2 * k, 3 * m).to(dtype)[::2, ::3]
+    sparse_a = torch.randn(2 * n, 3 * k).to(dtypes[0])[::2, ::3]
+    sparse_b = torch.randn(2 * k, 3 * m).to(dtypes[1])[::2, ::3]
     for a in (rows, rows.T.contiguous().T, sparse_a):
         for b in (columns.T, columns.T.contiguous(), sparse_b):
             yield a, b
@@ -39,12 +45,12 @@ def layouts(n: int, m: int, k: int, dtype: torch.dtype) -> Iterator[tuple[Tensor
     [(1, 1, 1), (14, 32, 2), (29, 77, 601), (100, 5, 7), (3, 200, 0), (15, 16, 31), (33, 48, 1050)],
 )
 def test_matches_float64(
-    n: int, m: int, k: int, add: bool, dtype: torch.dtype, capability: str
+    n: int, m: int, k: int, add: bool, dtypes: Dtypes, capability: str
 ) -> None:
     """Fails for an edge of a panel or block, an odd k, a stride, or sums in less than float32."""
     torch.manual_seed(0)
     wide = torch.randn(n, m + 6)
-    for a, b in layouts(n, m, k, dtype):
+    for a, b in layouts(n, m, k, dtypes):
         out = wide.clone()
         host.product(a, b, out[:, 3 : m + 3], add=add, capability=capability)
         want = wide.double()
@@ -55,9 +61,9 @@ def test_matches_float64(
 
 
 @every_kernel
-def test_infinity_and_nan_stay_in_their_row(dtype: torch.dtype, capability: str) -> None:
+def test_infinity_and_nan_stay_in_their_row(dtypes: Dtypes, capability: str) -> None:
     """Fails if padding multiplies infinity by 0, or a NaN reaches another row."""
-    a, b = torch.ones(3, 5).to(dtype), torch.ones(5, 3).to(dtype)
+    a, b = torch.ones(3, 5).to(dtypes[0]), torch.ones(5, 3).to(dtypes[1])
     a[0, 4], a[1, 0] = torch.inf, torch.nan
     out = torch.empty(3, 3)
     host.product(a, b, out, add=False, capability=capability)
@@ -65,13 +71,13 @@ def test_infinity_and_nan_stay_in_their_row(dtype: torch.dtype, capability: str)
 
 
 @every_kernel
-def test_bits_do_not_depend_on_place_or_threads(dtype: torch.dtype, capability: str) -> None:
+def test_bits_do_not_depend_on_place_or_threads(dtypes: Dtypes, capability: str) -> None:
     """Fails if a row's result changes with its place, its company or the number of threads.
 
     Of 300 rows the other operand is copied, of 7 and 1 the rows are.
     """
     torch.manual_seed(0)
-    a, b = torch.randn(500, 700).to(dtype), torch.randn(700, 400).to(dtype)
+    a, b = torch.randn(500, 700).to(dtypes[0]), torch.randn(700, 400).to(dtypes[1])
     whole = torch.empty(500, 400)
     threads = torch.get_num_threads()
     try:
@@ -84,6 +90,17 @@ def test_bits_do_not_depend_on_place_or_threads(dtype: torch.dtype, capability: 
             assert torch.equal(whole[rows], part)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_bfloat16_beside_float32_is_converted_exactly() -> None:
+    """Fails if a bfloat16 operand gives other bits than its float32 copy."""
+    a, b = torch.randn(29, 601).bfloat16(), torch.randn(601, 77)
+    for capability in {capability for _, capability in KERNELS}:
+        for x, y in ((a, b), (b.T.bfloat16(), a.T.float())):
+            mixed, same = torch.empty(2, x.shape[0], y.shape[1])
+            host.product(x, y, mixed, add=False, capability=capability)
+            host.product(x.float(), y, same, add=False, capability=capability)
+            assert torch.equal(mixed, same)
 
 
 def test_a_dtype_without_a_kernel_raises() -> None:

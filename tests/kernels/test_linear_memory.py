@@ -91,25 +91,27 @@ def test_a_tenth_of_the_memory_of_all_logits(dtype: torch.dtype) -> None:
     """Fails if, beside the gradients, more than a tenth of eager PyTorch's tensors are alive.
 
     In float32 the logits wait in the memory of the weight's gradient; in bfloat16, whose gradient
-    has room for half of these rows, they are computed twice.
+    has room for half of these rows, they are computed twice. Eager PyTorch, whose bfloat16 products
+    are slow, is measured with narrower hidden states: its peak is that of the logits.
     """
     hidden = torch.randn(1, 512, 512).to(dtype).requires_grad_()
     weight = torch.randn(2 * VOCAB, 512).to(dtype).requires_grad_()
     ids = torch.randint(0, 2 * VOCAB, (1, 512))
 
-    def eager() -> Tensor:
-        logp = torch.log_softmax((hidden @ weight.T).float(), -1)
+    def eager(h: Tensor, w: Tensor) -> Tensor:
+        logp = torch.log_softmax((h @ w.T).float(), -1)
         return -logp.gather(-1, ids[..., None]).mean()
 
-    def ours() -> Tensor:
-        return linear_grpo_loss(hidden, weight, ids, None, torch.ones(1), torch.ones_like(ids))[0]
+    def ours(h: Tensor, w: Tensor) -> Tensor:
+        return linear_grpo_loss(h, w, ids, None, torch.ones(1), torch.ones_like(ids))[0]
 
-    def beside_gradients(function: Callable[[], Tensor]) -> int:
-        task = timing.Task("step", lambda _: torch.autograd.grad(function(), (hidden, weight)))
-        gradients = (hidden.numel() + weight.numel()) * dtype.itemsize
-        return timing.peak_extra_bytes(task, "cpu") - gradients
+    def peak(function: Callable[[Tensor, Tensor], Tensor], *leaves: Tensor) -> int:
+        task = timing.Task("step", lambda _: torch.autograd.grad(function(*leaves), leaves))
+        return timing.peak_extra_bytes(task, "cpu")
 
-    assert beside_gradients(ours) <= beside_gradients(eager) / 10
+    narrow = [x.detach()[..., :8].clone().requires_grad_() for x in (hidden, weight)]
+    gradients = (hidden.numel() + weight.numel()) * dtype.itemsize
+    assert peak(ours, hidden, weight) - gradients <= (peak(eager, *narrow) - gradients) / 10
 
 
 @pytest.mark.parametrize(
