@@ -46,7 +46,7 @@ def _friendly() -> Iterator[None]:
 
 
 def _error_line(error: Exception) -> str:
-    """What went wrong and, in a job of several ranks, on which; the loss of a peer by its name."""
+    """The message of an error; in a job of several ranks with the rank, and a lost peer by name."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return f"error: {error}"
     text = str(error)
@@ -62,7 +62,7 @@ def _echo(result: object) -> None:
 
 
 def _require_begun(name: str, run: Path, resuming: bool) -> None:
-    """`--resume` is for a stage that was started; anything else is most likely a misspelt run."""
+    """`--resume` is for a stage that was started; anything else is most likely a misspelled run."""
     if resuming and not (run / "config" / f"{name}.yaml").is_file():
         raise ValueError(
             f"{run} holds no stage {name} to resume; start without --resume, or check run=..."
@@ -116,7 +116,7 @@ def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False)
 
 @app.command(epilog="Example: r1v3 grpo configs/demo/grpo.yaml run=runs/mine loss.clip_high=0.28")
 def grpo(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
-    """Group relative policy optimisation."""
+    """Group relative policy optimization."""
     with _friendly():
         from r1v3.config import GRPO, load
 

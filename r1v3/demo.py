@@ -14,7 +14,7 @@ from rich.console import Console
 from r1v3.config import GRPO, SFT, Connector, Data, Evaluate, Section, Select, load
 from r1v3.data import recipe
 from r1v3.evaluation.evaluate import evaluate
-from r1v3.evaluation.summary import EVALUATED, summarise
+from r1v3.evaluation.summary import EVALUATED, summarize
 from r1v3.files import write_json, write_text
 from r1v3.report.page import write_report
 from r1v3.report.tables import summary_table
@@ -134,7 +134,7 @@ def run_demo(run: Path | None, seed: int, configs: Path, *, resuming: bool) -> d
     with clock.stage("evaluation"):
         _evaluate_all(folder, configs, base, common, show)
     with clock.stage("report"):
-        summary = summarise(folder, seed, base, clock.seconds)
+        summary = summarize(folder, seed, base, clock.seconds)
         page = write_report(folder)
     console.print(summary_table(summary))
     console.print(f"{sum(clock.seconds.values()):.0f} seconds in all; read {page}")

@@ -1,4 +1,4 @@
-"""What this installation can do: the checks behind `r1v3 doctor`."""
+"""Checks of this installation, for `r1v3 doctor`."""
 
 import importlib
 import importlib.metadata
@@ -67,15 +67,15 @@ def print_report(checks: list[Check], file: TextIO | None = None) -> None:
 
 
 def read_pins(constraints: Path) -> dict[str, str]:
-    """Versions by normalised package name; empty where the file is not installed."""
+    """Versions by normalized package name; empty where the file is not installed."""
     if not constraints.exists():
         return {}
     lines = constraints.read_text(encoding="utf-8").splitlines()
     pairs = (line.split("==", 1) for line in lines if "==" in line and not line.startswith("#"))
-    return {_normalised(name): version.strip() for name, version in pairs}
+    return {_normalized(name): version.strip() for name, version in pairs}
 
 
-def _normalised(name: str) -> str:
+def _normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
@@ -85,7 +85,7 @@ def _python() -> Check:
 
 
 def _package(name: str, pins: dict[str, str]) -> Check:
-    tested = pins.get(_normalised(name))
+    tested = pins.get(_normalized(name))
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -11,7 +11,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """What the run ran on."""
+    """Return machine, versions, commit and the time of the start, for the run folder."""
     import transformers
 
     cpu = platform.processor() or platform.machine()

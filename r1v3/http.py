@@ -1,4 +1,4 @@
-"""What the HTTP clients of r1v3 have in common: the judge of rewards, the servers of rollouts.
+"""Requests to HTTP servers: the judge of rewards, the servers of rollouts.
 
 Servers are not trusted: a reply is read up to a number of bytes and within a time, proxies of the
 environment are not used and redirects are not followed. httpx is an optional package.

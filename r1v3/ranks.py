@@ -1,4 +1,4 @@
-"""What the processes of one job tell each other besides tensors: a handful of calls over gloo."""
+"""Messages between the processes of one job, besides tensors: a handful of calls over gloo."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -38,7 +38,7 @@ class Ranks:
         return shard_range(count, self.rank, self.size)
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all ranks."""
         if self.group is not None:
             dist.barrier(self.group)
 
@@ -59,7 +59,7 @@ class Ranks:
         return box[0]
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What `function` gives the first rank, on every rank; or its error, on every rank."""
+        """Call `function` on the main rank; return its result or raise its error on every rank."""
         if self.group is None:
             return function()
         outcome: tuple[Any, Exception | None] = (None, None)

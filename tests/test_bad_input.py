@@ -99,7 +99,7 @@ def test_an_empty_dataset_is_named(folder: Path) -> None:
 def test_a_wrong_setting_is_named_with_the_nearest_right_one(
     folder: Path, override: str, wanted: str
 ) -> None:
-    """Otherwise a misspelt setting would be ignored and the default used."""
+    """Otherwise a misspelled setting would be ignored and the default used."""
     assert wanted in verb(folder, *stage_arguments("sft"), override).error()
     assert not (folder / "run").exists()
 

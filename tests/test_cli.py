@@ -18,7 +18,7 @@ RUNNER = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"})
 
 
 def test_the_command_line_loads_nothing_heavy() -> None:
-    """Otherwise `r1v3 --help` and every misspelt key would take seconds to answer."""
+    """Otherwise `r1v3 --help` and every misspelled key would take seconds to answer."""
     program = (
         "import sys, r1v3.cli, r1v3.config, r1v3.trainer.interrupt\n"
         "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"

@@ -31,7 +31,7 @@ TEXTS = (
     "I see 12, 70, 35. Hmm, the second is 76 or 70. It is 70. The largest is 70 in row 2.",
     "So 92. Alternatively, 92-58=34, it fits. Which row shows the smallest number? That is B.",
     f"You are a helpful assistant. system user assistant <think>\n{THINK_CLOSE}\n\n\\boxed{{12}}",
-    # Here the marks of the closing tag merge with their neighbours.
+    # Here the marks of the closing tag merge with their neighbors.
     f"So 3. {THINK_CLOSE}\n\nIt is 3.{THINK_CLOSE}",
 )
 

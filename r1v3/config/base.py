@@ -1,4 +1,4 @@
-"""What every configuration section shares."""
+"""The base of every configuration section."""
 
 from typing import Annotated
 

@@ -17,7 +17,7 @@ class Modules(Section):
 
 
 class Architecture(Section):
-    """A randomly initialised InternVL (only pre-training starts from one).
+    """A randomly initialized InternVL (only pre-training starts from one).
 
     tokenizer_data: sample files whose texts the tokenizer's vocabulary is learned from.
     """
@@ -32,7 +32,7 @@ class Architecture(Section):
 
 
 class Optimizer(Section):
-    """AdamW and its schedule; `warmup_ratio` is the share of all steps that warms up linearly."""
+    """AdamW and its schedule; `warmup_ratio` is the fraction of steps with linear warm-up."""
 
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -43,7 +43,7 @@ class Optimizer(Section):
 
 
 class Decoding(Section):
-    """How completions are sampled; temperature 0 is greedy."""
+    """Sampling of completions; temperature 0 is greedy."""
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
     max_tokens: Positive = 96
@@ -67,7 +67,7 @@ class Monitor(Section):
 
 
 class Parallel(Section):
-    """How the Megatron engine lies over the ranks of `torchrun`; data parallelism is what is left.
+    """Layout of the Megatron engine over the ranks of `torchrun`; the rest is data parallelism.
 
     sequence: Megatron's sequence parallelism. first_stage_layers, last_stage_layers: language
     layers of the first pipeline stage, which also holds the vision tower, and of the last one,
@@ -96,7 +96,7 @@ class Parallel(Section):
 
 
 class RolloutEngine(Section):
-    """What samples the completions of GRPO.
+    """The sampler of GRPO's completions.
 
     local: the training weights themselves. vllm: vLLM in the training processes, asleep while
     they train; `tensor` ranks hold one copy. vllm-server: OpenAI-compatible servers at `urls`.

@@ -19,7 +19,7 @@ from r1v3.config.sections import (
 
 
 class Stage(Section):
-    """What every training and evaluation stage has.
+    """Settings of every training and evaluation stage.
 
     run: the run folder. seed: of everything random in the stage. threads: CPU threads, null for
     torch's own choice. model: the folder of the weights to start from. engine: `hf` is one
@@ -134,10 +134,10 @@ class PolicyLoss(Section):
 
 
 class GRPO(Stage):
-    """Group relative policy optimisation.
+    """Group relative policy optimization.
 
     One episode samples `prompts_per_step` x `group_size` completions and takes
-    `gradient_steps` optimizer steps on them, each on an equal share of the prompts. With one step
+    `gradient_steps` optimizer steps on them, each on an equal part of the prompts. With one step
     and `old_logprobs: current` the ratio is 1 and clipping is inert, as in the report.
     """
 

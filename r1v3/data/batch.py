@@ -1,4 +1,4 @@
-"""Prompts and responses as tensors: what every engine takes."""
+"""Prompts and responses as tensors, the input of every engine."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any

@@ -154,7 +154,7 @@ def _matching(problem: Problem, rng: np.random.Generator, index: int, split: str
     )
 
 
-# What a row of the base corpus is, by its position in a cycle: first to see, then to work.
+# The kinds of rows of the base corpus, in a cycle: first to see, then to work.
 _BASE_KINDS = ("dense", "rows", "worked", "dense", "worked", "rows", "worked", "direct")
 
 SKILL_KINDS = ("worked", "matching", "rows", "worked", "direct", "worked", "dense", "worked")
@@ -165,7 +165,7 @@ EXPLAINED_KINDS = ("explained", "worked", "explained", "explained", "rows", "exp
 def base_corpus(
     split: str, count: int, seed: int, kinds: Sequence[str] = _BASE_KINDS
 ) -> list[Sample]:
-    """Pre-training data: what a vision-language model knows before any reasoning is taught.
+    """Pre-training data: the abilities of a vision-language model before it is taught to reason.
 
     Transcriptions of pictures (cell by cell, and row by row), questions with the bare answer, and
     worked text-only problems, in all domains; never a picture with a chain of thought.

@@ -22,7 +22,7 @@ ORDINALS = ("first", "second", "third", "fourth")
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """How the teacher behaves; probabilities in [0, 1].
+    """Settings of the teacher; probabilities in [0, 1].
 
     glance_sharpness: exponent on the glance's probabilities (1 = as the weak reader has them).
     doubt: a digit glanced with less than this probability is looked at again.
@@ -38,7 +38,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class Chain:
-    """A thought (without think tags), the answer it ends in, and how many re-checks it opens."""
+    """A thought (without think tags), its final answer, and the number of re-checks in it."""
 
     thought: str
     answer: str
@@ -46,7 +46,7 @@ class Chain:
 
 
 def show_rows(rows: tuple[str, ...], sign: str = "") -> str:
-    """What a reader writes down first: `34+58`, or `34, 58, 12`."""
+    """The reading of a picture as text: `34+58`, or `34, 58, 12`."""
     return sign.join(rows) if sign in ("+", "-") else ", ".join(rows)
 
 
@@ -89,7 +89,7 @@ def _run_through(rows: tuple[str, ...], target: str) -> tuple[str, str]:
 
 
 def _trend(row: str) -> tuple[str, str]:
-    """Whether the digits of a row rise, fall or do neither, pair by pair."""
+    """The comparison of the digits of a row, pair by pair, and the letter of the answer."""
     pairs = [(int(a), int(b)) for a, b in zip(row, row[1:], strict=False)]
     signs = [_sign(a, b) for a, b in pairs]
     trend = {"<": 0, ">": 1}.get(signs[0], 2) if len(set(signs)) == 1 else 2

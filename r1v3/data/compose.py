@@ -11,7 +11,7 @@ from r1v3.data.digits import scans
 GRID = 4
 CELL = 16
 IMAGE_SIZE = GRID * CELL
-# A slate near the ImageNet mean: after normalisation the background is close to zero, so the
+# A slate near the ImageNet mean: after normalization the background is close to zero, so the
 # patch embedding sees ink and not a constant offset.
 _SLATE = np.array([118, 112, 102])
 _STROKES = {"+": ((3, 8, 13, 8), (8, 3, 8, 13)), "-": ((3, 8, 13, 8),)}

@@ -1,7 +1,7 @@
 """Handwritten digit scans and the split that every composed picture respects.
 
 The scans are the 1,797 real 8 x 8 digits bundled with scikit-learn (the test part of the UCI
-"Optical Recognition of Handwritten Digits" set: 13 writers' forms, 17 grey levels). They are split
+"Optical Recognition of Handwritten Digits" set: 13 writers' forms, 17 gray levels). They are split
 before anything is composed, so that no scan of a training picture is ever seen in validation or
 test.
 """
@@ -17,7 +17,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 SPLITS = ("train", "rl", "validation", "test")
-SPLIT_SHARES = (0.50, 0.15, 0.10, 0.25)
+SPLIT_FRACTIONS = (0.50, 0.15, 0.10, 0.25)
 _SPLIT_SEED = 20250711
 
 
@@ -42,7 +42,7 @@ def scans() -> Scans:
     """Load the bundled scans and split them, stratified by digit, always the same way.
 
     `train` serves pre-training and SFT, `rl` is seen by GRPO alone (so that rewards are earned on
-    handwriting that SFT could not memorise), `validation` chooses, `test` only scores.
+    handwriting that SFT could not memorize), `validation` chooses, `test` only scores.
     """
     bundled = load_digits()
     labels = np.asarray(bundled.target, dtype=np.int64)
@@ -51,7 +51,7 @@ def scans() -> Scans:
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     for digit in range(10):
         ids = rng.permutation(np.flatnonzero(labels == digit))
-        edges = np.round(np.cumsum(SPLIT_SHARES) * len(ids)).astype(int)
+        edges = np.round(np.cumsum(SPLIT_FRACTIONS) * len(ids)).astype(int)
         for name, part in zip(SPLITS, np.split(ids, edges[:-1]), strict=True):
             parts[name].append(part)
     return Scans(pixels, labels, {k: np.sort(np.concatenate(v)) for k, v in parts.items()})
@@ -63,9 +63,9 @@ def _reader(strength: float) -> Pipeline:
 
 @cache
 def reading_probabilities(strength: float) -> np.ndarray:
-    """How a real, imperfect reader sees every scan: probabilities [N, 10].
+    """Digit probabilities [N, 10] of every scan, as a real, imperfect reader sees it.
 
-    A logistic regression of the given inverse regularisation, fitted on the `train` scans. Its
+    A logistic regression of the given inverse regularization, fitted on the `train` scans. Its
     opinion of a train scan is out-of-fold (5 folds), so that its doubts are genuine everywhere.
     """
     data = scans()

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
 from r1v3.data.batch import Batch
-from r1v3.data.images import load_image, normalise, tile_image
+from r1v3.data.images import load_image, normalize, tile_image
 from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END, render_prompt, token_id
 
 
 @dataclass(frozen=True)
 class ImageShape:
-    """How pictures become tiles: tile size in pixels, most tiles, tokens per tile."""
+    """The tiling of pictures: tile size in pixels, most tiles, tokens per tile."""
 
     tile_size: int
     max_tiles: int
@@ -27,7 +27,7 @@ class ImageShape:
 
 
 def model_image_shape(config: InternVLConfig, max_tiles: int) -> ImageShape:
-    """How a model wants its pictures."""
+    """The tiling that a model was trained with."""
     vision: Any = config.vision_config
     return ImageShape(vision.image_size[0], max_tiles, config.image_seq_length)
 
@@ -95,7 +95,7 @@ def collate(
     responses: Sequence[Sequence[int]] | None = None,
     group_size: int = 1,
 ) -> Batch:
-    """One batch of prompts and responses (the examples' own, or G given ones per prompt)."""
+    """Make a batch of prompts and responses: the examples' own, or G given ones per prompt."""
     given = [e.response_ids for e in examples] if responses is None else responses
     prompt_ids, prompt_mask = _pad([e.prompt_ids for e in examples], pad_id, left=True)
     response_ids, loss_mask = _pad(given, pad_id, left=False)
@@ -103,7 +103,7 @@ def collate(
     return Batch(
         prompt_ids,
         prompt_mask,
-        normalise(tiles) if len(tiles) else None,
+        normalize(tiles) if len(tiles) else None,
         torch.tensor([len(e.tiles) for e in examples]),
         response_ids,
         loss_mask,
@@ -113,7 +113,7 @@ def collate(
 
 @contextmanager
 def in_row(path: Path, row: int) -> Iterator[None]:
-    """Put file and row in front of what is wrong with a sample."""
+    """Put file and row in front of the message of a ValueError raised within."""
     try:
         yield
     except ValueError as error:
@@ -123,7 +123,11 @@ def in_row(path: Path, row: int) -> Iterator[None]:
 def encode_all(
     path: Path, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerFast, shape: ImageShape
 ) -> list[Example]:
-    """The prompts of a file's samples; what is wrong with one is named by file and row."""
+    """Encode the samples of a file.
+
+    Raises:
+        ValueError: as `encode_sample`, with the file and the row in front.
+    """
     examples = []
     for row, sample in enumerate(samples):
         with in_row(path, row):

@@ -1,4 +1,4 @@
-"""Images as InternVL sees them: dynamic tiling and normalisation, with PIL only.
+"""Images as InternVL sees them: dynamic tiling and normalization, with PIL only.
 
 Follows the released preprocessing (InternVL `dynamic_preprocess`, used unchanged by Skywork-R1V):
 a grid of square tiles close to the image's shape, bicubic resize, row-major crops, and a thumbnail.
@@ -171,7 +171,7 @@ def tile_image(
     return tiles
 
 
-def normalise(
+def normalize(
     tiles: np.ndarray,
     *,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
@@ -191,7 +191,7 @@ def pixel_values(
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
 ) -> torch.Tensor:
-    """`normalise`d tiles, float32 [tiles, 3, S, S].
+    """`normalize`d tiles, float32 [tiles, 3, S, S].
 
     Raises:
         ValueError: there are no tiles, or they are not RGB squares of one size.
@@ -205,4 +205,4 @@ def pixel_values(
                 f"tiles[{index}] is {tile.mode} {tile.width}x{tile.height}; "
                 f"it must be RGB {side}x{side}"
             )
-    return normalise(np.stack([np.asarray(tile) for tile in tiles]), mean=mean, std=std)
+    return normalize(np.stack([np.asarray(tile) for tile in tiles]), mean=mean, std=std)

@@ -59,7 +59,7 @@ class Message(TypedDict):
 
 @with_config(ConfigDict(extra="forbid"))
 class RewardModel(TypedDict):
-    """How a completion is graded: by rule, against `ground_truth`."""
+    """Grading of a completion: by rule, against `ground_truth`."""
 
     style: Literal["rule"]
     ground_truth: StrictStr
@@ -144,7 +144,7 @@ class Sample(BaseModel):
 
     @property
     def ground_truth(self) -> str:
-        """What a completion's final answer is compared with."""
+        """The right answer, with which a completion's final answer is compared."""
         return self.reward_model["ground_truth"]
 
     @property
@@ -161,7 +161,7 @@ class Sample(BaseModel):
 
     @property
     def split(self) -> str:
-        """What part of the data it belongs to, such as "train"."""
+        """The part of the data that it belongs to, such as "train"."""
         return str(self.extra_info["split"])
 
     @property
@@ -197,16 +197,14 @@ def make_sample(
     system: str | None = None,
     options: Sequence[str] | None = None,
     response: str | None = None,
-    split: str = "train",
-    domain: str | None = None,
     ability: str = "math",
-    answer: str | None = None,
     **further: Any,
 ) -> Sample:
-    r"""A sample from its parts.
+    r"""Make a sample from its parts.
 
     A question without `<image>` gets one per image in front (`<image>\n`, as InternVL does), and
-    options are listed below it as `A. ...`. Further keywords go into `extra_info`.
+    options are listed below it as `A. ...`. Further keywords go into `extra_info`, such as
+    `domain`, `split` ("train" by default) or `answer` (`ground_truth` by default).
 
     Raises:
         ValueError: as `Sample`.
@@ -220,12 +218,11 @@ def make_sample(
     prompt = [] if system is None else [{"role": "system", "content": system}]
     prompt.append({"role": "user", "content": shown})
     extra_info = {
-        "split": split,
+        "split": "train",
         "index": index,
-        "domain": domain,
         "options": None if options is None else list(options),
         "question": question.replace(IMAGE_PLACEHOLDER, "").strip(),
-        "answer": ground_truth if answer is None else answer,
+        "answer": ground_truth,
         "response": response,
         **further,
     }

@@ -13,10 +13,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from r1v3.data.sample import Sample, make_sample, parse_row
+from r1v3.data.sample import Sample, parse_row
 from r1v3.files import fsync_directory, temporary_sibling
-
-__all__ = ["Sample", "load_samples", "make_sample", "write_samples"]
 
 SHOWN_FAULTS = 10
 ROWS_PER_GROUP = 256

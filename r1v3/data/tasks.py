@@ -15,7 +15,7 @@ IN_DOMAIN = ("arithmetic", "comparison", "ordering")
 OUT_OF_DOMAIN = ("counting",)
 LETTERS = "ABCD"
 TRENDS = ("rise", "fall", "neither")
-# A numeral, as digits are: the tokenizer keeps it apart from its neighbours, so that every cell of
+# A numeral, as digits are: the tokenizer keeps it apart from its neighbors, so that every cell of
 # a transcribed grid is one token and stands at a fixed distance from its visual token.
 EMPTY_CELL = "\u24ea"
 

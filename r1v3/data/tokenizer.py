@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer in Qwen2's layout, with InternVL's special tokens.
 
-As in the 38B, `<think>` and `</think>` are ordinary text, not special tokens (research of the
-model's tokenizer: they take several tokens), and every decimal digit is a token of its own.
+As in the 38B's tokenizer, `<think>` and `</think>` are ordinary text of several tokens, not special
+tokens, and every decimal digit is a token of its own.
 """
 
 from collections.abc import Iterable

@@ -7,7 +7,7 @@ import typer
 
 from r1v3.config import Decoding, Evaluate
 from r1v3.data.images import load_image
-from r1v3.data.schema import make_sample
+from r1v3.data.sample import make_sample
 from r1v3.evaluation.evaluate import load_policy, mode_sampling
 from r1v3.rollout.contract import Sampling
 

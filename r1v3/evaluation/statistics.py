@@ -72,12 +72,12 @@ def _quantile(questions: int) -> float:
 
 
 def wilson_interval(p: float, n: float, z: float) -> tuple[float, float]:
-    """Wilson's score interval (E. B. Wilson, JASA 22, 1927) for a share `p` of `n` trials."""
+    """Wilson's score interval (E. B. Wilson, JASA 22, 1927) for a fraction `p` of `n` trials."""
     scale = 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / scale
+    center = (p + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # At p = 0 and p = 1 one end is exactly p; rounding must not put it on the wrong side.
-    return min(max(centre - half, 0.0), p), max(min(centre + half, 1.0), p)
+    return min(max(center - half, 0.0), p), max(min(center + half, 1.0), p)
 
 
 def score(correct: ArrayLike, tokens: ArrayLike) -> Score:
@@ -117,7 +117,7 @@ def paired_gain(a: ArrayLike, b: ArrayLike) -> Gain:
     a, b: [Q, K_a] and [Q, K_b] of 0/1, row q of both being the same question. The interval is
     Student's t over the Q differences (Miller 2024, section 4.2), cut to [-1, 1]. Where all
     differences are equal it says nothing; then each side is widened by Wilson's upper bound for
-    zero events in Q trials, the share of questions that may differ although none was seen to.
+    zero events in Q trials, the fraction of questions that may differ although none was seen to.
     `samples` is the smaller of K_a and K_b.
 
     Raises ValueError for inputs that `score` would refuse or different numbers of questions.
@@ -165,9 +165,9 @@ def correlation(x: Sequence[float | None], y: Sequence[float | None]) -> Correla
 
 
 def _pearson(pairs: NDArray[np.float64]) -> float:
-    centred = pairs - pairs.mean(axis=0)
-    centred /= np.abs(centred).max(axis=0)  # squares of tiny spreads would underflow
-    x, y = centred.T
+    centered = pairs - pairs.mean(axis=0)
+    centered /= np.abs(centered).max(axis=0)  # squares of tiny spreads would underflow
+    x, y = centered.T
     return min(max(float(x @ y) / math.sqrt(float(x @ x) * float(y @ y)), -1.0), 1.0)
 
 
@@ -178,8 +178,8 @@ def _spearman_p(ranks: NDArray[np.float64], rho: float) -> float:
             return 0.0
         t = abs(rho) * math.sqrt((n - 2) / (1 - rho * rho))
         return float(2 * stats.t.sf(t, n - 2))
-    centred = ranks - ranks.mean(axis=0)
-    orders = centred[np.array(list(itertools.permutations(range(n)))), 1]
-    by_chance = np.abs(orders @ centred[:, 0])
-    seen = abs(float(centred[:, 0] @ centred[:, 1]))
+    centered = ranks - ranks.mean(axis=0)
+    orders = centered[np.array(list(itertools.permutations(range(n)))), 1]
+    by_chance = np.abs(orders @ centered[:, 0])
+    seen = abs(float(centered[:, 0] @ centered[:, 1]))
     return float((by_chance >= seen - 1e-9).mean())

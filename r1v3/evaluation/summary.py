@@ -15,7 +15,7 @@ from r1v3.model.internvl import count_parameters, load_model
 EVALUATED = ("base", "sft", "grpo", "connector", "selected")
 
 
-def summarise(run: Path, seed: int, base: Path, seconds: dict[str, float]) -> dict[str, Any]:
+def summarize(run: Path, seed: int, base: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """Collect the evaluation records of a run into summary.json."""
     records = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What an InternVL costs in parameters and floating-point operations, as formulas.
+"""Parameters and floating-point operations of an InternVL, as formulas.
 
 The cluster plan and the telemetry of a running job both count from here. A multiply-add is two
 operations. Norms, activations, rotations and the softmax are left out, as is usual for MFU: at
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import InternVLConfig
 
-PARTS = ("vision", "connector", "llm")
+from r1v3.model.parts import PARTS
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Dimensions:
 
 @dataclass(frozen=True)
 class Work:
-    """What passes through the model in one or more micro-batches.
+    """The tokens and tiles that pass through the model in one or more micro-batches.
 
     tokens: positions of the language model; a prompt shared by G responses counts once.
     attended: keys that those positions attend to, summed. labels: rows of the head. tiles: of

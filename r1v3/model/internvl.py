@@ -63,7 +63,7 @@ def internvl_config(
 def build_model(
     config: InternVLConfig, seed: int, *, device: str = "cpu"
 ) -> InternVLForConditionalGeneration:
-    """A randomly initialised model; matrices are scaled by fan-in, as small models need."""
+    """A randomly initialized model; matrices are scaled by fan-in, as small models need."""
     generator = torch.Generator().manual_seed(seed)
     config._attn_implementation = "sdpa"
     model = InternVLForConditionalGeneration(config)

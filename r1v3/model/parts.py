@@ -4,17 +4,27 @@ from collections.abc import Mapping
 
 PARTS = ("vision", "connector", "llm")
 _PREFIXES = {
+    # transformers' InternVLForConditionalGeneration
     "model.vision_tower.": "vision",
     "model.multi_modal_projector.": "connector",
     "model.language_model.": "llm",
     "lm_head.": "llm",
+    # r1v3.model.megatron.internvl.InternVL
+    "vision_model.": "vision",
+    "vision_projection.": "connector",
+    "language_model.": "llm",
 }
 
 
 def part_of(name: str) -> str:
-    """The part (vision, connector or llm) a parameter of HF-native InternVL belongs to."""
+    """The part that a parameter belongs to, in transformers' names or those of megatron-core.
+
+    Raises:
+        ValueError: no part has parameters of this name.
+    """
+    inner = name.removeprefix("module.")  # megatron-core's wrapper for data parallelism
     for prefix, part in _PREFIXES.items():
-        if name.startswith(prefix):
+        if inner.startswith(prefix):
             return part
     raise ValueError(f"parameter {name!r} belongs to no part of InternVL ({', '.join(PARTS)})")
 

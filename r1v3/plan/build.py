@@ -20,7 +20,7 @@ TIMEOUT_SECONDS = 600
 
 @dataclass(frozen=True)
 class RankLayout:
-    """What the modules of a rank depend on.
+    """Layout that determines the modules of a rank.
 
     world: all ranks. stages: language layers of the first and last stage; None divides evenly.
     """
@@ -119,8 +119,9 @@ def _build(folder: str, layout: RankLayout) -> list[dict[str, Any]]:
 def _count(config: Any, layout: RankLayout, stage: int) -> dict[str, Any]:
     import torch
 
-    from r1v3.model.megatron.internvl import InternVL, part_of
+    from r1v3.model.megatron.internvl import InternVL
     from r1v3.model.megatron.options import ModelOptions
+    from r1v3.model.parts import PARTS, part_of
 
     options = ModelOptions(
         dtype=getattr(torch, layout.dtype),
@@ -135,7 +136,7 @@ def _count(config: Any, layout: RankLayout, stage: int) -> dict[str, Any]:
             pre_process=stage == 0,
             post_process=stage == layout.pipeline - 1,
         )
-    parameters = dict.fromkeys(("vision", "connector", "llm"), 0)
+    parameters = dict.fromkeys(PARTS, 0)
     whole = dict(parameters)
     padding = _Padding(config, options)
     tensors = 0

@@ -53,7 +53,7 @@ class Job:
 
 
 def stage_layers(total: int, stages: int, first: int | None, last: int | None) -> tuple[int, ...]:
-    """Language layers of every pipeline stage; the middle ones share evenly.
+    """Language layers of every pipeline stage; the rest is divided evenly among the middle ones.
 
     Raises:
         ValueError: the layers do not divide.
@@ -167,9 +167,9 @@ def _micro_batch(
     elif isinstance(config, GRPO):
         longest = max([config.decoding.max_tokens, *(step.max_tokens for step in config.lengths)])
         length = sequence_length or prompt + longest
-        share = config.prompts_per_step // config.gradient_steps
-        prompts, group = min(config.micro_batch_prompts, share), config.group_size
-        count = -(-share // prompts)
+        per_step = config.prompts_per_step // config.gradient_steps
+        prompts, group = min(config.micro_batch_prompts, per_step), config.group_size
+        count = -(-per_step // prompts)
         rows = -(-config.prompts_per_step // data) * group
     elif isinstance(config, Evaluate):
         length = sequence_length or prompt + config.decoding.max_tokens

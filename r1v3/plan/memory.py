@@ -1,4 +1,4 @@
-"""How many bytes a rank holds, as formulas that follow the modules of `r1v3.model.megatron`.
+"""Bytes that a rank holds, as formulas that follow the modules of `r1v3.model.megatron`.
 
 Saved activations are what autograd keeps: `tests/plan/test_memory.py` counts them in the
 real modules and finds the same bytes. What exists only for a moment inside a layer's backward is
@@ -75,7 +75,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class Shards:
-    """How a model is split, and the precision its activations have.
+    """Split of a model, and the precision of its activations.
 
     layers: language layers of each pipeline stage. element: bytes of weights and activations.
     padded_heads, padded_vocab: of the vision tower and the vocabulary. cuda: fused RMS norm and
@@ -130,7 +130,7 @@ def norm_saved(shards: Shards, width: int) -> int:
     """Bytes a norm keeps per token, its output apart: its input and a statistic."""
     if shards.cuda:
         return width * shards.element + 4
-    # The CPU's RMS norm keeps a float32 input and the normalised value.
+    # The CPU's RMS norm keeps a float32 input and the normalized value.
     return 2 * width * 4 + 4
 
 
@@ -279,7 +279,7 @@ def activations(
     modules: Mapping[str, bool],
     micro_batches: int,
 ) -> Activations:
-    """What a rank of a pipeline stage holds besides weights, gradients and optimizer.
+    """Memory of a rank of a pipeline stage besides weights, gradients and optimizer.
 
     Args:
         modules: which of vision, connector and llm are trained.

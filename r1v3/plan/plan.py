@@ -1,4 +1,4 @@
-"""What a stage's configuration asks of a cluster: memory of every kind of rank, and operations."""
+"""Demands of a stage's configuration on a cluster: memory of every kind of rank, operations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ class RankPlan:
 
     @property
     def resident(self) -> float:
-        """What stays while completions are sampled as well."""
+        """Held all the time, while completions are sampled as well."""
         return self.state.total + self.reference + self.outside
 
     @property
@@ -65,8 +65,8 @@ class Plan:
     """All kinds of ranks, and what a step costs.
 
     parameters: of the whole model by part, without padding. flops: of a step by part, model
-    operations; hardware_flops with what is computed again. slowest_stage: share of these that the
-    slowest pipeline stage has. rollout_flops: of sampling.
+    operations; hardware_flops with what is computed again. slowest_stage: fraction of these in the
+    slowest pipeline stage. rollout_flops: of sampling.
     """
 
     job: Job
@@ -147,7 +147,7 @@ def make_plan(job: Job, dims: Dimensions, built: Sequence[BuiltRank] | None = No
 
 
 def _slowest(job: Job, dims: Dimensions) -> float:
-    """The slowest pipeline stage's share of a micro-batch."""
+    """The fraction of a micro-batch's operations in the slowest pipeline stage."""
     work, stages = job.pack.work(), job.shards.pipeline
 
     def cost(part: Work) -> dict[str, float]:
@@ -221,7 +221,7 @@ def _rollout(job: Job, dims: Dimensions, stage: int) -> RolloutMemory | None:
 
 
 def _problems(job: Job, ranks: Sequence[RankPlan]) -> list[str]:
-    """What does not work, in words; empty when the plan fits."""
+    """One sentence per reason why the plan does not fit."""
     found, limit = [], job.cluster.memory
     for rank in ranks:
         for name, needed in (("training", rank.training), ("sampling", rank.sampling)):

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from r1v3.model.flops import PARTS
+from r1v3.model.parts import PARTS
 from r1v3.plan import memory
 from r1v3.plan.plan import Plan, RankPlan
 from r1v3.plan.search import Proposal
@@ -129,7 +129,7 @@ def _print_verdict(plan: Plan, proposals: Sequence[Proposal], console: Console) 
     for problem in plan.problems:
         console.print(f"[red]does not fit[/]: {problem}", highlight=False, soft_wrap=True)
     if not proposals:
-        console.print("no change of layout, micro-batch or memory share fits; more GPUs may")
+        console.print("no change of layout, micro-batch or vLLM memory fits; more GPUs may")
     for proposal in proposals:
         console.print(
             f"[green]would fit[/] ({gb(-proposal.plan.overflow)} GB left, "

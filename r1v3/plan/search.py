@@ -37,7 +37,7 @@ def propose(
 
     Args:
         load: the configuration under a list of `key=value` overrides; ConfigError (a ValueError)
-            for those that make no sense together.
+            for settings that exclude each other.
         most: proposals to return.
     """
 
@@ -59,7 +59,7 @@ def propose(
         config = load(kept)
         tried = [
             Proposal(overrides, found)
-            for change in neighbours(config, dims)
+            for change in neighbors(config, dims)
             if (found := plan(overrides := _merge(kept, change))) is not None
         ]
         fitting = [proposal for proposal in tried if proposal.plan.fits]
@@ -82,7 +82,7 @@ def _merge(kept: tuple[str, ...], change: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{key}={value}" for key, value in settings.items())
 
 
-def neighbours(config: Stage, dims: Dimensions) -> Iterator[tuple[str, ...]]:
+def neighbors(config: Stage, dims: Dimensions) -> Iterator[tuple[str, ...]]:
     """Changes of one setting, with what must change along with it."""
     parallel = config.parallel
     if parallel.recompute == "none":
@@ -125,8 +125,10 @@ def neighbours(config: Stage, dims: Dimensions) -> Iterator[tuple[str, ...]]:
 
 
 def balanced_first(dims: Dimensions, stages: int) -> int:
-    """Language layers of the first of `stages` stages that give all about the same parameters,
-    such that the other stages share the rest evenly."""
+    """Language layers of the first of `stages` stages that give all about the same parameters.
+
+    The rest is divided evenly among the other stages.
+    """
     others = stages - 1
     extra = (
         dims.vision_embeddings

@@ -1,7 +1,7 @@
 """Look of the figures: 1000 x 560 units on white, drawn at twice that for sharp screens and print.
 
-Stages use colours of M. Okabe and K. Ito (2008), modes those of P. Tol's "muted" scheme; both can
-be told apart with the common kinds of colour blindness. Raw values are always drawn; a moving
+Stages use colors of M. Okabe and K. Ito (2008), modes those of P. Tol's "muted" scheme; both can
+be told apart with the common kinds of color blindness. Raw values are always drawn; a moving
 average is only ever added on top of them.
 """
 
@@ -24,21 +24,21 @@ from r1v3.report.run_folder import RunFolder
 
 INK = "#222222"
 MUTED = "#6b6b6b"
-STAGE_COLOURS = {
+STAGE_COLORS = {
     "base": "#8a8a8a",
     "sft": "#E69F00",
     "grpo": "#0072B2",
     "connector": "#009E73",
     "selected": "#CC79A7",
 }
-MODE_COLOURS = {
+MODE_COLORS = {
     "slow": "#332288",
     "nothink": "#CC6677",
     "nowait": "#117733",
     "budget": "#44AA99",
     "other": "#6b6b6b",
 }
-PART_COLOURS = {"vision": "#D55E00", "connector": "#009E73", "llm": "#0072B2"}
+PART_COLORS = {"vision": "#D55E00", "connector": "#009E73", "llm": "#0072B2"}
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 11.5,
@@ -87,7 +87,7 @@ def draw_png(run: RunFolder, draw: Draw, file: Path) -> Path | None:
 
 
 def moving_average(values: Sequence[float], window: int) -> np.ndarray:
-    """Centred mean over `window` (odd) values, over fewer at the two ends. [n] float64."""
+    """Centered mean over `window` (odd) values, over fewer at the two ends. [n] float64."""
     array = np.asarray(values, dtype=np.float64)
     half = window // 2
     return np.array([array[max(0, i - half) : i + half + 1].mean() for i in range(len(array))])
@@ -99,29 +99,29 @@ def smoothing_window(count: int) -> int:
 
 
 def raw_and_mean(
-    axes: Axes, steps: list[float], values: list[float], colour: str, label: str
+    axes: Axes, steps: list[float], values: list[float], color: str, label: str
 ) -> None:
     """Every value as a small point, and their moving average where there are points enough."""
     window = smoothing_window(len(values))
     if window == 1:
-        axes.plot(steps, values, "o-", color=colour, ms=3.5, lw=1.4, label=label)
+        axes.plot(steps, values, "o-", color=color, ms=3.5, lw=1.4, label=label)
         return
-    axes.plot(steps, values, "o", color=colour, ms=3.6, alpha=0.45, mew=0)
+    axes.plot(steps, values, "o", color=color, ms=3.6, alpha=0.45, mew=0)
     smooth = moving_average(values, window)
-    axes.plot(steps, smooth, "-", color=colour, lw=2.2, label=f"{label} (mean of {window} steps)")
+    axes.plot(steps, smooth, "-", color=color, lw=2.2, label=f"{label} (mean of {window} steps)")
 
 
 def interval_point(
-    axes: Axes, x: float, score: Score, colour: str, marker: str = "o", label: str | None = None
+    axes: Axes, x: float, score: Score, color: str, marker: str = "o", label: str | None = None
 ) -> None:
-    """A score in per cent at x with its 95 % interval."""
+    """A score in percent at x with its 95 % interval."""
     below, above = score.accuracy - score.low, score.high - score.accuracy
     axes.errorbar(
         [x],
         [100 * score.accuracy],
         yerr=[[100 * max(below, 0.0)], [100 * max(above, 0.0)]],
         fmt=marker,
-        color=colour,
+        color=color,
         ms=8,
         capsize=3,
         lw=1.4,

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from r1v3.evaluation.statistics import Correlation, Score
 from r1v3.report.figure_style import (
     INK,
-    MODE_COLOURS,
+    MODE_COLORS,
     MUTED,
-    PART_COLOURS,
-    STAGE_COLOURS,
+    PART_COLORS,
+    STAGE_COLORS,
     at_least,
     draw_png,
     interval_point,
@@ -32,8 +32,6 @@ from r1v3.report.run_folder import (
 )
 from r1v3.report.tables import MODE_NAMES, Row, main_stage, mode_budget, mode_rows
 
-HIGH_ENTROPY_NATS = 6.8  # Skywork-R1V3 report, figure 10
-
 
 def reward_figure(run: RunFolder, out: Path) -> Path | None:
     """Reward and accuracy of the GRPO samples, and validation accuracy, over steps."""
@@ -43,11 +41,11 @@ def reward_figure(run: RunFolder, out: Path) -> Path | None:
 def _draw_reward(run: RunFolder, figure: Figure) -> bool:
     axes = figure.subplots()
     drawn = False
-    lines = (("reward", MUTED, "Reward"), ("accuracy", STAGE_COLOURS["grpo"], "Accuracy, training"))
-    for key, colour, label in lines:
+    lines = (("reward", MUTED, "Reward"), ("accuracy", STAGE_COLORS["grpo"], "Accuracy, training"))
+    for key, color, label in lines:
         steps, values = series(run.grpo, key)
         if steps:
-            raw_and_mean(axes, steps, values, colour, label)
+            raw_and_mean(axes, steps, values, color, label)
             drawn = True
     legend: str | None = "Accuracy, validation (95 % interval)"
     for record in run.grpo:
@@ -71,7 +69,7 @@ def _draw_reward(run: RunFolder, figure: Figure) -> bool:
     if not drawn:
         return False
     axes.set(title="Reward and accuracy during GRPO", xlabel="GRPO step")
-    axes.set_ylabel("Reward, or share of correct answers (both 0 to 1)")
+    axes.set_ylabel("Reward, or fraction of correct answers")
     at_least(axes, 0.2, 0.0, 1.02)
     axes.legend(loc="best")
     return True
@@ -90,18 +88,18 @@ def _draw_selection(run: RunFolder, figure: Figure) -> bool:
     scatter = figure.add_subplot(grid[:, 0])
     for c in found:
         score = Score(c.accuracy, c.low, c.high, 0, 0, 0.0)
-        colour = STAGE_COLOURS["selected"] if c.selected else STAGE_COLOURS["grpo"]
-        interval_point(scatter, c.entropy, score, colour, "*" if c.selected else "o")
+        color = STAGE_COLORS["selected"] if c.selected else STAGE_COLORS["grpo"]
+        interval_point(scatter, c.entropy, score, color, "*" if c.selected else "o")
         if c.selected:
             x, y = [c.entropy], [100 * c.accuracy]
-            scatter.plot(x, y, "*", color=colour, ms=17, zorder=6, label="selected")
+            scatter.plot(x, y, "*", color=color, ms=17, zorder=6, label="selected")
     scatter.margins(x=0.16, y=0.12)
     scatter.set_xlabel("Entropy at critical tokens (nats); labels are GRPO steps")
     scatter.set_ylabel("Validation accuracy (%)")
     scatter.set_title(_correlation_title(entropy_correlation(found)))
     top, bottom = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
     steps = [c.step for c in found]
-    top.plot(steps, [100 * c.accuracy for c in found], "o-", color=STAGE_COLOURS["grpo"], ms=5)
+    top.plot(steps, [100 * c.accuracy for c in found], "o-", color=STAGE_COLORS["grpo"], ms=5)
     top.set(title="Course over GRPO steps", ylabel="Accuracy (%)")
     bottom.plot(steps, [c.entropy for c in found], "o-", color=INK, ms=5, label="at the token")
     after = [(c.step, c.entropy_after) for c in found if c.entropy_after is not None]
@@ -112,7 +110,7 @@ def _draw_selection(run: RunFolder, figure: Figure) -> bool:
     for axes in (top, bottom):
         for c in found:
             if c.selected:
-                axes.axvline(c.step, color=STAGE_COLOURS["selected"], lw=1.5, alpha=0.7, zorder=0)
+                axes.axvline(c.step, color=STAGE_COLORS["selected"], lw=1.5, alpha=0.7, zorder=0)
     names = [f"{c.step:g}" for c in found]
     chosen = {i for i, c in enumerate(found) if c.selected}
     if chosen:
@@ -129,12 +127,12 @@ def _correlation_title(measured: Correlation) -> str:
 
 
 def histogram_figure(run: RunFolder, out: Path) -> Path | None:
-    """Token entropy at several GRPO steps, with the share above 6.8 nats (report, figure 10)."""
+    """Token entropy at several GRPO steps, and the fraction of high entropy (report, figure 10)."""
     return draw_png(run, _draw_histogram, out / "entropy_histogram.png")
 
 
 def histograms(run: RunFolder) -> list[tuple[float, np.ndarray, float | None]]:
-    """(step, counts [bins], share above 6.8 nats) of the steps whose histogram fits the edges."""
+    """(step, counts [bins], high-entropy fraction) of the steps whose histogram fits the edges."""
     found = []
     for record in run.grpo:
         step, counts = number(record.get("step")), record.get("entropy_histogram")
@@ -158,10 +156,10 @@ def _draw_histogram(run: RunFolder, figure: Figure) -> bool:
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, len(chosen)))
     for shade, index in zip(shades, chosen, strict=True):
         step, counts, high = found[index]
-        share = 100 * counts / counts.sum()
-        above = "" if high is None else f": {100 * high:.3g} % above {HIGH_ENTROPY_NATS} nats"
+        percent = 100 * counts / counts.sum()
+        above = "" if high is None else f": {100 * high:.3g} % above {run.high_entropy_nats:g} nats"
         axes.stairs(
-            np.where(share > 0, share, np.nan),
+            np.where(percent > 0, percent, np.nan),
             edges,
             color=shade,
             lw=2,
@@ -169,7 +167,7 @@ def _draw_histogram(run: RunFolder, figure: Figure) -> bool:
         )
     log_y(axes)
     axes.set(title="Entropy of generated tokens", xlabel="Entropy (nats)")
-    axes.set_ylabel("Share of tokens per bin (%, log scale)")
+    axes.set_ylabel("Tokens per bin (%, log scale)")
     used = max(int(np.nonzero(counts)[0][-1]) for _, counts, _ in found)
     _entropy_limits(axes, run, float(edges[0]), float(edges[used + 1]))
     axes.legend(loc="upper right", bbox_to_anchor=(0.96, 1.0))
@@ -177,17 +175,19 @@ def _draw_histogram(run: RunFolder, figure: Figure) -> bool:
 
 
 def _entropy_limits(axes: Axes, run: RunFolder, low: float, used: float) -> None:
-    """Mark 6.8 nats where it can be reached; else mark ln V and say that it cannot."""
+    """Mark the high-entropy threshold where it can be reached; else mark ln V and say so."""
+    threshold = run.high_entropy_nats
     vocabulary = number(run.summary.get("vocabulary"))
     most = math.log(vocabulary) if vocabulary is not None and vocabulary > 1 else None
-    if most is None or most > HIGH_ENTROPY_NATS:
-        axes.axvline(HIGH_ENTROPY_NATS, color=INK, lw=1.2, ls="--")
-        axes.set_xlim(low, max(used, HIGH_ENTROPY_NATS) * 1.05)
+    if most is None or most > threshold:
+        axes.axvline(threshold, color=INK, lw=1.2, ls="--")
+        axes.set_xlim(low, max(used, threshold) * 1.05)
         return
     axes.axvline(most, color=INK, lw=1.2, ls="--")
     axes.set_xlim(low, max(used, most) * 1.02)
     note = (
-        f"largest possible: ln({vocabulary:.0f}) = {most:.2f} nats,\nso no token can pass 6.8 nats"
+        f"largest possible: ln({vocabulary:.0f}) = {most:.2f} nats,\n"
+        f"so no token can pass {threshold:g} nats"
     )
     axes.annotate(
         note,
@@ -226,12 +226,12 @@ def _draw_modes(run: RunFolder, figure: Figure) -> bool:
             [t for t, _ in budgets],
             [100 * a for _, a in budgets],
             "-",
-            color=MODE_COLOURS["budget"],
+            color=MODE_COLORS["budget"],
             lw=1.2,
             alpha=0.6,
         )
         for row, s in points:
-            interval_point(axes, s.tokens, s, _mode_colour(row), _mode_marker(row))
+            interval_point(axes, s.tokens, s, _mode_color(row), _mode_marker(row))
         axes.set(title=name, xlabel="Tokens per response (mean)")
         axes.margins(x=0.16, y=0.08)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
@@ -250,9 +250,9 @@ def _draw_modes(run: RunFolder, figure: Figure) -> bool:
     return True
 
 
-def _mode_colour(row: Row) -> str:
+def _mode_color(row: Row) -> str:
     key = "budget" if mode_budget(row.key) is not None else row.key
-    return MODE_COLOURS.get(key, MODE_COLOURS["other"])
+    return MODE_COLORS.get(key, MODE_COLORS["other"])
 
 
 def _mode_marker(row: Row) -> str:
@@ -274,21 +274,21 @@ def _draw_budget(run: RunFolder, figure: Figure) -> bool:
     axes = figure.subplots()
     drawn: list[int] = []
     sets = (("in_domain", "In-domain", "o", "-"), ("out_of_domain", "Out-of-domain", "s", "--"))
-    for (attribute, name, marker, dash), colour in zip(sets, ("#0072B2", "#D55E00"), strict=True):
+    for (attribute, name, marker, dash), color in zip(sets, ("#0072B2", "#D55E00"), strict=True):
         points = [(mode_budget(r.key), getattr(r, attribute)) for r in rows]
         known = [(b, s) for b, s in points if b is not None and s is not None]
         if len(known) < 2:
             continue
         for i, (budget, s) in enumerate(known):
-            interval_point(axes, budget, s, colour, marker, None if i else f"{name}, budget")
+            interval_point(axes, budget, s, color, marker, None if i else f"{name}, budget")
         line = [100 * s.accuracy for _, s in known]
-        axes.plot([b for b, _ in known], line, dash, color=colour, lw=1.6)
+        axes.plot([b for b, _ in known], line, dash, color=color, lw=1.6)
         drawn.extend(b for b, _ in known)
         for slow in (getattr(r, attribute) for r in rows if r.key == "slow"):
             if slow is not None:
                 label = f"{name}, slow ({slow.tokens:.0f} tokens)"
-                axes.axhline(100 * slow.accuracy, color=colour, lw=1.2, ls=":", label=label)
-                axes.axhspan(100 * slow.low, 100 * slow.high, color=colour, alpha=0.10, lw=0)
+                axes.axhline(100 * slow.accuracy, color=color, lw=1.2, ls=":", label=label)
+                axes.axhspan(100 * slow.low, 100 * slow.high, color=color, alpha=0.10, lw=0)
     if not drawn:
         return False
     stage = main_stage(run.summary) or ""
@@ -319,14 +319,14 @@ def _draw_loss(run: RunFolder, figure: Figure) -> bool:
     ):
         steps, values = series(records, "loss")
         if steps:
-            raw_and_mean(axes, steps, values, STAGE_COLOURS[stage], "Training")
+            raw_and_mean(axes, steps, values, STAGE_COLORS[stage], "Training")
         checked, held_out = series(records, "validation_loss")
         if checked:
             axes.plot(checked, held_out, "D-", color=INK, ms=6, lw=1.4, label="Validation")
         everything = [v for v in values + held_out if v > 0]
         if everything and max(everything) / min(everything) > 20:
             log_y(axes)
-        axes.set(title=STAGE_NAMES[stage], xlabel="Optimiser step")
+        axes.set(title=STAGE_NAMES[stage], xlabel="Optimizer step")
         axes.legend(loc="best")
         scale = ", log scale" if axes.get_yscale() == "log" else ""
         axes.set_ylabel(f"Loss (nats per token{scale})")
@@ -347,7 +347,7 @@ def _draw_gradient(run: RunFolder, figure: Figure) -> bool:
         positive = [(s, v) for s, v in zip(steps, values, strict=True) if v > 0]
         if positive:
             at, norms = (list(column) for column in zip(*positive, strict=True))
-            raw_and_mean(axes, at, norms, PART_COLOURS[part], name)
+            raw_and_mean(axes, at, norms, PART_COLORS[part], name)
         elif steps:
             frozen.append(name.lower())
     if not axes.lines:
@@ -361,7 +361,7 @@ def _draw_gradient(run: RunFolder, figure: Figure) -> bool:
 
 
 def length_figure(run: RunFolder, out: Path) -> Path | None:
-    """Mean response length and the share of responses cut off, over GRPO steps."""
+    """Mean response length and the fraction of responses cut off, over GRPO steps."""
     return draw_png(run, _draw_length, out / "response_length.png")
 
 
@@ -377,7 +377,7 @@ def _draw_length(run: RunFolder, figure: Figure) -> bool:
         squeeze=False,
         height_ratios=(3, 1) if cut_at else (1,),
     )[:, 0]
-    raw_and_mean(panels[0], steps, values, STAGE_COLOURS["grpo"], "Response length")
+    raw_and_mean(panels[0], steps, values, STAGE_COLORS["grpo"], "Response length")
     panels[0].set(title="Response length during GRPO", ylabel="Tokens per response (mean)")
     at_least(panels[0], 0.2 * max(values), 0.0)
     panels[0].legend(loc="best")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from r1v3.evaluation.statistics import Gain, Score
-from r1v3.report.figures import HIGH_ENTROPY_NATS
 from r1v3.report.run_folder import (
     STAGE_NAMES,
     Record,
@@ -106,7 +105,7 @@ def stage_sentences(run: RunFolder) -> list[tuple[str, str]]:
         ),
         (
             "grpo",
-            "Samples several answers per question, rewards the right ones and moves towards them.",
+            "Samples several answers per question, rewards the right ones and moves toward them.",
             _reinforced(run),
         ),
         (
@@ -293,9 +292,10 @@ def _mean_entropy(run: RunFolder) -> Finding:
 
 
 def _high_entropy(run: RunFolder) -> Finding:
-    claim = f"Tokens above {HIGH_ENTROPY_NATS} nats become more frequent (figure 10)"
+    claim = "Tokens above 6.8 nats become more frequent (figure 10)"
+    threshold = run.high_entropy_nats
     vocabulary = number(run.summary.get("vocabulary"))
-    if vocabulary is not None and 1 < vocabulary <= math.exp(HIGH_ENTROPY_NATS):
+    if vocabulary is not None and 1 < vocabulary <= math.exp(threshold):
         text = (
             f"ln({vocabulary:.0f}) = {math.log(vocabulary):.2f} nats is the most a token can have"
         )
@@ -304,6 +304,8 @@ def _high_entropy(run: RunFolder) -> Finding:
     if change is None:
         return Finding(claim, "rises", "", UNMEASURED)
     text = f"{100 * change.first:.3g} to {100 * change.last:.3g} % of tokens"
+    if threshold != 6.8:
+        text += f" above {threshold:g} nats"
     return Finding(claim, "rises", text, _verdict(change.sign, 1))
 
 
@@ -317,7 +319,7 @@ def _length(run: RunFolder) -> Finding:
 
 
 def summing_up(found: list[Finding]) -> str:
-    """How many statements went the same way, counted."""
+    """The number of statements with each verdict, in a sentence."""
     counts = {v: sum(f.verdict == v for f in found) for v in (SAME, OPPOSITE, UNCLEAR)}
     other = len(found) - sum(counts.values())
     return (
@@ -338,7 +340,7 @@ def parameters_text(summary: Record) -> str:
 
 
 def model_scale(summary: Record) -> str:
-    """How far this run's model is from the report's, in a sentence."""
+    """The size of this run's model beside that of the report, in a sentence."""
     parameters = summary.get("parameters")
     sizes = map(number, parameters.values()) if isinstance(parameters, dict) else ()
     total = sum(size for size in sizes if size is not None)

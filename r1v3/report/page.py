@@ -78,7 +78,7 @@ class Picture:
 
 
 def write_figures(run: RunFolder, out: Path) -> tuple[list[Picture], list[str]]:
-    """Draw every figure as PNG under `out`: those drawn, and what the others would have shown."""
+    """Draw the figures as PNG under `out`; return those drawn, and a line about each other one."""
     drawn, absent = [], []
     for draw, description, caption in FIGURES:
         file = draw(run, out)
@@ -158,7 +158,7 @@ def _content(run: RunFolder, pictures: list[Picture], absent: list[str]) -> dict
 
 
 def _facts(run: RunFolder) -> list[str]:
-    """What the reader wants to know before the first table: when, where, how large, how long."""
+    """Facts to read before the first table: when, how long, where, how large."""
     machine = run.environment
     total = sum(value for _, value in _seconds(run))
     vocabulary = number(run.summary.get("vocabulary"))

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
+from r1v3.config import Monitor
 from r1v3.evaluation.statistics import Correlation, Gain, Score, correlation
 
 Record = dict[str, Any]
@@ -28,7 +31,10 @@ STAGE_NAMES = {
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The content of one run folder. Absent parts are empty; `missing` says which, for a reader."""
+    """The content of one run folder. Absent parts are empty; `missing` says which, for a reader.
+
+    high_entropy_nats: above this entropy GRPO counted a token in `high_entropy_share`.
+    """
 
     path: Path
     config: str = ""
@@ -39,6 +45,7 @@ class RunFolder:
     grpo: list[Record] = field(default_factory=list)
     connector: list[Record] = field(default_factory=list)
     histogram_edges: list[float] = field(default_factory=list)
+    high_entropy_nats: float = Monitor().high_entropy_nats
     transcripts: dict[str, list[Record]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -106,7 +113,7 @@ def stage_modes(summary: Record, stage: str) -> Record:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One candidate of the selection. Entropies in nats, accuracies as shares."""
+    """One candidate of the selection. Entropies in nats, accuracies in [0, 1]."""
 
     step: float
     entropy: float
@@ -160,6 +167,9 @@ def read_run(run_dir: str | Path) -> RunFolder:
         for stage in ("sft", "grpo", "connector")
     }
     edges = _read(path / "metrics" / "entropy_histogram_edges.json", _json_list, missing) or []
+    grpo_config = _read(path / "config" / "grpo.yaml", _yaml_mapping, missing) or {}
+    monitor = grpo_config.get("monitor")
+    threshold = number(monitor.get("high_entropy_nats")) if isinstance(monitor, dict) else None
     transcripts = {
         file.stem: [t for t in _read(file, _json_list, missing) or [] if isinstance(t, dict)]
         for file in sorted((path / "transcripts").glob("*.json"))
@@ -173,6 +183,7 @@ def read_run(run_dir: str | Path) -> RunFolder:
         summary=_read(path / "summary.json", _json_object, missing) or {},
         selection=_read(path / "selection.json", _json_object, missing) or {},
         histogram_edges=[e for e in map(number, edges) if e is not None],
+        high_entropy_nats=Monitor().high_entropy_nats if threshold is None else threshold,
         transcripts=transcripts,
         missing=missing,
         **metrics,
@@ -180,7 +191,8 @@ def read_run(run_dir: str | Path) -> RunFolder:
 
 
 def _read(file: Path, parse: Callable[[str], T], missing: list[str]) -> T | None:
-    name = f"{file.parent.name}/{file.name}" if file.parent.name == "metrics" else file.name
+    inside = file.parent.name in ("config", "metrics")
+    name = f"{file.parent.name}/{file.name}" if inside else file.name
     try:
         return parse(file.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
@@ -194,6 +206,16 @@ def _json_object(text: str) -> Record:
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
+    return value
+
+
+def _yaml_mapping(text: str) -> Record:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if not isinstance(value, dict):
+        raise ValueError("not a YAML mapping")
     return value
 
 

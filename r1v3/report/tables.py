@@ -41,13 +41,13 @@ class Row:
         )
 
 
-def percent(share: float) -> str:
-    """A share as per cent with one decimal, without a minus before zero."""
-    return f"{round(100 * share, 1) + 0.0:.1f}"
+def percent(fraction: float) -> str:
+    """A fraction as a percentage with one decimal, without a minus before zero."""
+    return f"{round(100 * fraction, 1) + 0.0:.1f}"
 
 
 def format_score(score: Score | None) -> str:
-    """Accuracy in per cent and its 95 % interval, as "82.4 [79.1, 85.3]"."""
+    """Accuracy in percent and its 95 % interval, as "82.4 [79.1, 85.3]"."""
     if score is None:
         return ABSENT
     return f"{percent(score.accuracy)} [{percent(score.low)}, {percent(score.high)}]"

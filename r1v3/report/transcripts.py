@@ -141,6 +141,6 @@ def _answer(stage: str, entry: Record, top: float) -> Answer:
 
 def _token(token: Record, top: float) -> Token:
     entropy = number(token.get("entropy"))
-    share = max(entropy or 0.0, 0.0) / top if top > 0 else 0.0
-    shade = min(int(share * SHADES), SHADES - 1)
+    level = max(entropy or 0.0, 0.0) / top if top > 0 else 0.0
+    shade = min(int(level * SHADES), SHADES - 1)
     return Token(_text(token.get("text")), entropy, shade, token.get("critical") is True)

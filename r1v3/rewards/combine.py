@@ -18,7 +18,7 @@ from r1v3.rewards.verifier import LLMVerifier
 
 
 class Gradable(Protocol):
-    """What a sample must offer to be graded; `r1v3.data.schema.Sample` does."""
+    """A sample that can be graded, such as `r1v3.data.sample.Sample`."""
 
     @property
     def question(self) -> str: ...

@@ -42,7 +42,7 @@ def find_boxed(text: str) -> list[str]:
 
 
 def final_text(completion: str) -> str:
-    """What follows the last `</think>`; the whole completion if there is none."""
+    """The text after the last `</think>`; the whole completion if there is none."""
     return completion.rpartition(THINK_CLOSE)[2]
 
 

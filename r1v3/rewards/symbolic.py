@@ -76,7 +76,7 @@ def is_tame(text: str) -> bool:
 
 
 class _Worker:
-    """One child process and the lock that serialises its use."""
+    """One child process and the lock that serializes its use."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from r1v3.data.schema import Sample, make_sample
+from r1v3.data.sample import Sample, make_sample
 
 
 def png(shade: int = 0) -> bytes:

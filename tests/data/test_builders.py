@@ -46,7 +46,7 @@ def scan_ids(pictures: list[list[Cell]]) -> set[int]:
 
 @pytest.mark.parametrize("split", ["train", "rl", "validation", "test"])
 def test_composed_pictures_never_cross_splits(split: str, drawn: list[list[Cell]]) -> None:
-    """A test scan in a training picture would let the model be scored on what it memorised."""
+    """A test scan in a training picture would let the model be scored on what it memorized."""
     questions(split, (*IN_DOMAIN, *OUT_OF_DOMAIN), 24, 0)
     cold_start(split, 12, 0, TEACHER)
     base_corpus(split, 32, 0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from r1v3.data.digits import SPLIT_SHARES, SPLITS, reading_probabilities, scans
+from r1v3.data.digits import SPLIT_FRACTIONS, SPLITS, reading_probabilities, scans
 
 
 def test_every_scan_is_in_exactly_one_split() -> None:
@@ -18,13 +18,13 @@ def test_scans_are_the_real_ones_and_not_reordered_against_their_labels() -> Non
     assert np.abs(scans().pixels / 255 - bundled.images / 16).max() < 0.5 / 255 + 1e-9
 
 
-def test_every_split_holds_its_share_of_every_digit() -> None:
-    for name, share in zip(SPLITS, SPLIT_SHARES, strict=True):
+def test_every_split_holds_its_fraction_of_every_digit() -> None:
+    for name, fraction in zip(SPLITS, SPLIT_FRACTIONS, strict=True):
         for digit in range(10):
             total = int((scans().labels == digit).sum())
             ids = scans().ids(name, digit)
             assert (scans().labels[ids] == digit).all()
-            assert abs(len(ids) - share * total) <= 1
+            assert abs(len(ids) - fraction * total) <= 1
 
 
 def test_identical_scans_in_two_splits_are_few() -> None:

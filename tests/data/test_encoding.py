@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from r1v3.data.encoding import Example, ImageShape, collate, encode_sample
-from r1v3.data.images import load_image, normalise, pixel_values, tile_image
+from r1v3.data.images import load_image, normalize, pixel_values, tile_image
 from r1v3.data.sample import make_sample
 from r1v3.data.tokenizer import IMAGE_CONTEXT, TURN_END
 from tests import tiny
@@ -42,10 +42,10 @@ def test_a_picture_takes_as_many_context_tokens_as_its_tiles() -> None:
     assert len(one.tiles) == 1 and one.prompt_ids.count(CONTEXT) == tiny.TOKENS_PER_TILE
 
 
-def test_pixels_reach_the_model_as_internvl_normalises_them() -> None:
+def test_pixels_reach_the_model_as_internvl_normalizes_them() -> None:
     data = picture(33, 21)
     tiles = tile_image(load_image(data), tile_size=32, max_tiles=1)
-    assert torch.equal(normalise(encoded([data]).tiles), pixel_values(tiles))
+    assert torch.equal(normalize(encoded([data]).tiles), pixel_values(tiles))
 
 
 def test_a_response_ends_its_turn() -> None:

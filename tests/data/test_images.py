@@ -1,4 +1,4 @@
-"""InternVL's dynamic tiling: grid choice, crops, normalisation, and files that are not images."""
+"""InternVL's dynamic tiling: grid choice, crops, normalization, and files that are not images."""
 
 import io
 import struct
@@ -135,7 +135,7 @@ def test_resize_is_bicubic() -> None:
     assert tile.tobytes() != image.resize((16, 16), Image.Resampling.BILINEAR).tobytes()
 
 
-def test_pixel_values_are_normalised_per_channel() -> None:
+def test_pixel_values_are_normalized_per_channel() -> None:
     """Channels swapped, or CLIP's statistics, would pass every shape check."""
     image = Image.new("RGB", (4, 4), (255, 0, 51))
     values = pixel_values([image, image])
@@ -164,7 +164,7 @@ def test_pixel_values_keep_rows_and_columns() -> None:
     ],
 )
 def test_pixel_values_refuses_other_tiles(tiles: list[Image.Image], match: str) -> None:
-    """A grey or odd-sized tile should be named here, not fail inside the model."""
+    """A gray or odd-sized tile should be named here, not fail inside the model."""
     with pytest.raises(ValueError, match=match):
         pixel_values(tiles)
 
@@ -197,7 +197,7 @@ def test_load_image_reads_common_formats(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 def test_load_image_converts_every_mode_to_rgb(mode: str) -> None:
-    """Grey scans and transparent diagrams are common in exam questions."""
+    """Gray scans and transparent diagrams are common in exam questions."""
     image = Image.new(mode, (6, 4))
     assert load_image(encoded(image, "TIFF" if mode == "CMYK" else "PNG")).mode == "RGB"
 
@@ -242,7 +242,7 @@ def test_unreadable_images_are_named(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP"])
 def test_truncated_images_are_refused(tmp_path: Path, kind: str) -> None:
-    """Half a picture would otherwise train as a picture with a grey lower half."""
+    """Half a picture would otherwise train as a picture with a gray lower half."""
     path = tmp_path / "half"
     data = encoded(noise(64, 64), kind)
     path.write_bytes(data[: len(data) // 2])

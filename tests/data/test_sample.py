@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from r1v3.data.schema import Sample, load_samples, make_sample
+from r1v3.data.sample import Sample, make_sample
+from r1v3.data.schema import load_samples
 from tests.data.sample_rows import a_row, png, some_samples, without, write_rows
 
 

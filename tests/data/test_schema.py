@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from r1v3.data.schema import load_samples, make_sample, write_samples
+from r1v3.data.sample import make_sample
+from r1v3.data.schema import load_samples, write_samples
 from tests.data.sample_rows import a_row, png, some_samples, without, write_rows
 
 

@@ -46,7 +46,7 @@ def test_cells_are_inside_the_grid_and_never_on_top_of_each_other(domain: str) -
         places = [(c.row, c.column) for c in problem.cells]
         assert len(set(places)) == len(places)
         assert all(0 <= r < GRID and 0 <= c < GRID for r, c in places)
-        # Numbers are told from neighbours by their rows; strewn digits stand on their own.
+        # Numbers are told from neighbors by their rows; strewn digits stand on their own.
         assert "".join(drawn_rows(problem)) == "".join(problem.true_rows())
         if domain != "grid":
             assert drawn_rows(problem) == list(problem.true_rows())

@@ -67,13 +67,13 @@ def test_training_flops_equal_what_torch_counts(modules: dict[str, bool]) -> Non
         logprobs, entropy = engine.head(batch).logprobs_and_entropy()
         (logprobs.sum() + entropy.sum()).backward()
     # The head is one operator to the counter, which does not see the products inside.
-    # A frozen embedding saves the gradient of the responses' first queries, which is not modelled.
+    # A frozen embedding saves the gradient of the responses' first queries, which is not modeled.
     slack = 0 if modules["llm"] else 0.01
     counted = counter.get_total_flops()
     assert sum(train_flops(dims, padded, modules).values()) == pytest.approx(counted, rel=slack)
-    labelled = sum(train_flops(dims, padded + Work(labels=18), modules).values())
+    labeled = sum(train_flops(dims, padded + Work(labels=18), modules).values())
     head = 2 * 18 * dims.vocab * dims.hidden * (3 if modules["llm"] else 2)
-    assert labelled - sum(train_flops(dims, padded, modules).values()) == head
+    assert labeled - sum(train_flops(dims, padded, modules).values()) == head
 
 
 def test_a_shared_prompt_is_counted_once() -> None:

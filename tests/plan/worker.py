@@ -21,9 +21,10 @@ from transformers import InternVLConfig
 
 from r1v3.data.batch import Batch
 from r1v3.model.megatron import attention, cpu
-from r1v3.model.megatron.internvl import InternVL, part_of
+from r1v3.model.megatron.internvl import InternVL
 from r1v3.model.megatron.options import ModelOptions
 from r1v3.model.megatron.packing import Packed, pack
+from r1v3.model.parts import part_of
 
 
 def batch(config: InternVLConfig, prompts: int, group: int, length: int, response: int) -> Batch:

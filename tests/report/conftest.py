@@ -219,6 +219,8 @@ def write_example_run(root: Path, seed: int = 0) -> Path:
     }.items():
         (root / f"{name}.json").write_text(json.dumps(value))
     (root / "config.yaml").write_text(CONFIG)
+    (root / "config").mkdir()
+    (root / "config" / "grpo.yaml").write_text("monitor:\n  high_entropy_nats: 6.8\n")
     return root
 
 

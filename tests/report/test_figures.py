@@ -88,7 +88,7 @@ def test_same_run_gives_the_same_bytes(example_run: Path, tmp_path: Path) -> Non
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_moving_average_is_centred_and_reaches_both_ends() -> None:
+def test_moving_average_is_centered_and_reaches_both_ends() -> None:
     """A trailing mean would shift every curve to the right by half its window."""
     values = np.random.default_rng(0).normal(size=40)
     smooth = moving_average(list(values), 7)
@@ -162,6 +162,17 @@ def test_large_vocabulary_marks_the_threshold(example_run: Path) -> None:
     assert figure.axes[0].get_xlim()[1] > 6.8
     assert "step 60: 1.23 % above 6.8 nats" in texts(figure)
     assert not any("no token" in t for t in texts(figure))
+
+
+def test_the_threshold_of_the_figure_is_that_of_the_run(example_run: Path) -> None:
+    """Every run was labeled "above 6.8 nats", also where its configuration said otherwise."""
+    (example_run / "config" / "grpo.yaml").write_text("monitor: {high_entropy_nats: 2.5}")
+    run = read_run(example_run)
+    figure = drawn(run, figures.histogram_figure)
+    assert "step 60: 0 % above 2.5 nats" in texts(figure)
+    assert figure.axes[0].lines[0].get_xdata()[0] == 2.5  # type: ignore[index]
+    run = replace(run, high_entropy_nats=5.0)
+    assert any("no token can pass 5 nats" in t for t in texts(drawn(run, figures.histogram_figure)))
 
 
 def test_histograms_that_do_not_fit_the_edges_are_left_out(example_run: Path) -> None:

@@ -134,6 +134,7 @@ def test_empty_folder_gives_a_report_that_says_so(tmp_path: Path) -> None:
 
 PARTS = (
     "config.yaml",
+    "config/grpo.yaml",
     "environment.json",
     "summary.json",
     "selection.json",
@@ -160,6 +161,25 @@ def test_half_written_part_is_named(example_run: Path, part: str) -> None:
     assert [m.partition(" (")[0] for m in read_run(example_run).missing] == [
         f"{part}: cannot be read"
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("monitor: [", ["config/grpo.yaml: cannot be read"]),
+        ("- a list", ["config/grpo.yaml: cannot be read"]),
+        ("", ["config/grpo.yaml: cannot be read"]),
+        ("monitor: 3", []),
+        ("monitor: {high_entropy_nats: much}", []),
+    ],
+)
+def test_a_configuration_of_another_form_does_not_end_the_report(
+    example_run: Path, text: str, missing: list[str]
+) -> None:
+    (example_run / "config" / "grpo.yaml").write_text(text)
+    run = read_run(example_run)
+    assert [line.partition(" (")[0] for line in run.missing] == missing
+    assert run.high_entropy_nats == 6.8
 
 
 def test_stopped_after_sft_still_tells_what_happened(example_run: Path) -> None:
@@ -251,6 +271,17 @@ def test_high_entropy_is_judged_only_where_it_can_occur(
     for record in run.grpo:
         record["high_entropy_share"] = 0.001 * record["step"]
     assert findings(run)[7].verdict == (stories.SAME if possible else stories.IMPOSSIBLE)
+
+
+def test_high_entropy_is_that_of_the_run(example_run: Path) -> None:
+    """A run that counts tokens above another threshold was described with the report's 6.8."""
+    (example_run / "config" / "grpo.yaml").write_text("monitor: {high_entropy_nats: 2.5}")
+    run = read_run(example_run)
+    for record in run.grpo:
+        record["high_entropy_share"] = 0.001 * record["step"]
+    finding = findings(run)[7]
+    assert finding.verdict == stories.SAME  # ln(64) = 4.16 nats is more than 2.5
+    assert finding.measured.endswith("% of tokens above 2.5 nats")
 
 
 def test_trend_is_not_read_into_scatter() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from r1v3.data.schema import make_sample
+from r1v3.data.sample import make_sample
 from r1v3.rewards import Reward, score, total_reward
 from tests.rewards.judge_server import client, says, serving
 
@@ -67,7 +67,7 @@ def test_rule_or_verifier(
 
 
 def test_only_rejected_answers_are_sent_and_order_is_kept() -> None:
-    """Mixed batches must not shift verdicts to a neighbour, nor pay for what the rule knows."""
+    """Mixed batches must not shift verdicts to a neighbor, nor pay for what the rule knows."""
 
     def answer(handler: Any, body: dict[str, Any]) -> None:
         asked_half = "\n0.7\n" in body["messages"][1]["content"]

@@ -228,7 +228,7 @@ def test_any_text_is_graded_without_an_error(text: str, gold: str) -> None:
 
 @given(st.integers(-(10**12), 10**12))
 @settings(max_examples=60, deadline=None)
-def test_an_integer_equals_itself_and_no_neighbour(value: int) -> None:
+def test_an_integer_equals_itself_and_no_neighbor(value: int) -> None:
     """A relative tolerance must never blur integers."""
     assert accuracy_reward(f"\\boxed{{{value}}}", str(value)) == 1.0
     assert accuracy_reward(f"\\boxed{{{value:,}}}", str(value)) == 1.0

@@ -21,10 +21,10 @@ from r1v3.engine.megatron.optimizer import MegatronAdamW, wrap
 from r1v3.model.conversion import load_config
 from r1v3.model.megatron.hf_saving import write_hf
 from r1v3.model.megatron.hf_weights import export_hf, load_hf
-from r1v3.model.megatron.internvl import InternVL, part_of
+from r1v3.model.megatron.internvl import InternVL
 from r1v3.model.megatron.options import ModelOptions
 from r1v3.model.megatron.packing import Packed, pack
-from r1v3.model.parts import check_modules
+from r1v3.model.parts import check_modules, part_of
 from r1v3.ranks import Ranks
 
 # What happens to a head: its loss, and tensors to hand to every rank.

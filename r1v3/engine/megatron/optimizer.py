@@ -12,8 +12,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
-from r1v3.model.megatron.internvl import InternVL, part_of
-from r1v3.model.parts import PARTS
+from r1v3.model.megatron.internvl import InternVL
+from r1v3.model.parts import PARTS, part_of
 
 # Where torch's optimizer keeps a parameter's state: the place of none.
 _NOTHING = "nothing"

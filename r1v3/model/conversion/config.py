@@ -84,7 +84,7 @@ _DEFAULT_ORIGINAL: Json = {
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is the remote code's; the native one is recognised by its model type.
+    """Whether a config.json is the remote code's; the native one is recognized by its model type.
 
     Raises:
         ValueError: it is neither.

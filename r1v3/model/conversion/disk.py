@@ -30,7 +30,7 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote: counts, weight files, tensors left out, and what is left to do."""
+    """Result of a conversion: counts, weight files, tensors left out, and notes for the user."""
 
     tensors: int
     bytes: int

@@ -1,4 +1,4 @@
-"""Finding the table's tensors in a checkpoint, whichever way it spells them, and what is wrong."""
+"""Finding the table's tensors in a checkpoint, under any of their names, and listing faults."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ _LISTED = 12
 
 @dataclass(frozen=True)
 class Source:
-    """Where the values of one native tensor are: `stored`, from row `row` of it."""
+    """The place of a native tensor's values: in `stored`, from row `row` on."""
 
     stored: Stored
     row: int
@@ -25,7 +25,7 @@ class Source:
 
 @dataclass
 class Report:
-    """What a checkpoint lacks, what it has too much, and what has the wrong shape.
+    """Missing, unexpected and misshapen tensors of a checkpoint.
 
     `misshapen` holds (name, file, expected shape, found shape); `ignored` the tensors that were
     left out on purpose (buffers that the model computes, a head that is tied to the embedding).

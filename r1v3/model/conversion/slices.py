@@ -1,4 +1,4 @@
-"""Which rows or columns of a checkpoint's tensors make up a rank's shard of a Megatron weight.
+"""The rows or columns of a checkpoint's tensors that make up a rank's shard of a Megatron weight.
 
 Fusing, padding and tensor parallelism are one thing here: a shard is a list of runs, each a range
 of one native tensor along the split dimension; what no run covers is padding and stays zero. The
@@ -23,10 +23,10 @@ class Run:
 
 
 def interleave(sizes: Sequence[int], units: int) -> list[Run]:
-    """Runs of a tensor made of parts in `units` turns: a share of each part, then the next share.
+    """Runs of a tensor that takes a piece of each part in turn, `units` times.
 
     Raises:
-        ValueError: a part cannot be divided into `units` equal shares.
+        ValueError: a part cannot be divided into `units` equal pieces.
     """
     for size in sizes:
         if size % units:
@@ -63,8 +63,8 @@ def shard_runs(weight: Weight, tensor_parallel: int, rank: int, padded_size: int
             f"{tensor_parallel} tensor-parallel ranks; the configuration says {sum(sizes)}"
             + (" and padding" if weight.padded else "")
         )
-    share = padded_size // tensor_parallel
-    low, high = rank * share, (rank + 1) * share
+    size = padded_size // tensor_parallel
+    low, high = rank * size, (rank + 1) * size
     runs = []
     for run in interleave(sizes, units):
         first, last = max(run.at, low), min(run.at + run.length, high)
@@ -74,5 +74,5 @@ def shard_runs(weight: Weight, tensor_parallel: int, rank: int, padded_size: int
 
 
 def covered(runs: Sequence[Run]) -> int:
-    """How much of the shard is filled by its runs; the rest is padding."""
+    """The length of all runs together; the rest of the shard is padding."""
     return sum(run.length for run in runs)

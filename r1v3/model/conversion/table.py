@@ -295,7 +295,7 @@ def weights(config: InternVLConfig) -> list[Weight]:
 
 
 def _runs() -> Iterator[list[Rule]]:
-    """Neighbouring rules of one block, so that layer 0 comes before layer 1 in all its weights."""
+    """Neighboring rules of one block, so that layer 0 comes before layer 1 in all its weights."""
     run: list[Rule] = []
     for rule in RULES:
         if run and rule.layers != run[-1].layers:

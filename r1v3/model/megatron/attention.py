@@ -1,7 +1,7 @@
 """Core attention of the layer specs: over packed segments, against a cache, or within image tiles.
 
-What to attend to travels with the hidden states in megatron-core's `packed_seq_params`. Recomputed
-layers and the micro-batches that a pipeline keeps in flight therefore each see their own layout.
+The layout of attention travels with the hidden states in megatron-core's `packed_seq_params`, so
+recomputed layers and the micro-batches that a pipeline keeps in flight each see their own layout.
 """
 
 import functools
@@ -75,7 +75,7 @@ def _segment_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class AttentionLayout(PackedSeqParams):
-    """What the rows of one forward pass attend to.
+    """The keys that each row of one forward pass attends to.
 
     It is megatron-core's own type only so that it passes through its layers; every tensor stays
     [T, 1, heads, d].

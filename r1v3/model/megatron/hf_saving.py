@@ -1,6 +1,5 @@
 """Writing a Megatron InternVL as an HF model folder."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from r1v3.files import replace_directory, require_free_space, temporary_sibling, write_json
+from r1v3.files import require_free_space, write_json
 from r1v3.model.conversion.table import native_shapes, saved_name
 from r1v3.model.conversion.writer import DEFAULT_SHARD_BYTES, Entry, ShardWriter
 from r1v3.model.megatron.hf_weights import export_hf
@@ -18,41 +17,6 @@ if TYPE_CHECKING:
     from r1v3.model.megatron.internvl import InternVL
 
 
-def save_hf(
-    model: "InternVL",
-    folder: Path | str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> None:
-    """Write a model folder that transformers loads: weights, config.json and the tokenizer.
-
-    Collective over all ranks of the job. Global rank 0 writes, one tensor at a time, under a
-    temporary name that replaces `folder` at the end; data-parallel replicas other than the first
-    only wait, so the process group's timeout must be longer than the writing takes. The names are
-    those of transformers' own `save_pretrained`.
-
-    Raises:
-        OSError: on every rank, if rank 0 could not write; an earlier `folder` is as it was.
-        ValueError: the model has other parameters than its configuration.
-    """
-    folder = Path(folder)
-    temporary = temporary_sibling(folder)
-
-    def begin() -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-
-    on_main = Ranks(dist.group.WORLD).on_main
-    try:
-        on_main(begin)
-        write_hf(model, temporary, tokenizer, max_shard_bytes=max_shard_bytes)
-        on_main(lambda: replace_directory(temporary, folder))
-    finally:
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
 def write_hf(
     model: "InternVL",
     folder: Path,
@@ -60,7 +24,19 @@ def write_hf(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """`save_hf` into an existing folder without a model, such as a checkpoint's temporary one."""
+    """Write weights, config.json and the tokenizer into a folder, for transformers to load.
+
+    Collective over all ranks of the job. Global rank 0 writes, one tensor at a time; data-parallel
+    replicas other than the first only wait, so the process group's timeout must be longer than the
+    writing takes. The names are those of transformers' own `save_pretrained`.
+
+    Args:
+        folder: exists and holds no model, such as a checkpoint's temporary folder.
+
+    Raises:
+        OSError: on every rank, if rank 0 could not write.
+        ValueError: the model has other parameters than its configuration.
+    """
     from megatron.core import parallel_state
 
     dtype = next(model.parameters()).dtype

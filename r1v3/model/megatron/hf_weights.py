@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from r1v3.model.megatron.internvl import InternVL
 
 BUCKET_BYTES = 512 << 20
-# torch 2.13 deprecates the second name in favour of the first, which older versions lack.
+# torch 2.13 deprecates the second name in favor of the first, which older versions lack.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _LAYER = re.compile(r"(.*\.decoder\.layers\.)(\d+)(\..*)")
 
@@ -228,7 +228,7 @@ def _where(parameters: Mapping[str, nn.Parameter], config: InternVLConfig) -> li
 
 
 def _buckets(shards: Sequence[_Shard], limit: int) -> Iterator[list[_Shard]]:
-    """Neighbours of one stage and dtype, together at most `limit` bytes, or one that is larger."""
+    """Neighbors of one stage and dtype, together at most `limit` bytes, or one that is larger."""
     bucket: list[_Shard] = []
     for shard in shards:
         fits = sum(other.bytes for other in bucket) + shard.bytes <= limit

@@ -28,19 +28,9 @@ from r1v3.model.megatron.packing import Packed
 from r1v3.model.megatron.rotary import Rotary
 from r1v3.model.megatron.vision import Connector, InternViT, clear_padded_heads, pixel_shuffle
 
-_PARTS = {"vision_model": "vision", "vision_projection": "connector", "language_model": "llm"}
-
-
-def part_of(name: str) -> str:
-    """The part (vision, connector or llm) that a parameter of `InternVL` belongs to."""
-    owner = name.removeprefix("module.").split(".")[0]
-    if owner not in _PARTS:
-        raise ValueError(f"parameter {name!r} belongs to no part of InternVL")
-    return _PARTS[owner]
-
 
 class _Touch(torch.autograd.Function):
-    """The first argument, whose backward also hands zero gradients to all others."""
+    """Return the first argument; the backward also gives zero gradients to all others."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
@@ -59,9 +49,9 @@ class InternVL(MegatronModule):
     The language model's own forward is not used: its embedding and its layers are called here, and
     the result is hidden states, because the fused head of `r1v3.kernels` never makes the logits.
 
-    megatron-core's parallel state must be initialised. On a machine with CUDA the parallel layers
+    megatron-core's parallel state must be initialized. On a machine with CUDA the parallel layers
     are made on the current device and the rest on the host: move the model there. Weights are
-    random (megatron-core's initialisation), with padded heads and vocabulary rows zero, which they
+    random (megatron-core's initialization), with padded heads and vocabulary rows zero, which they
     stay in training.
 
     Args:
@@ -114,7 +104,7 @@ class InternVL(MegatronModule):
         """Run this stage on a packed micro-batch that lies on the model's device.
 
         Args:
-            layout: what its rows attend to, where that is more than `PackedLayout(packed)`.
+            layout: the keys its rows attend to; `PackedLayout(packed)` by default.
 
         Returns:
             [T, 1, H], or [T / ranks, 1, H] with sequence parallelism: the activation for the next
@@ -202,7 +192,7 @@ class InternVL(MegatronModule):
         return self.language_model.shared_embedding_or_output_weight()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
-        """What the previous stage sent; called by the schedules before `forward`."""
+        """Take the previous stage's output; the schedules call this before `forward`."""
         if isinstance(input_tensor, list):
             input_tensor = input_tensor[0]
         if not self.pre_process:

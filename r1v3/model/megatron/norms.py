@@ -71,7 +71,7 @@ class FullWidthNorm(nn.Module):
         self.weight.partition_stride = 1  # type: ignore[attr-defined]
 
     def forward(self, heads: Tensor) -> Tensor:
-        """[tokens, tiles, heads of this rank, head size], normalised."""
+        """[tokens, tiles, heads of this rank, head size], normalized."""
         values = heads.flatten(-2).float()
         squares = values.square().sum(-1, keepdim=True)
         if self.split:

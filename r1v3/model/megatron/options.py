@@ -1,4 +1,4 @@
-"""How InternVL is laid out on megatron-core: the options, and the configs they result in."""
+"""Options of InternVL on megatron-core, and the configs that follow from them."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -54,7 +54,11 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def check(config: InternVLConfig, options: ModelOptions) -> None:
-    """Raise a ValueError that names what this model cannot be or how it cannot be split."""
+    """Check that the model can be built and split so.
+
+    Raises:
+        ValueError: names the setting that this model does not support, or what does not divide.
+    """
     vision, text = towers(config)
     for name, value, allowed in (
         ("text_config.model_type", text.model_type, ("qwen2",)),
@@ -112,7 +116,7 @@ def _check_stages(layers: int, options: ModelOptions) -> None:
 
 
 def _common(options: ModelOptions) -> dict[str, Any]:
-    """What the three configs share: no dropout, and no fusion that needs CUDA extensions."""
+    """Settings of all three configs: no dropout, and no fusion that needs CUDA extensions."""
     return {
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "params_dtype": options.dtype,

@@ -63,11 +63,6 @@ class Packed:
         }
         return replace(self, **moved)
 
-    def unpack(self, values: Tensor) -> Tensor:
-        """Values [M] of the tokens that count at their places in [P * G, R], 0 elsewhere."""
-        rows, width = self.shape
-        return values.new_zeros(rows * width).index_copy(0, self.places, values).view(rows, width)
-
 
 def pack(batch: Batch, *, image_token_id: int, multiple_of: int = 1) -> Packed:
     """Pack a micro-batch. Tokens after the last that counts are left out.

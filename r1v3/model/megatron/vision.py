@@ -80,7 +80,7 @@ class InternViT(MegatronModule):
 
 
 def pixel_shuffle(features: Tensor) -> Tensor:
-    """Four neighbouring patches become one token: [tiles, n, c] to [tiles, n / 4, 4 c]."""
+    """Four neighboring patches become one token: [tiles, n, c] to [tiles, n / 4, 4 c]."""
     tiles, patches, width = features.shape
     half = isqrt(patches) // 2
     squares = features.reshape(tiles, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5)
@@ -109,7 +109,7 @@ class Connector(MegatronModule):
 
 
 def clear_padded_heads(tower: InternViT, heads: int) -> None:
-    """Zero what belongs to heads beyond the first `heads`; such heads then stay zero in training.
+    """Zero the weights of heads beyond the first `heads`; they then stay zero in training.
 
     Their queries, keys and values are zero, so the attention output and with it the gradient of
     the projection is zero; the projection is zero, so every other gradient is.

@@ -72,7 +72,7 @@ def test_native_to_original_and_back(net: InternVLForConditionalGeneration, tmp_
 def test_original_to_native_loads_in_transformers_with_the_same_logits(
     net: InternVLForConditionalGeneration, tmp_path: Path
 ) -> None:
-    """Fails if transformers misses a tensor, re-initialises one, or builds another model."""
+    """Fails if transformers misses a tensor, re-initializes one, or builds another model."""
     source = write_original(net, tmp_path / "source")
     convert(source, tmp_path / "native", "native", max_shard_bytes=20_000)
     loaded, info = InternVLForConditionalGeneration.from_pretrained(

@@ -99,7 +99,7 @@ def test_slices_are_those_of_the_whole_tensor(
 def test_a_slice_outside_the_tensor_is_refused(
     tmp_path: Path, shape: tuple[int, ...], dim: int, start: int
 ) -> None:
-    """Fails if a neighbouring tensor's values could be read."""
+    """Fails if a neighboring tensor's values could be read."""
     save_file({"matrix": torch.ones(37, 11), "z": torch.ones(99)}, tmp_path / "model.safetensors")
     with Checkpoint(tmp_path) as checkpoint, pytest.raises(ValueError, match="matrix has shape"):
         checkpoint.copy_into(torch.empty(shape), "matrix", dim=dim, start=start)

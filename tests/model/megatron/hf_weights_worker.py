@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from r1v3.data.batch import Batch  # noqa: E402
 from r1v3.kernels import linear_logprobs_and_entropy  # noqa: E402
 from r1v3.model.conversion import CheckpointError, load_config  # noqa: E402
-from r1v3.model.megatron.hf_saving import save_hf  # noqa: E402
+from r1v3.model.megatron.hf_saving import write_hf  # noqa: E402
 from r1v3.model.megatron.hf_weights import export_hf, load_hf  # noqa: E402
 from r1v3.model.megatron.internvl import InternVL  # noqa: E402
 from r1v3.model.megatron.options import ModelOptions  # noqa: E402
@@ -113,12 +113,12 @@ def train_and_save(model: InternVL) -> dict[str, object]:
             if parameter.grad is not None:
                 parameter -= 0.5 * parameter.grad
     logprobs = run(model, train=False)
-    save_hf(model, FOLDER / "trained", max_shard_bytes=30_000)
+    save(model, FOLDER / "trained")
     if logprobs is not None and state.get_tensor_model_parallel_rank() == 0:
         save_file({"logprobs": logprobs}, FOLDER / "trained.logprobs.safetensors")
     result: dict[str, object] = {"padding": padding(model)}
     (FOLDER / "file").touch()
-    result["parent is a file"] = save_error(model, FOLDER / "file" / "model")
+    result["folder is a file"] = save_error(model, FOLDER / "file")
     genuine, written = os.pwrite, []
 
     def full(*arguments: object) -> int:
@@ -128,15 +128,22 @@ def train_and_save(model: InternVL) -> dict[str, object]:
         return genuine(*arguments)  # type: ignore[arg-type]
 
     os.pwrite = full
-    result["disk is full"] = save_error(model, FOLDER / "trained")
+    result["disk is full"] = save_error(model, FOLDER / "full")
     os.pwrite = genuine
     return result
 
 
+def save(model: InternVL, folder: Path) -> None:
+    """Save in many files, into a folder that is made if nothing stands in its place."""
+    if not folder.exists():
+        folder.mkdir(exist_ok=True)
+    write_hf(model, folder, max_shard_bytes=30_000)
+
+
 def save_error(model: InternVL, folder: Path) -> str:
-    """What a rank sees when the first one cannot write."""
+    """The error that a rank sees when the first one cannot write."""
     try:
-        save_hf(model, folder)
+        save(model, folder)
     except OSError:
         return "OSError"
     return "nothing"

@@ -17,9 +17,10 @@ from transformers import InternVLConfig
 from r1v3.data.batch import Batch
 from r1v3.kernels import linear_logprobs_and_entropy
 from r1v3.model.megatron.hf_weights import export_hf, load_hf
-from r1v3.model.megatron.internvl import InternVL, part_of
+from r1v3.model.megatron.internvl import InternVL
 from r1v3.model.megatron.options import ModelOptions
 from r1v3.model.megatron.packing import Packed, pack
+from r1v3.model.parts import part_of
 from tests.model.megatron import reference
 
 
@@ -67,6 +68,12 @@ def packs_for(model: InternVL, batches: Sequence[Batch]) -> list[Packed]:
     return [pack(b, image_token_id=reference.IMAGE, multiple_of=multiple) for b in batches]
 
 
+def unpack(packed: Packed, values: Tensor) -> Tensor:
+    """Values [M] of the tokens that count at their places in [P * G, R], 0 elsewhere."""
+    rows, width = packed.shape
+    return values.new_zeros(rows * width).index_copy(0, packed.places, values).view(rows, width)
+
+
 def run(
     model: torch.nn.Module, batches: Sequence[Batch], *, backward: bool = True
 ) -> list[dict[str, Tensor]]:
@@ -90,7 +97,7 @@ def run(
                 vocab_size=inner.vocab_size,
                 group=parallel_state.get_tensor_model_parallel_group(),
             )
-            logprobs, entropy = packed.unpack(logprobs), packed.unpack(entropy)
+            logprobs, entropy = (unpack(packed, values) for values in (logprobs, entropy))
             found = {"logprobs": logprobs, "entropy": entropy, "hidden": rows}
             seen.append({name: value.detach() for name, value in found.items()})
             return reference.loss(logprobs, entropy) * len(packs), {}

@@ -127,7 +127,7 @@ def test_a_checkpoint_that_does_not_fit_is_reported_by_every_rank(results: list[
 
 def test_a_failed_save_is_raised_on_every_rank(results: list[dict]) -> None:
     """Fails if the first rank's error stays its own, so that the others wait for it or go on."""
-    for case in ("parent is a file", "disk is full"):
+    for case in ("folder is a file", "disk is full"):
         assert {result["tp2pp2"][case] for result in results} == {"OSError"}
 
 
