@@ -15,11 +15,11 @@ from benchmarks.problem import (
     random_normal,
 )
 from r1v3 import kernels
-from r1v3.kernels import linear_rows, reference
+from r1v3.kernels import reference
 from r1v3.kernels.arguments import as_scalar
-from r1v3.kernels.linear_logprobs import linear_gradient, row_results
-from r1v3.kernels.linear_products import Head
-from r1v3.kernels.linear_statistics import vocabulary_bounds
+from r1v3.kernels.linear.head import TiledHead
+from r1v3.kernels.linear.logprobs import linear_gradient_op
+from r1v3.kernels.linear.rows import SelectedRows
 
 MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 # Tensor cores cut off what does not fit the 24 bits of a sum (Fasi et al., Numerical behavior of
@@ -38,6 +38,22 @@ def eager(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Te
     return torch.where(kept, chosen, 0.0), torch.where(kept, entropy, 0.0)
 
 
+def persistent_row_results(head: TiledHead, rows: SelectedRows) -> tuple[Tensor, Tensor, Tensor]:
+    """`row_results` by the one kernel of `linear_forward_triton` instead of products of tiles.
+
+    The op takes the tiles. This benchmark runs both, and is what decides: the other one is to be
+    deleted.
+    """
+    from benchmarks import linear_forward_triton
+    from r1v3.kernels.triton import logits_statistics
+
+    stats = linear_forward_triton.row_statistics(
+        rows.states(head.weight.dtype), head.weight, head.bias, rows.token_ids, head.temperature,
+        head.bounds,
+    )  # fmt: skip
+    return logits_statistics.finalize(stats[None], rows.token_ids, head.temperature, 0, head.bounds)
+
+
 class _PersistentForward(torch.autograd.Function):
     """The op with its other forward, and its own backward."""
 
@@ -45,12 +61,11 @@ class _PersistentForward(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, token_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        batch = linear_rows.Batch(hidden, token_ids, None, None, "", False)
-        bounds = vocabulary_bounds(weight, None, "")
-        head = Head(weight, None, hidden.dtype, 0)
-        results = row_results(head, batch, 1.0, bounds, "", persistent=True)
-        logprobs, entropy, saved = (batch.spread(x) for x in results)
-        ctx.save_for_backward(hidden, weight, token_ids, bounds, saved)
+        rows = SelectedRows(hidden, token_ids)
+        head = TiledHead(weight, None, hidden.dtype, 1.0)
+        results = persistent_row_results(head, rows)
+        logprobs, entropy, saved = (rows.scatter(x) for x in results)
+        ctx.save_for_backward(hidden, weight, token_ids, head.bounds, saved)
         return logprobs, entropy
 
     @staticmethod
@@ -58,9 +73,9 @@ class _PersistentForward(torch.autograd.Function):
         ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         hidden, weight, token_ids, bounds, saved = ctx.saved_tensors
-        grad_hidden, grad_weight, _ = linear_gradient(
-            hidden, weight, None, token_ids, None, None, None, as_scalar(1.0),
-            bounds, saved, grad_logprobs, grad_entropy, "", False, True, 0, [True, True, False],
+        grad_hidden, grad_weight, _ = linear_gradient_op(
+            hidden, weight, None, token_ids, None, None, None, as_scalar(1.0), bounds, saved,
+            [grad_logprobs, grad_entropy], [True, True, False], "", False, True, 0,
         )  # fmt: skip
         return grad_hidden, grad_weight, None
 
@@ -74,7 +89,7 @@ def persistent_forward(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tup
 def _other_forwards(hidden: Tensor, weight: Tensor, mode: Mode) -> dict[str, Function]:
     if mode == "backward" or not hidden.is_cuda:
         return {}
-    from r1v3.kernels import linear_forward_triton
+    from benchmarks import linear_forward_triton
 
     supported = linear_forward_triton.supports(hidden, weight, 1.0)
     return {"r1v3, persistent forward": persistent_forward} if supported else {}

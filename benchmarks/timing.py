@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1v3.kernels import host
+from r1v3.kernels import cpu
 
 L2_FLUSH_BYTES = 256 * 2**20
 CUDA_WARM_UP, CUDA_ROUNDS = 25, 100
@@ -160,8 +160,8 @@ def peak_extra_bytes(task: Task, device: str) -> int:
 def read_sum(n_bytes: int, device: str) -> Task:
     """Reading that many bytes once: a float32 sum, on the CPU by a C loop and torch's threads."""
     x = torch.ones(max(1, n_bytes // 4), device=device)
-    if host.supports(x):
-        return Task("read-sum", lambda _: host.read_sum(x))
+    if cpu.supports(x):
+        return Task("read-sum", lambda _: cpu.read_sum(x))
     return Task("read-sum", lambda _: x.sum())
 
 

@@ -6,7 +6,7 @@ Every op runs on CPU and CUDA tensors; `reference` is the mathematical definitio
 from r1v3.kernels.ban_tokens import ban_tokens_
 from r1v3.kernels.group_advantages import group_advantages
 from r1v3.kernels.grpo_loss import grpo_loss
-from r1v3.kernels.linear import linear_grpo_loss, linear_logprobs_and_entropy
+from r1v3.kernels.linear.ops import linear_grpo_loss, linear_logprobs_and_entropy
 from r1v3.kernels.logits_grpo_loss import logits_grpo_loss
 from r1v3.kernels.logprobs_and_entropy import (
     entropy_from_logits,

@@ -9,8 +9,6 @@ from torch import Tensor
 BASELINES = ("mean", "leave_one_out", "none")
 SCALES = ("group", "batch", "none")
 SINGLETONS = ("zero", "raw")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-AGGREGATIONS = ("sequence-mean", "token-mean", "sequence-sum", "constant")
 METRICS = (
     "clip_low_fraction",
     "clip_high_fraction",

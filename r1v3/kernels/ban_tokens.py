@@ -1,10 +1,10 @@
 """Banning tokens before sampling, as NoWait decoding does with its reflection words."""
 
-import torch
 from torch import Tensor
 
-from r1v3.kernels import devices, host, reference
+from r1v3.kernels import cpu, devices, reference
 from r1v3.kernels.arguments import check_shape
+from r1v3.kernels.registration import register_op
 
 
 def ban_tokens_(
@@ -38,35 +38,25 @@ def ban_tokens_(
     if enabled is not None:
         check_shape("enabled", enabled, tuple(logits.shape[:-1]))
         enabled = enabled != 0
-    torch.ops.r1v3.ban_tokens_.default(logits, token_ids, enabled, vocab_start)
+    _ban_tokens_op(logits, token_ids, enabled, vocab_start)
     return logits
 
 
-# Not `custom_op`, whose wrappers take longer than the kernel.
-torch.library.define(
-    "r1v3::ban_tokens_",
-    "(Tensor(a!) logits, Tensor token_ids, Tensor? enabled, int vocab_start) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.impl("r1v3::ban_tokens_", ("cpu", "cuda"))
 def _ban_tokens_(
     logits: Tensor, token_ids: Tensor, enabled: Tensor | None, vocab_start: int
 ) -> None:
-    torch.autograd.graph.increment_version(logits)
     if logits.numel() == 0 or token_ids.numel() == 0:
         return
     if devices.runs_triton(logits) and logits.dim() <= 3:
-        from r1v3.kernels import ban_tokens_triton
+        from r1v3.kernels.triton import ban_tokens as triton
 
-        ban_tokens_triton.ban_tokens(logits, token_ids, enabled, vocab_start)
-    elif host.supports(logits) and logits.stride(-1) == 1 and logits.dim() <= 2:
-        host.ban_tokens(logits, token_ids, enabled, vocab_start)
+        triton.ban_tokens(logits, token_ids, enabled, vocab_start)
+    elif cpu.supports(logits) and logits.stride(-1) == 1 and logits.dim() <= 2:
+        cpu.ban_tokens(logits, token_ids, enabled, vocab_start)
     else:
         reference.ban_tokens_(logits, token_ids, enabled=enabled, vocab_start=vocab_start)
 
 
-@torch.library.register_fake("r1v3::ban_tokens_")
-def _(logits: Tensor, token_ids: Tensor, enabled: Tensor | None, vocab_start: int) -> None:
-    return None
+_ban_tokens_op = register_op(
+    "ban_tokens_", _ban_tokens_, fake=lambda *_: None, mutates_args=("logits",)
+)

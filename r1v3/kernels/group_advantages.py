@@ -7,8 +7,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from r1v3.kernels import devices, host, reference
+from r1v3.kernels import cpu, devices, reference
 from r1v3.kernels.arguments import BASELINES, SCALES, SINGLETONS, check_choice, check_shape
+from r1v3.kernels.registration import register_op
 
 
 def group_advantages(
@@ -63,9 +64,7 @@ def group_advantages(
     else:
         offsets = _offsets(groups, rewards)
     codes = BASELINES.index(baseline), SCALES.index(scale), SINGLETONS.index(singleton)
-    return torch.ops.r1v3.group_advantages.default(
-        rewards.detach(), ids, offsets, length, *codes, ddof, eps
-    )
+    return _group_advantages_op(rewards.detach(), ids, offsets, length, *codes, ddof, eps)
 
 
 def _ids(ids: Tensor, rewards: Tensor) -> Tensor:
@@ -101,16 +100,6 @@ def _offsets(lengths: Sequence[int], rewards: Tensor) -> Tensor:
     return offsets.to(rewards.device, non_blocking=True)
 
 
-# Not `custom_op`, whose wrappers take as long as the kernel.
-torch.library.define(
-    "r1v3::group_advantages",
-    "(Tensor rewards, Tensor? ids, Tensor? offsets, SymInt length, int baseline, int scale, "
-    "int singleton, int ddof, float eps) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.impl("r1v3::group_advantages", ("cpu", "cuda"))
 def _group_advantages(
     rewards: Tensor,
     ids: Tensor | None,
@@ -126,11 +115,11 @@ def _group_advantages(
     options = baseline, scale, singleton, ddof, eps
     if rewards.dtype != torch.float64:
         rewards = rewards.to(torch.float32).contiguous()
-        if host.supports(rewards):
+        if cpu.supports(rewards):
             groups = ids if ids is not None else offsets
             if groups is None:
                 groups = _equal_offsets(rewards, length)
-            return host.group_advantages(rewards, groups.contiguous(), ids is not None, *options)
+            return cpu.group_advantages(rewards, groups.contiguous(), ids is not None, *options)
     order = None
     if ids is not None:
         order, offsets = _segments(ids)
@@ -139,14 +128,15 @@ def _group_advantages(
             order = torch.arange(rewards.shape[0], device=rewards.device)
         if offsets is None:
             offsets = _equal_offsets(rewards, length)
-        return _reference(rewards, order, offsets, *options)
-    from r1v3.kernels import group_advantages_triton
+        return reference.group_advantages(
+            rewards, order, offsets, baseline=BASELINES[baseline], scale=SCALES[scale], ddof=ddof,
+            eps=eps, singleton=SINGLETONS[singleton],
+        )  # fmt: skip
+    from r1v3.kernels.triton import group_advantages as triton
 
     by_batch = SCALES[scale] == "batch" and rewards.numel() > 0
     batch_std = reference.standard_deviation(rewards, ddof) if by_batch else None
-    return group_advantages_triton.group_advantages(
-        rewards, order, offsets, length, *options, batch_std
-    )
+    return triton.group_advantages(rewards, order, offsets, length, *options, batch_std)
 
 
 def _equal_offsets(rewards: Tensor, length: int) -> Tensor:
@@ -164,38 +154,10 @@ def _segments(ids: Tensor) -> tuple[Tensor, Tensor]:
     return order, offsets
 
 
-def _reference(
-    rewards: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    baseline: int,
-    scale: int,
-    singleton: int,
-    ddof: int,
-    eps: float,
-) -> Tensor:
-    return reference.group_advantages(
-        rewards,
-        order,
-        offsets,
-        baseline=BASELINES[baseline],
-        scale=SCALES[scale],
-        ddof=ddof,
-        eps=eps,
-        singleton=SINGLETONS[singleton],
-    )
-
-
-@torch.library.register_fake("r1v3::group_advantages")
-def _(
-    rewards: Tensor,
-    ids: Tensor | None,
-    offsets: Tensor | None,
-    length: int,
-    baseline: int,
-    scale: int,
-    singleton: int,
-    ddof: int,
-    eps: float,
-) -> Tensor:
+def _fake_group_advantages(rewards: Tensor, *rest: object) -> Tensor:
     return rewards.new_empty(rewards.shape, dtype=reference.accumulation_dtype(rewards))
+
+
+_group_advantages_op = register_op(
+    "group_advantages", _group_advantages, fake=_fake_group_advantages
+)

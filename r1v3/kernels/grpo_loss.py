@@ -6,19 +6,10 @@ One pass gives the loss, its gradient and the metrics; the backward is one multi
 import torch
 from torch import Tensor
 
-from r1v3.kernels import devices, host, reference
-from r1v3.kernels.arguments import (
-    AGGREGATIONS,
-    KL_ESTIMATORS,
-    METRICS,
-    check_shape,
-)
-from r1v3.kernels.grpo_arguments import (
-    as_normalizer,
-    check_options,
-    per_sequence_or_token,
-    sequence_layout,
-)
+from r1v3.kernels import cpu, devices, reference
+from r1v3.kernels.arguments import METRICS
+from r1v3.kernels.grpo_terms import GrpoInputs, GrpoOptions
+from r1v3.kernels.registration import register_op
 
 
 def grpo_loss(
@@ -75,49 +66,40 @@ def grpo_loss(
         log-ratio, advantage, weight or reference log-ratio.
 
     Raises:
-        ValueError: for a shape, name or bound that makes no sense.
+        ValueError: if shapes do not match, a name is not known, a clip range is negative, dual_clip
+            is at most 1, or normalizer is not > 0 or missing where the aggregation needs one.
     """
-    check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
-    offsets, length, sequences = sequence_layout(logprobs, cu_seqlens)
-    shape = tuple(logprobs.shape)
-    check_shape("loss_mask", loss_mask, shape)
-    for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
-        if tensor is not None:
-            check_shape(name, tensor, shape)
-    dtype = reference.accumulation_dtype(logprobs)
-    mask = loss_mask if loss_mask.dtype == torch.bool else loss_mask != 0
-    loss, metrics = _PolicyLoss.apply(
-        logprobs.reshape(-1).to(dtype).contiguous(),
-        _flat(old_logprobs, dtype),
-        _flat(per_sequence_or_token("advantages", advantages, shape, sequences), dtype),
-        mask.reshape(-1).contiguous(),
-        _flat(ref_logprobs, dtype),
-        None
-        if weights is None
-        else _flat(per_sequence_or_token("weights", weights, shape, sequences), dtype),
-        offsets,
-        length,
-        as_normalizer(normalizer),
-        clip_low,
-        clip_high,
-        0.0 if dual_clip is None else dual_clip,
-        kl_coef,
-        KL_ESTIMATORS.index(kl),
-        AGGREGATIONS.index(aggregation),
-    )
+    options = GrpoOptions(clip_low, clip_high, dual_clip, kl_coef, kl, aggregation)
+    if not logprobs.is_floating_point():
+        raise ValueError(f"logprobs must be floating point, got {logprobs.dtype}")
+    logprobs = logprobs.to(reference.accumulation_dtype(logprobs))
+    inputs = GrpoInputs.of(
+        logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, weights, cu_seqlens,
+        normalizer, options,
+    )  # fmt: skip
+    return loss_and_metrics(logprobs.reshape(-1), inputs, options)
+
+
+def loss_and_metrics(
+    logprobs: Tensor, inputs: GrpoInputs, options: GrpoOptions
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return `grpo_loss` of flat log-probabilities [N] in the dtype of the inputs."""
+    loss, metrics = _GrpoLoss.apply(
+        logprobs.contiguous(), inputs.terms, inputs.mask, inputs.offsets, inputs.length,
+        inputs.normalizer, options.as_floats(),
+    )  # fmt: skip
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
 
 
-def _flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.detach().reshape(-1).to(dtype).contiguous()
+class _GrpoLoss(torch.autograd.Function):
+    """The op's loss, differentiable in the log-probabilities alone, and its metrics.
 
-
-class _PolicyLoss(torch.autograd.Function):
-    """The op's loss, differentiable by the log-probabilities alone, and its metrics."""
+    Not autograd on the op: its wrappers take longer than the kernel.
+    """
 
     @staticmethod
     def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
-        loss, gradient, metrics = torch.ops.r1v3.grpo_loss.default(*arguments)
+        loss, gradient, metrics = _grpo_loss_op(*arguments)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -125,84 +107,56 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_metrics):  # type: ignore[no-untyped-def]
-        rest = (None,) * 14
+        rest = (None,) * 6
         if grad_loss is None:
             return None, *rest
         (gradient,) = ctx.saved_tensors
         return grad_loss * gradient, *rest
 
 
-# Not `custom_op`, nor autograd on the op: their wrappers take longer than the kernel.
-torch.library.define(
-    "r1v3::grpo_loss",
-    "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
-    "Tensor? weights, Tensor? offsets, SymInt length, Tensor? normalizer, float clip_low, "
-    "float clip_high, float dual_clip, float kl_coef, int kl, int aggregation) "
-    "-> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-# Its results carry no gradient; `_PolicyLoss` does.
-_LIBRARY = torch.library.Library("r1v3", "FRAGMENT")
-_LIBRARY.impl("grpo_loss", torch.library.fallthrough_kernel, "Autograd")
-
-
-@torch.library.impl("r1v3::grpo_loss", ("cpu", "cuda"))
 def _grpo_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
+    terms: list[Tensor | None],
     mask: Tensor,
-    ref_logprobs: Tensor | None,
-    weights: Tensor | None,
     offsets: Tensor | None,
     length: int,
     normalizer: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    kl: int,
-    aggregation: int,
+    options: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its gradient [N] and the metrics of flat tokens.
 
     Args:
-        offsets: int64 [S + 1] of the sequences; None for sequences of `length` tokens, of which
-            the last may be shorter.
+        terms, mask, offsets, normalizer: as `GrpoInputs` has them.
+        length: without offsets, of the sequences, of which the last may be shorter.
+        options: from `GrpoOptions.as_floats`.
     """
-    inputs = logprobs, old_logprobs, advantages, mask, ref_logprobs, weights
-    bounds, codes = (clip_low, clip_high, dual_clip, kl_coef), (kl, aggregation, len(METRICS))
     if devices.runs_triton(logprobs):
-        from r1v3.kernels import grpo_loss_triton
+        from r1v3.kernels.triton import grpo_loss as triton
 
         if normalizer is not None:
             normalizer = normalizer.to(logprobs.device, torch.float32, non_blocking=True)
-        return grpo_loss_triton.grpo_loss(*inputs, offsets, length, normalizer, *bounds, *codes)
+        return triton.grpo_loss(logprobs, terms, mask, offsets, length, normalizer, options)
     if offsets is None:
         offsets = _equal_offsets(logprobs, length)
     if logprobs.device.type == "cpu":
-        divisor = _divisor_on_host(normalizer)
-        if host.supports(logprobs):
-            return host.grpo_loss(*inputs, offsets, divisor, *bounds, *codes)
+        divisor = _divisor_on_cpu(normalizer)
+        if cpu.supports(logprobs):
+            return cpu.grpo_loss(logprobs, terms, mask, offsets, divisor, options)
         _check_offsets(offsets, logprobs.shape[0])
+    advantages, old_logprobs, ref_logprobs, weights = terms
+    assert advantages is not None
     return reference.grpo_loss(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        offsets,
-        ref_logprobs=ref_logprobs,
-        weights=weights,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip or None,
-        kl_coef=kl_coef,
-        kl=KL_ESTIMATORS[kl],
-        aggregation=AGGREGATIONS[aggregation],
-        normalizer=normalizer,
-    )
+        logprobs, old_logprobs, advantages, mask, offsets, ref_logprobs=ref_logprobs,
+        weights=weights, normalizer=normalizer, **GrpoOptions.of_floats(options).keywords(),
+    )  # fmt: skip
+
+
+def _fake_grpo_loss(logprobs: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    metrics = logprobs.new_empty(len(METRICS))
+    return logprobs.new_empty(()), torch.empty_like(logprobs), metrics
+
+
+_grpo_loss_op = register_op("grpo_loss", _grpo_loss, fake=_fake_grpo_loss)
 
 
 def _equal_offsets(logprobs: Tensor, length: int) -> Tensor:
@@ -212,7 +166,7 @@ def _equal_offsets(logprobs: Tensor, length: int) -> Tensor:
     return offsets.clamp_(max=tokens)
 
 
-def _divisor_on_host(normalizer: Tensor | None) -> float:
+def _divisor_on_cpu(normalizer: Tensor | None) -> float:
     """The normalizer as a number, 0 for none."""
     if normalizer is None:
         return 0.0
@@ -228,25 +182,3 @@ def _check_offsets(offsets: Tensor, tokens: int) -> None:
         raise ValueError(
             f"cu_seqlens must rise from 0 to at most the {tokens} tokens, got {values[:16]}"
         )
-
-
-@torch.library.register_fake("r1v3::grpo_loss")
-def _(
-    logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    ref_logprobs: Tensor | None,
-    weights: Tensor | None,
-    offsets: Tensor | None,
-    length: int,
-    normalizer: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    kl: int,
-    aggregation: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    metrics = logprobs.new_empty(len(METRICS))
-    return logprobs.new_empty(()), torch.empty_like(logprobs), metrics

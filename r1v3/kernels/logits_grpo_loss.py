@@ -4,39 +4,18 @@ What a token's loss counts in the total is known before its log-probability, and
 gradient depends on no other token. So a row's gradient follows at once from its statistics.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1v3.kernels import (
-    devices,
-    linear_tokens,
-    logits_grpo_loss_cuda,
-    reference,
-    softmax_rows,
-)
-from r1v3.kernels.arguments import (
-    KL_ESTIMATORS,
-    as_scalar,
-    check_logits,
-    check_shape,
-    check_token_ids,
-)
-from r1v3.kernels.grpo_arguments import (
-    as_normalizer,
-    check_options,
-    per_sequence_or_token,
-    sequence_offsets,
-)
-from r1v3.kernels.grpo_loss import grpo_loss
+from r1v3.kernels import cuda, devices, reference, softmax_rows
+from r1v3.kernels.arguments import as_scalar, check_logits, check_token_ids
+from r1v3.kernels.grpo_loss import loss_and_metrics
+from r1v3.kernels.grpo_terms import GrpoInputs, GrpoOptions, TokenTerms
 from r1v3.kernels.logprobs_and_entropy import logprobs_and_entropy
+from r1v3.kernels.registration import register_op
 from r1v3.kernels.scale import scale_
 from r1v3.kernels.vocab_parallel import group_name
-
-_Tokens = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-_Options = tuple[float, float, float, float, int]
 
 
 def logits_grpo_loss(
@@ -96,170 +75,109 @@ def logits_grpo_loss(
     check_logits(logits, temperature, vocab_size if group is None else None)
     shape = tuple(logits.shape[:-1])
     check_token_ids(token_ids, shape)
-    check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
-    mask, tokens = _per_token(
-        shape, cu_seqlens, loss_mask, aggregation, normalizer,
-        reference.accumulation_dtype(logits), advantages, old_logprobs, ref_logprobs, weights,
+    options = GrpoOptions(clip_low, clip_high, dual_clip, kl_coef, kl, aggregation)
+    like = logits.new_empty(shape, dtype=reference.accumulation_dtype(logits))
+    inputs = GrpoInputs.of(
+        like, old_logprobs, advantages, loss_mask, ref_logprobs, weights, cu_seqlens, normalizer,
+        options,
     )  # fmt: skip
+    mask, terms = TokenTerms.of(inputs, options)
     ids = torch.where(mask, token_ids.reshape(-1), reference.IGNORED_TOKEN).to(torch.int64)
     gradient = None
-    if logits.dtype in logits_grpo_loss_cuda.SUPPORTED:
+    if logits.dtype in cuda.SUPPORTED:
         logprobs, entropy, gradient = _in_one_pass(
-            logits, inplace_backward, ids, *tokens, as_scalar(temperature), vocab_size,
-            group_name(group), clip_low, clip_high, dual_clip or 0.0, kl_coef,
-            KL_ESTIMATORS.index(kl),
+            logits, inplace_backward, ids, terms.tensors(), terms.options, as_scalar(temperature),
+            vocab_size, group_name(group),
         )  # fmt: skip
     else:
         logprobs, entropy = logprobs_and_entropy(
             logits, ids.view(shape), temperature=temperature, vocab_size=vocab_size, group=group,
             inplace_backward=inplace_backward,
         )  # fmt: skip
+        logprobs = logprobs.reshape(-1)
         keep = ids != reference.IGNORED_TOKEN
         entropy = torch.where(keep, entropy.detach().reshape(-1), 0.0)
-    loss, metrics = grpo_loss(
-        logprobs.view(shape), old_logprobs, advantages, loss_mask, ref_logprobs=ref_logprobs,
-        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef, kl=kl,
-        aggregation=aggregation, cu_seqlens=cu_seqlens, normalizer=normalizer, weights=weights,
-    )  # fmt: skip
+    loss, metrics = loss_and_metrics(logprobs, inputs, options)
     if gradient is not None:
-        loss = _with_logits_gradient(loss, logits, gradient)
+        loss = _with_gradient_op(loss, logits, gradient)
     metrics["entropy"] = entropy.sum() / metrics["tokens"].clamp(min=1)
     metrics["token_entropy"] = entropy.view(shape)
     metrics["token_logprobs"] = logprobs.detach().view(shape)
     return loss, metrics
 
 
-def _per_token(
-    shape: tuple[int, ...],
-    cu_seqlens: Tensor | None,
-    loss_mask: Tensor,
-    aggregation: str,
-    normalizer: Tensor | float | None,
-    dtype: torch.dtype,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    weights: Tensor | None,
-) -> tuple[Tensor, _Tokens]:
-    """Which of the n tokens count, and their share in the total, advantages, old and so on, [n]."""
-    check_shape("loss_mask", loss_mask, shape)
-    for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
-        if tensor is not None:
-            check_shape(name, tensor, shape)
-    offsets = sequence_offsets(torch.empty_like(loss_mask, dtype=dtype), cu_seqlens)
-    sequences = offsets.shape[0] - 1
-    sequence, inside = linear_tokens.sequence_of_tokens(offsets, loss_mask.numel())
-    mask = (loss_mask != 0).reshape(-1) & inside
-    share = linear_tokens.share_of_tokens(
-        mask, sequence, sequences, aggregation, as_normalizer(normalizer), dtype
-    )
-
-    def spread(name: str, values: Tensor) -> Tensor:
-        values = per_sequence_or_token(name, values, shape, sequences)
-        return linear_tokens.per_token(values, sequence, dtype).contiguous()
-
-    old, ref = (
-        None if x is None else x.detach().reshape(-1).to(dtype).contiguous()
-        for x in (old_logprobs, ref_logprobs)
-    )
-    own = None if weights is None else spread("weights", weights)
-    return mask, (share, spread("advantages", advantages), old, ref, own)
-
-
 def _in_one_pass(
-    logits: Tensor, inplace: bool, *arguments: Any
+    logits: Tensor, inplace: bool, *arguments: object
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities and entropy [n], and the gradient where logits require one."""
     x = logits.detach()
     if not (torch.is_grad_enabled() and logits.requires_grad):
-        return *_logits_grpo(x, False, *arguments)[:2], None
+        return *_logits_grpo_op(x, False, *arguments)[:2], None
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace and softmax_rows.writable_in_place(logits):
-        return *_logits_grpo_(x, *arguments), x
-    return _logits_grpo(x, True, *arguments)
+        return *_logits_grpo_inplace_op(x, *arguments), x
+    logprobs, entropy, gradient = _logits_grpo_op(x, True, *arguments)
+    return logprobs, entropy, gradient
 
 
-@torch.library.custom_op("r1v3::logits_grpo", mutates_args=())
 def _logits_grpo(
     logits: Tensor,
     with_gradient: bool,
     token_ids: Tensor,
-    share: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    weights: Tensor | None,
+    terms: list[Tensor | None],
+    options: list[float],
     temperature: Tensor,
     vocab_size: int | None,
     group: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    kl: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [n], entropy [n], and the gradient, like logits or empty.
 
-    Tokens with share 0 or label -100 give 0 for all three.
+    Tokens with a loss scale of 0 or label -100 give 0 for all three.
+
+    Args:
+        terms, options: of a `TokenTerms` of all n tokens.
     """
     gradient = logits.new_empty(logits.shape if with_gradient else (0,))
-    tokens = share, advantages, old_logprobs, ref_logprobs, weights
     logprobs, entropy = _compute(
-        logits, gradient if with_gradient else None, token_ids, tokens, float(temperature),
-        vocab_size, group, (clip_low, clip_high, dual_clip, kl_coef, kl),
+        logits, gradient if with_gradient else None, token_ids,
+        TokenTerms.of_tensors(terms, options), float(temperature), vocab_size, group,
     )  # fmt: skip
     return logprobs, entropy, gradient
 
 
-@_logits_grpo.register_fake
-def _(
-    logits: Tensor, with_gradient: bool, token_ids: Tensor, share: Tensor, *rest: object
+def _fake_logits_grpo(
+    logits: Tensor, with_gradient: bool, token_ids: Tensor, terms: list[Tensor], *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logprobs = share.new_empty(share.shape)
+    logprobs = torch.empty_like(terms[0])
     gradient = logits.new_empty(logits.shape if with_gradient else (0,))
     return logprobs, torch.empty_like(logprobs), gradient
 
 
-@torch.library.custom_op("r1v3::logits_grpo_", mutates_args=("logits",))
-def _logits_grpo_(
+def _logits_grpo_inplace(
     logits: Tensor,
     token_ids: Tensor,
-    share: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    weights: Tensor | None,
+    terms: list[Tensor | None],
+    options: list[float],
     temperature: Tensor,
     vocab_size: int | None,
     group: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    kl: int,
 ) -> tuple[Tensor, Tensor]:
     """As `_logits_grpo`, with the gradient in place of the logits."""
-    tokens = share, advantages, old_logprobs, ref_logprobs, weights
     return _compute(
-        logits, logits, token_ids, tokens, float(temperature), vocab_size, group,
-        (clip_low, clip_high, dual_clip, kl_coef, kl),
+        logits, logits, token_ids, TokenTerms.of_tensors(terms, options), float(temperature),
+        vocab_size, group,
     )  # fmt: skip
 
 
-@_logits_grpo_.register_fake
-def _(logits: Tensor, token_ids: Tensor, share: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return share.new_empty(share.shape), share.new_empty(share.shape)
+def _fake_logits_grpo_inplace(
+    logits: Tensor, token_ids: Tensor, terms: list[Tensor], *rest: object
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(terms[0]), torch.empty_like(terms[0])
 
 
-@torch.library.custom_op("r1v3::with_logits_gradient", mutates_args=())
-def _with_logits_gradient(loss: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
+def _with_gradient(loss: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
     """The loss [], whose gradient by the logits is known."""
     return loss.clone()
-
-
-@_with_logits_gradient.register_fake
-def _(loss: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
-    return torch.empty_like(loss)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -279,71 +197,49 @@ def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
     return None, gradient.detach(), None
 
 
-_with_logits_gradient.register_autograd(_backward, setup_context=_save)
+_logits_grpo_op = register_op("logits_grpo", _logits_grpo, fake=_fake_logits_grpo)
+_logits_grpo_inplace_op = register_op(
+    "logits_grpo_", _logits_grpo_inplace, fake=_fake_logits_grpo_inplace, mutates_args=("logits",)
+)
+_with_gradient_op = register_op(
+    "with_logits_gradient", _with_gradient, fake=lambda loss, *rest: torch.empty_like(loss),
+    backward=_backward, setup_context=_save,
+)  # fmt: skip
 
 
 def _compute(
     logits: Tensor,
     gradient: Tensor | None,
     token_ids: Tensor,
-    tokens: _Tokens,
+    terms: TokenTerms,
     temperature: float,
     vocab_size: int | None,
     group: str,
-    options: _Options,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropy [n]; writes the gradient, which may be the logits."""
     vocab = logits.shape[-1] if vocab_size is None else vocab_size
     if gradient is not None and not group and temperature > 0:
-        blocks = logits_grpo_loss_cuda.cluster(logits, vocab)
+        blocks = cuda.cluster(logits, vocab)
         if blocks:
-            from r1v3.kernels.logits_triton import as_rows
-
-            share, advantages, old, ref, weights = tokens
-            return logits_grpo_loss_cuda.logits_grpo_loss(
-                as_rows(logits), as_rows(gradient), token_ids, share, advantages, old, ref,
-                weights, temperature, vocab, blocks, options,
-            )  # fmt: skip
+            return cuda.logits_grpo_loss(
+                logits, gradient, token_ids, terms, temperature, vocab, blocks
+            )
+    keep = (terms.loss_scale != 0) & (token_ids != reference.IGNORED_TOKEN)
     if logits.device.type == "cpu" and not devices.runs_triton(logits) and not group:
-        return _on_host(logits, gradient, token_ids, tokens, temperature, vocab_size, options)
-    keep = (tokens[0] != 0) & (token_ids != reference.IGNORED_TOKEN)
-    ids = torch.where(keep, token_ids, reference.IGNORED_TOKEN)
+        # Only the rows that count, since waiting for their number costs nothing here.
+        rows = keep.nonzero().squeeze(-1)
+        ids, terms, mask = token_ids[rows], terms[rows], None
+    else:
+        rows, ids, mask = None, torch.where(keep, token_ids, reference.IGNORED_TOKEN), keep
     logprobs, entropy, saved, shard = softmax_rows.forward(
-        logits, ids, None, temperature, vocab_size, group, keep=keep
+        logits, ids, rows, temperature, vocab_size, group, keep=mask
     )
     if gradient is not None:
         softmax_rows.backward(
-            logits, gradient, ids, None, temperature, vocab_size, shard, saved,
-            linear_tokens.slope_of_tokens(logprobs, keep, *tokens, options), None,
+            logits, gradient, ids, rows, temperature, vocab_size, shard, saved,
+            terms.grad_logprobs(logprobs, mask), None,
         )  # fmt: skip
-    return logprobs, torch.where(keep, entropy, 0.0)
-
-
-def _on_host(
-    logits: Tensor,
-    gradient: Tensor | None,
-    token_ids: Tensor,
-    tokens: _Tokens,
-    temperature: float,
-    vocab_size: int | None,
-    options: _Options,
-) -> tuple[Tensor, Tensor]:
-    """Only the rows that count, since waiting for their number costs nothing here."""
-    keep = (tokens[0] != 0) & (token_ids != reference.IGNORED_TOKEN)
-    rows = keep.nonzero().squeeze(-1)
-    ids = token_ids[rows]
-    chosen, spread, saved, shard = softmax_rows.forward(
-        logits, ids, rows, temperature, vocab_size, ""
-    )
-    if gradient is not None:
-        share, advantages = tokens[0][rows], tokens[1][rows]
-        old, ref, own = (None if t is None else t[rows] for t in tokens[2:])
-        counted = torch.ones_like(ids, dtype=torch.bool)
-        slope = linear_tokens.slope_of_tokens(
-            chosen, counted, share, advantages, old, ref, own, options
-        )
-        softmax_rows.backward(
-            logits, gradient, ids, rows, temperature, vocab_size, shard, saved, slope, None
-        )
-    zero = torch.zeros_like(tokens[0])
-    return zero.index_copy(0, rows, chosen), zero.index_copy(0, rows, spread)
+    if rows is None:
+        return logprobs, torch.where(keep, entropy, 0.0)
+    zero = logprobs.new_zeros(token_ids.shape[0])
+    return zero.index_copy(0, rows, logprobs), zero.index_copy(0, rows, entropy)

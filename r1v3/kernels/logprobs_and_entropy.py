@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from r1v3.kernels import reference, softmax_rows
 from r1v3.kernels.arguments import as_scalar, check_logits, check_rows, check_token_ids
+from r1v3.kernels.registration import register_op
 from r1v3.kernels.vocab_parallel import group_name
 
 
@@ -129,7 +130,7 @@ def _results(
     if ids is not None and rows is not None:
         ids = ids[rows]
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    logprobs, entropy, _, _ = _logprobs_and_entropy(
+    logprobs, entropy, _, _ = _logprobs_op(
         logits, ids, rows, as_scalar(temperature), vocab_size, group_name(group), inplace,
         with_entropy,
     )  # fmt: skip
@@ -137,7 +138,6 @@ def _results(
     return logprobs.view(shape), entropy.view(shape) if with_entropy else entropy
 
 
-@torch.library.custom_op("r1v3::logprobs_and_entropy", mutates_args=())
 def _logprobs_and_entropy(
     logits: Tensor,
     token_ids: Tensor | None,
@@ -154,8 +154,7 @@ def _logprobs_and_entropy(
     return logprobs, entropy if with_entropy else logprobs.new_empty(0), saved, shard
 
 
-@_logprobs_and_entropy.register_fake
-def _(
+def _fake_logprobs_and_entropy(
     logits: Tensor,
     token_ids: Tensor | None,
     rows: Tensor | None,
@@ -172,7 +171,6 @@ def _(
     return logprobs, entropy, logprobs.new_empty(n, 3), shard
 
 
-@torch.library.custom_op("r1v3::logits_gradient", mutates_args=())
 def _logits_gradient(
     logits: Tensor,
     token_ids: Tensor | None,
@@ -192,23 +190,7 @@ def _logits_gradient(
     return out
 
 
-@_logits_gradient.register_fake
-def _(
-    logits: Tensor,
-    token_ids: Tensor | None,
-    rows: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int | None,
-    shard: Tensor,
-    saved: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-@torch.library.custom_op("r1v3::logits_gradient_", mutates_args=("logits",))
-def _logits_gradient_(
+def _logits_gradient_inplace(
     logits: Tensor,
     token_ids: Tensor | None,
     rows: Tensor | None,
@@ -233,6 +215,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(logits, token_ids, rows, temperature, shard, saved)
 
 
+@torch.autograd.function.once_differentiable
 def _backward(ctx, grad_logprobs, grad_entropy, _saved, _shard):  # type: ignore[no-untyped-def]
     rest = (None,) * 7
     if grad_logprobs is None and grad_entropy is None:
@@ -248,10 +231,19 @@ def _backward(ctx, grad_logprobs, grad_entropy, _saved, _shard):  # type: ignore
         grad_entropy,
     )  # fmt: skip
     if ctx.inplace and softmax_rows.writable_in_place(logits):
-        _logits_gradient_(*arguments)
+        _logits_gradient_inplace_op(*arguments)
         ctx.consumed = True
         return logits.detach(), *rest
-    return _logits_gradient(*arguments), *rest
+    return _logits_gradient_op(*arguments), *rest
 
 
-_logprobs_and_entropy.register_autograd(_backward, setup_context=_save)
+_logits_gradient_op = register_op(
+    "logits_gradient", _logits_gradient, fake=lambda logits, *rest: logits.new_empty(logits.shape)
+)
+_logits_gradient_inplace_op = register_op(
+    "logits_gradient_", _logits_gradient_inplace, fake=lambda *_: None, mutates_args=("logits",)
+)
+_logprobs_op = register_op(
+    "logprobs_and_entropy", _logprobs_and_entropy, fake=_fake_logprobs_and_entropy,
+    backward=_backward, setup_context=_save,
+)  # fmt: skip

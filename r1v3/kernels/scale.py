@@ -1,17 +1,19 @@
 """Multiplication in place that costs nothing where the factor is 1, as an upstream gradient is."""
 
-import torch
 from torch import Tensor
 
 from r1v3.kernels import devices
+from r1v3.kernels.registration import register_op
 
 
-@torch.library.custom_op("r1v3::scale_", mutates_args=("tensor",))
-def scale_(tensor: Tensor, factor: Tensor) -> None:
+def _scale(tensor: Tensor, factor: Tensor) -> None:
     """tensor *= factor [], without touching the tensor where factor is 1, and without waiting."""
     if devices.runs_triton(tensor) and tensor.is_contiguous():
-        from r1v3.kernels import scale_triton
+        from r1v3.kernels.triton import scale as triton
 
-        scale_triton.scale_(tensor, factor)
+        triton.scale_(tensor, factor)
     elif tensor.device.type != "cpu" or float(factor) != 1:
         tensor.mul_(factor)
+
+
+scale_ = register_op("scale_", _scale, fake=lambda *_: None, mutates_args=("tensor",))

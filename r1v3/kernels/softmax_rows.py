@@ -1,6 +1,6 @@
 """Forward and backward over rows of logits, on whatever device they live.
 
-CUDA tensors run Triton (temperature 0 the reference), CPU tensors the compiled host kernels;
+CUDA tensors run Triton (temperature 0 the reference), CPU tensors the compiled CPU kernels;
 float64, and everything where neither exists, runs the reference. No autograd here.
 
 A caller with a chunk of logits of its own, [rows, V] in float32 or bfloat16, gets their gradient
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from r1v3.kernels import devices, host, reference, vocab_parallel
+from r1v3.kernels import cpu, devices, reference, vocab_parallel
 
 
 def forward(
@@ -34,7 +34,7 @@ def forward(
         rows: int64 [n] into the flattened leading dimensions, or None for all of them.
         shard: the bounds that an earlier call with this group returned, or None to ask for them.
         with_entropy: False where nobody looks at the entropy, which then may hold anything; the
-            host kernels save a part of their arithmetic.
+            CPU kernels save a part of their arithmetic.
         keep: bool [n], rows somebody looks at; Triton does not read the others, whose entropy is
             then 0. Elsewhere `rows` does this.
     """
@@ -50,9 +50,12 @@ def forward(
     first, vocab, true_size = _columns(width, vocab_size, shard)
     ids = None if token_ids is None else token_ids.to(torch.int64).contiguous()
     if logits.device.type == "cpu":
-        _check_on_host(ids, rows, true_size, logits.shape[:-1].numel())
-    if host.supports(logits) and not group_name:
-        return *_forward_on_host(logits, ids, rows, temperature, vocab, with_entropy), shard
+        if ids is not None:
+            check_labels(ids, true_size)
+        if rows is not None:
+            check_row_index(rows, logits.shape[:-1].numel())
+    if cpu.supports(logits) and not group_name:
+        return *_forward_on_cpu(logits, ids, rows, temperature, vocab, with_entropy), shard
     stats = _statistics(logits, None if ids is None else ids - first, rows, temperature, vocab)
     shards = vocab_parallel.gather_statistics(stats, group_name) if group_name else stats[None]
     ignored = None if ids is None else ids == reference.IGNORED_TOKEN
@@ -83,8 +86,8 @@ def backward(
     if grad_entropy is not None:
         grad_entropy = grad_entropy.to(saved.dtype).contiguous()
     if devices.runs_triton(logits) and temperature > 0:
-        from r1v3.kernels.logits_gradient_triton import row_gradient
-        from r1v3.kernels.logits_triton import as_rows
+        from r1v3.kernels.triton.logits_gradient import row_gradient
+        from r1v3.kernels.triton.logits_statistics import as_rows
 
         vocab = width if shard.numel() or vocab_size is None else vocab_size
         row_gradient(
@@ -126,17 +129,17 @@ def _forward_triton(
     group_name: str,
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from r1v3.kernels import logits_triton
+    from r1v3.kernels.triton import logits_statistics as triton
 
     bounds = shard if group_name else None
     vocab = logits.shape[-1] if group_name or vocab_size is None else vocab_size
-    stats = logits_triton.row_statistics(
-        logits_triton.as_rows(logits), token_ids, rows, temperature, vocab, bounds, keep
+    stats = triton.row_statistics(
+        triton.as_rows(logits), token_ids, rows, temperature, vocab, bounds, keep
     )
     if group_name:
-        merged = logits_triton.merge_parts(stats, temperature)
+        merged = triton.merge_parts(stats, temperature)
         stats = vocab_parallel.gather_statistics(merged, group_name)
-    return logits_triton.finalize(stats, token_ids, temperature, vocab, bounds)
+    return triton.finalize(stats, token_ids, temperature, vocab, bounds)
 
 
 def _columns(width: int, vocab_size: int | None, shard: Tensor) -> tuple[int, int, int]:
@@ -148,29 +151,28 @@ def _columns(width: int, vocab_size: int | None, shard: Tensor) -> tuple[int, in
     return first, min(width, max(true_size - first, 0)), true_size
 
 
-def _check_on_host(
-    token_ids: Tensor | None, rows: Tensor | None, true_size: int, n_rows: int
-) -> None:
-    if token_ids is not None and _any_outside(token_ids, true_size):
-        bad = ((token_ids < 0) | (token_ids >= true_size)) & (token_ids != reference.IGNORED_TOKEN)
+def check_labels(token_ids: Tensor, vocab: Tensor | int) -> None:
+    """Raise ValueError for a label outside the vocabulary; on a GPU that would be a wait."""
+    if token_ids.is_cuda or token_ids.numel() == 0:
+        return
+    size, ids = int(vocab), token_ids.to(torch.int64).contiguous()
+    if cpu.built() and cpu.first_outside(ids, size, reference.IGNORED_TOKEN) < 0:
+        return
+    bad = ids[((ids < 0) | (ids >= size)) & (ids != reference.IGNORED_TOKEN)]
+    if bad.numel():
         raise ValueError(
-            f"token_ids must be in [0, {true_size}) or {reference.IGNORED_TOKEN}, "
-            f"got {token_ids[bad][:8].tolist()}"
+            f"token_ids must be in [0, {size}) or {reference.IGNORED_TOKEN}, got {bad[:8].tolist()}"
         )
-    if rows is not None and rows.numel():
-        if int(rows.min()) < 0 or int(rows.max()) >= n_rows:
-            raise ValueError(
-                f"rows must be in [0, {n_rows}), got {int(rows.min())} to {int(rows.max())}"
-            )
-        if rows.unique().numel() != rows.numel():
-            raise ValueError(f"rows must not repeat, got {rows[:16].tolist()}")
 
 
-def _any_outside(token_ids: Tensor, true_size: int) -> bool:
-    if host.built():
-        return host.first_outside(token_ids, true_size, reference.IGNORED_TOKEN) >= 0
-    bad = (token_ids < 0) | (token_ids >= true_size)
-    return bool((bad & (token_ids != reference.IGNORED_TOKEN)).any())
+def check_row_index(rows: Tensor, n: int) -> None:
+    """Raise ValueError unless the int64 rows are distinct and in [0, n); for CPU tensors."""
+    if rows.numel() == 0:
+        return
+    if int(rows.min()) < 0 or int(rows.max()) >= n:
+        raise ValueError(f"rows must be in [0, {n}), got {int(rows.min())} to {int(rows.max())}")
+    if rows.unique().numel() != rows.numel():
+        raise ValueError(f"rows must not repeat, got {rows[:16].tolist()}")
 
 
 def _flattens(logits: Tensor) -> bool:
@@ -207,7 +209,7 @@ def _selectable(logits: Tensor, vocab: int) -> Tensor:
     return _last_contiguous(logits).reshape(n, logits.shape[-1])[:, :vocab]
 
 
-def _forward_on_host(
+def _forward_on_cpu(
     logits: Tensor,
     token_ids: Tensor | None,
     rows: Tensor | None,
@@ -220,13 +222,13 @@ def _forward_on_host(
     entropy = logprobs.new_empty(n if with_entropy else 0)
     saved = logprobs.new_empty(n, 3)
     if rows is not None:
-        host.logprobs_and_entropy(
+        cpu.logprobs_and_entropy(
             _selectable(logits, vocab), rows.contiguous(), token_ids, temperature, logprobs,
             entropy if with_entropy else None, saved,
         )  # fmt: skip
         return logprobs, entropy, saved
     for part, block in _blocks(logits, vocab):
-        host.logprobs_and_entropy(
+        cpu.logprobs_and_entropy(
             block, None, _part(token_ids, part), temperature, logprobs[part],
             entropy[part] if with_entropy else None, saved[part],
         )  # fmt: skip
@@ -240,17 +242,17 @@ def _statistics(
     temperature: float,
     vocab: int,
 ) -> Tensor:
-    if not host.supports(logits):
+    if not cpu.supports(logits):
         x = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])[:, :vocab]
         return reference.row_statistics(x if rows is None else x[rows], token_ids, temperature)
     n = logits.shape[:-1].numel() if rows is None else rows.shape[0]
     stats = logits.new_empty(n, 4, dtype=torch.float32)
     if rows is not None:
         x = _selectable(logits, vocab)
-        host.row_statistics(x, rows.contiguous(), token_ids, temperature, stats)
+        cpu.row_statistics(x, rows.contiguous(), token_ids, temperature, stats)
         return stats
     for part, block in _blocks(logits, vocab):
-        host.row_statistics(block, None, _part(token_ids, part), temperature, stats[part])
+        cpu.row_statistics(block, None, _part(token_ids, part), temperature, stats[part])
     return stats
 
 
@@ -267,7 +269,7 @@ def _gradient(
 ) -> None:
     n, width = logits.shape[:-1].numel(), logits.shape[-1]
     target = out.view(n, width)
-    if not host.supports(logits):
+    if not cpu.supports(logits):
         x = logits.reshape(n, width)[:, :vocab]
         x = x if rows is None else x[rows]
         grad = reference.row_gradient(x, token_ids, temperature, saved, grad_logprobs, grad_entropy)
@@ -277,13 +279,13 @@ def _gradient(
     ids = None if token_ids is None else token_ids.contiguous()
     saved = saved.contiguous()
     if rows is not None:
-        host.row_gradient(
+        cpu.row_gradient(
             _selectable(logits, vocab), target[:, :vocab], rows.contiguous(), ids, temperature,
             saved, grad_logprobs, grad_entropy,
         )  # fmt: skip
     else:
         for part, block in _blocks(logits, vocab):
-            host.row_gradient(
+            cpu.row_gradient(
                 block, target[part, :vocab], None, _part(ids, part), temperature,
                 saved[part], _part(grad_logprobs, part), _part(grad_entropy, part),
             )  # fmt: skip

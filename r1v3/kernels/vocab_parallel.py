@@ -1,4 +1,4 @@
-"""What the ranks of a vocabulary-parallel group tell each other.
+"""Communication of the ranks over which a vocabulary is sharded.
 
 One gather per forward: (max, sum, weighted sum, target logit), 16 bytes per row and rank. Every
 rank then merges in rank order, so all hold the same bits, whatever the timing. The backward
@@ -28,13 +28,26 @@ def group_name(group: dist.ProcessGroup | None) -> str:
     return "" if group is None else group.group_name
 
 
-def _group(name: str) -> dist.ProcessGroup:
+def process_group(name: str) -> dist.ProcessGroup:
+    """The group of this name."""
     return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def group_size(name: str) -> int:
+    """Ranks of the group of this name, 1 without one."""
+    return dist.get_world_size(process_group(name)) if name else 1
+
+
+def gather_rows(rows: Tensor, name: str) -> Tensor:
+    """[n, ...] of each rank -> [ranks x n, ...] in rank order."""
+    gathered = rows.new_empty(group_size(name), *rows.shape)
+    dist.all_gather(list(gathered.unbind()), rows.contiguous(), group=process_group(name))
+    return gathered.flatten(0, 1)
 
 
 def shard_bounds(width: int, vocab_size: int | None, name: str, device: torch.device) -> Tensor:
     """int64 [2] on `device`: this shard's first token id and the true vocabulary size."""
-    group = _group(name)
+    group = process_group(name)
     known = _known_bounds.setdefault(group, {})
     key = width, vocab_size, device
     bounds = known.get(key)
@@ -64,7 +77,7 @@ def _exchange_widths(
 
 def gather_statistics(stats: Tensor, name: str) -> Tensor:
     """[n, 4] of each rank -> [ranks, n, 4] in rank order."""
-    group = _group(name)
+    group = process_group(name)
     gathered = stats.new_empty(dist.get_world_size(group), *stats.shape)
     # Into one tensor: a list of tensors would be gathered into a copy first. The name is new.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

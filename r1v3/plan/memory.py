@@ -9,7 +9,7 @@ bytes; GB is 10^9.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from r1v3.kernels.linear_rows import DEVICE_WORKSPACE
+from r1v3.kernels.linear.tiles import DEVICE_WORKSPACE
 from r1v3.model.flops import Dimensions, Work
 
 # Not measured here; what is usual for a process with NCCL communicators on an 80 GB device.

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from r1v3.kernels import devices, host
+from r1v3.kernels import cpu, devices
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_DEVICE = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -30,8 +30,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             devices, "runs_triton", lambda tensor: tensor.dtype in devices.HALF_OR_SINGLE
         )
     if request.param in ("triton", "reference"):
-        monkeypatch.setattr(host, "supports", lambda tensor: False)
-    elif request.param == "compiled" and not host.supports(torch.zeros(1)):
+        monkeypatch.setattr(cpu, "supports", lambda tensor: False)
+    elif request.param == "compiled" and not cpu.supports(torch.zeros(1)):
         pytest.skip("r1v3._C is not built")
     with warnings.catch_warnings(), torch.device(_device_of(request.param)):
         if request.param == "triton":

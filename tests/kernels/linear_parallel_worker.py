@@ -18,9 +18,8 @@ from torch import Tensor
 from r1v3.kernels import (
     linear_grpo_loss,
     linear_logprobs_and_entropy,
-    linear_products,
-    linear_rows,
 )
+from r1v3.kernels.linear import tiles
 
 VOCAB, PADDED, ROWS, WIDTH = 1001, 1024, 36, 16
 # Members and their columns; among them a rank of padding only, and widths that differ much.
@@ -109,13 +108,13 @@ def main(rank: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4,
         timeout=timedelta(seconds=120),
     )  # fmt: skip
-    linear_products.TILE_BYTES = 1
-    linear_rows.HOST_BLOCK_ROWS = 9
+    tiles.TILE_BYTES = 1
+    tiles.CPU_BLOCK_ROWS = 9
     groups = [dist.new_group(members) for members, _ in GROUPS]
     for group, (members, widths) in zip(groups, GROUPS, strict=True):
         if rank not in members:
             continue
-        linear_rows.HOST_WORKSPACE = 8 * 4 * -(-VOCAB // len(members))
+        tiles.CPU_WORKSPACE = 8 * 4 * -(-VOCAB // len(members))
         place = members.index(rank)
         mine = slice(sum(widths[:place]), sum(widths[: place + 1]))
         results = []

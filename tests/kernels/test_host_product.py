@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1v3.kernels import host
+from r1v3.kernels import cpu as host
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 KERNELS = [

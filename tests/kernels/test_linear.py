@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1v3.kernels import host, linear_logprobs_and_entropy, linear_products, linear_rows
+from r1v3.kernels import cpu, linear_logprobs_and_entropy
+from r1v3.kernels.linear import head, tiles
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.conftest import HOST_BACKENDS, INTERPRETED
 
@@ -23,17 +24,17 @@ def start(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers for every test; the reference multiplies bfloat16 by converting it."""
     torch.manual_seed(0)
     if backend == "reference":
-        monkeypatch.setattr(host, "multiplies", lambda dtype: False)
+        monkeypatch.setattr(cpu, "multiplies", lambda dtype: False)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 128 columns and 5 rows, chunks of 5 rows: several of each in the tests' problem."""
-    monkeypatch.setattr(linear_products, "TILE_BYTES", 1)
-    monkeypatch.setattr(linear_rows, "HOST_BLOCK_ROWS", 5)
-    monkeypatch.setattr(linear_rows, "HOST_WORKSPACE", 5 * 300 * 4)
-    monkeypatch.setattr(linear_rows, "DEVICE_BLOCK_ROWS", 5)
-    monkeypatch.setattr(linear_rows, "DEVICE_TILE", 1)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 1)
+    monkeypatch.setattr(tiles, "CPU_BLOCK_ROWS", 5)
+    monkeypatch.setattr(tiles, "CPU_WORKSPACE", 5 * 300 * 4)
+    monkeypatch.setattr(tiles, "DEVICE_BLOCK_ROWS", 5)
+    monkeypatch.setattr(tiles, "DEVICE_TILE", 1)
 
 
 def make(dtype: torch.dtype = torch.float32, vocab: int = 300) -> dict[str, Any]:
@@ -130,14 +131,14 @@ def test_gradcheck(small_tiles: None) -> None:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """The operands of every matrix product, as they are multiplied."""
     seen: list[tuple[Tensor, Tensor]] = []
-    multiply = linear_products.multiply
+    multiply = head.multiply
 
     def watch(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
         seen.append((a.clone(), b))
         multiply(a, b, out, add=add)
 
-    monkeypatch.setattr(linear_products, "multiply", watch)
-    monkeypatch.setattr("r1v3.kernels.linear_gradients.multiply", watch)
+    monkeypatch.setattr(head, "multiply", watch)
+    monkeypatch.setattr("r1v3.kernels.linear.gradients.multiply", watch)
     return seen
 
 

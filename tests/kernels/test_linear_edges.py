@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1v3.kernels import host, linear_grpo_loss, linear_logprobs_and_entropy, reference
+from r1v3.kernels import cpu, linear_grpo_loss, linear_logprobs_and_entropy, reference
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.conftest import INTERPRETED
 
@@ -20,7 +20,7 @@ if not INTERPRETED:  # which takes seconds per row; its kernels see these in the
 def start(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     if backend == "reference":
-        monkeypatch.setattr(host, "multiplies", lambda dtype: False)
+        monkeypatch.setattr(cpu, "multiplies", lambda dtype: False)
 
 
 def make(vocab: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from r1v3.kernels import (
+    cpu,
     grpo_loss,
-    host,
     linear_grpo_loss,
-    linear_products,
-    linear_rows,
     logprobs_and_entropy,
 )
+from r1v3.kernels.linear import head, tiles
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.conftest import HOST_BACKENDS, INTERPRETED
 
@@ -30,10 +29,10 @@ def small_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 6 rows in tiles of 128 columns: three chunks of the tests' problem."""
     torch.manual_seed(0)
     if backend == "reference":
-        monkeypatch.setattr(host, "multiplies", lambda dtype: False)
-    monkeypatch.setattr(linear_products, "TILE_BYTES", 1)
-    monkeypatch.setattr(linear_rows, "HOST_WORKSPACE", 6 * VOCAB * 4)
-    monkeypatch.setattr(linear_rows, "DEVICE_WORKSPACE", 6 * VOCAB * 4)
+        monkeypatch.setattr(cpu, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 1)
+    monkeypatch.setattr(tiles, "CPU_WORKSPACE", 6 * VOCAB * 4)
+    monkeypatch.setattr(tiles, "DEVICE_WORKSPACE", 6 * VOCAB * 4)
 
 
 def make(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -122,7 +121,8 @@ def test_is_the_composition(aggregation: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_all_columns_in_one_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the layout of a GPU, where one product takes all columns, loses or adds a term."""
-    monkeypatch.setattr("r1v3.kernels.linear_grpo._whole_rows", lambda head: not head.converts)
+    whole_rows = property(lambda head: not head.converts)
+    monkeypatch.setattr(head.TiledHead, "whole_rows", whole_rows)
     inputs = make(dtype)
     truth, _ = run(composed, inputs, torch.float64)
     baseline, _ = run(composed, inputs, dtype)
@@ -193,14 +193,14 @@ def test_gradient_is_the_derivative() -> None:
 def work(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Multiplications of every matrix product."""
     seen: list[int] = []
-    multiply = linear_products.multiply
+    multiply = head.multiply
 
     def watch(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
         seen.append(a.shape[0] * a.shape[1] * b.shape[1])
         multiply(a, b, out, add=add)
 
-    monkeypatch.setattr(linear_products, "multiply", watch)
-    monkeypatch.setattr("r1v3.kernels.linear_gradients.multiply", watch)
+    monkeypatch.setattr(head, "multiply", watch)
+    monkeypatch.setattr("r1v3.kernels.linear.gradients.multiply", watch)
     return seen
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from r1v3.kernels import linear_grpo_loss, linear_products, linear_rows
+from r1v3.kernels import linear_grpo_loss
+from r1v3.kernels.linear import tiles
 from tests.kernels.conftest import INTERPRETED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,8 +132,8 @@ def test_logits_in_the_memory_of_a_gradient(
 
     As many rows as just fit, one more, odd widths, and a last tile of 45 columns.
     """
-    monkeypatch.setattr(linear_products, "TILE_BYTES", 1)
-    monkeypatch.setattr(linear_rows, "HOST_WORKSPACE", 2 * 301 * 4)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 1)
+    monkeypatch.setattr(tiles, "CPU_WORKSPACE", 2 * 301 * 4)
     torch.manual_seed(0)
     ids = torch.randint(0, 301, (1, rows))
     given = [torch.randn(1, rows, width).to(dtype), torch.randn(301, width).to(dtype)]

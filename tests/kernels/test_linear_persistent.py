@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_linear_logprobs_and_entropy as bench
-from r1v3.kernels import devices, linear_rows, reference
-from r1v3.kernels.linear_logprobs import row_results
-from r1v3.kernels.linear_products import Head
-from r1v3.kernels.linear_statistics import vocabulary_bounds
+from r1v3.kernels import devices, reference
+from r1v3.kernels.linear.head import TiledHead
+from r1v3.kernels.linear.logprobs import row_results
+from r1v3.kernels.linear.rows import SelectedRows
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.conftest import INTERPRETED
 
 triton = pytest.importorskip("triton")
 
-from r1v3.kernels import linear_forward_triton, logits_triton  # noqa: E402
+from benchmarks import linear_forward_triton  # noqa: E402
+from r1v3.kernels.triton import logits_statistics  # noqa: E402
 from tests.kernels.test_triton_compiled import resource_usage  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -63,13 +64,14 @@ def forward(
     persistent: bool = True,
 ) -> list[Tensor]:
     """logprobs, entropy and (m, log s, entropy) of all rows."""
-    batch = linear_rows.Batch(hidden, token_ids, None, None, "", False)
-    bounds = vocabulary_bounds(weight, vocab_size, "")
-    head = Head(weight, bias, hidden.dtype, 0)
-    if persistent and batch.n:
+    rows = SelectedRows(hidden, token_ids)
+    head = TiledHead(weight, bias, hidden.dtype, temperature, vocab_size)
+    if persistent and rows.n:
         assert linear_forward_triton.supports(hidden, weight, temperature)
-    values = row_results(head, batch, temperature, bounds, "", persistent=persistent)
-    return [batch.spread(value) for value in values]
+        values = bench.persistent_row_results(head, rows)
+    else:
+        values = row_results(head, rows)
+    return [rows.scatter(value) for value in values]
 
 
 def check(inputs: dict[str, Any], **options: Any) -> list[Tensor]:
@@ -165,9 +167,9 @@ def test_shards_are_merged_like_parts(device: str) -> None:
         )
         first += size
     bounds = torch.tensor([0, 690])
-    logprobs, entropy, _ = logits_triton.finalize(torch.stack(stats), ids, 0.8, 0, bounds)
+    logprobs, entropy, _ = logits_statistics.finalize(torch.stack(stats), ids, 0.8, 0, bounds)
     whole = linear_forward_triton.row_statistics(hidden, weight, None, ids, 0.8, bounds)
-    expected = logits_triton.finalize(whole[None], ids, 0.8, 0, bounds)
+    expected = logits_statistics.finalize(whole[None], ids, 0.8, 0, bounds)
     torch.testing.assert_close(logprobs, expected[0], rtol=0, atol=3e-6)
     torch.testing.assert_close(entropy, expected[1], rtol=0, atol=3e-6)
     assert logprobs[7] == 0 and bool((logprobs[ids != -100] < 0).all())

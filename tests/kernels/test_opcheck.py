@@ -24,8 +24,8 @@ def logits_cases() -> dict[str, tuple[Any, ...]]:
     leaf = x.clone().requires_grad_()
     saved, slope = torch.rand(6, 3), torch.randn(6)
     gradient = ids, None, scalar(0.7), 9, rows[:0], saved, slope, slope
-    tokens = torch.rand(6), slope, None, slope, None
-    grpo = ids, *tokens, scalar(0.7), 9, "", 0.2, 0.3, 0.0, 0.1, 2
+    terms = [torch.rand(6), slope, None, slope, None]
+    grpo = ids, terms, [0.2, 0.3, 0.0, 0.1, 2.0, 0.0], scalar(0.7), 9, ""
     return {
         "logprobs_and_entropy": (leaf, ids, None, scalar(0.7), 9, "", False, True),
         "logprobs_and_entropy of rows": (
@@ -50,17 +50,17 @@ def logits_cases() -> dict[str, tuple[Any, ...]]:
 
 def token_cases() -> dict[str, tuple[Any, ...]]:
     flat, mask = torch.randn(6), torch.ones(6, dtype=torch.bool)
-    options = 0.2, 0.2, 0.0, 0.1, 2, 0
+    options = [0.2, 0.2, 0.0, 0.1, 2.0, 0.0]
     rewards, rest = torch.randn(4), (0, 0, 0, 1, 1e-6)
     return {
         "group_advantages": (rewards, None, torch.tensor([0, 2, 4]), 0, *rest),
         "group_advantages of equal groups": (rewards, None, None, 2, *rest),
         "group_advantages of ids": (rewards, torch.tensor([7, 2, 2, 7]), None, 0, *rest),
         "grpo_loss": (
-            flat - 0.1, flat, flat, mask, flat, None, torch.tensor([0, 2, 6]), 0, scalar(3.0),
-            *options,
+            flat - 0.1, [flat, flat, flat, None], mask, torch.tensor([0, 2, 6]), 0, scalar(3.0),
+            options,
         ),
-        "grpo_loss padded": (flat, None, flat[:2], mask, None, None, None, 3, None, *options),
+        "grpo_loss padded": (flat, [flat[:2], None, None, None], mask, None, 3, None, options),
     }  # fmt: skip
 
 
@@ -72,24 +72,26 @@ def linear_cases() -> dict[str, tuple[Any, ...]]:
     buffer, loss = torch.zeros(11, 4), torch.randn(())
     sharding = "", False, True, 0
     rest = scalar(0.7), None, *sharding
-    per_token = [torch.rand(6) for _ in range(5)]
-    clip = 0.2, 0.2, 0.0, 0.1, 2
+    per_token: list[Tensor | None] = [torch.rand(6) for _ in range(5)]
+    options = [0.2, 0.2, 0.0, 0.1, 2.0, 0.0]
     bounds, saved, slope = torch.tensor([0, 11]), torch.rand(6, 3), torch.randn(6)
-    gradient = scalar(0.7), bounds, saved, slope, slope, *sharding
+    gradient = scalar(0.7), bounds, saved, [slope, slope]
     return {
         "linear_logprobs_and_entropy": (*leaves, None, ids, mask, None, None, *rest),
         "linear_logprobs_and_entropy of rows": (*leaves, bias, ids, None, ids[:1], None, *rest),
         "linear_gradient": (
             hidden, weight, bias.detach(), ids, mask, None, None, *gradient, [True, True, True],
+            *sharding,
         ),
         "linear_gradient with accumulator": (
             hidden, weight, None, ids, mask, None, buffer, *gradient, [False, True, False],
+            *sharding,
         ),
         "linear_grpo": (
-            hidden, weight, ids, mask, None, *per_token, None, *rest, [True, True], *clip,
+            hidden, weight, ids, mask, None, None, per_token, options, [True, True], *rest,
         ),
         "linear_grpo with accumulator": (
-            hidden, weight, ids, mask, ids[:1], *per_token, buffer, *rest, [True, True], *clip,
+            hidden, weight, ids, mask, ids[:1], buffer, per_token, options, [True, True], *rest,
         ),
         "with_gradient": (loss, *leaves, torch.randn(6, 4), torch.randn(11, 4), False),
     }  # fmt: skip

@@ -43,20 +43,20 @@ def compile_kernel(kernel: Any, target: int, arguments: dict[str, Any], warps: i
 
 
 def statistics_arguments(dtype: str, align: int, sharded: bool = False) -> dict[str, Any]:
-    from r1v3.kernels import logits_triton
+    from r1v3.kernels.triton import logits_statistics
 
     return {
         "x_ptr": f"*{dtype}:16", "rows_ptr": "*i64:16" if sharded else None,
         "ids_ptr": "*i64:16", "shard_ptr": "*i64:16" if sharded else None,
         "stats_ptr": "*fp32:16", "temperature": "fp32", "parts": "i32", "HAS_ROWS": sharded,
         "HAS_IDS": True, "HAS_KEEP": sharded, "keep_ptr": "*u8:16" if sharded else None,
-        "HAS_SHARD": sharded, "ALIGN": align, "VECTORS": logits_triton.VECTORS,
-        "PART_BLOCKS": logits_triton.PART_BLOCKS,
+        "HAS_SHARD": sharded, "ALIGN": align, "VECTORS": logits_statistics.VECTORS,
+        "PART_BLOCKS": logits_statistics.PART_BLOCKS,
     }  # fmt: skip
 
 
 def gradient_arguments(dtype: str, align: int, sharded: bool = False) -> dict[str, Any]:
-    from r1v3.kernels import logits_gradient_triton
+    from r1v3.kernels.triton import logits_gradient
 
     return {
         "x_ptr": f"*{dtype}:16", "out_ptr": f"*{dtype}:16", "ids_ptr": "*i64:16",
@@ -64,8 +64,8 @@ def gradient_arguments(dtype: str, align: int, sharded: bool = False) -> dict[st
         "saved_ptr": "*fp32:16", "grad_logprobs_ptr": "*fp32:16", "grad_entropy_ptr": "*fp32:16",
         "temperature": "fp32", "parts": "i32", "HAS_SLOTS": sharded, "HAS_IDS": True,
         "HAS_SHARD": sharded, "HAS_LOGPROBS": True, "HAS_ENTROPY": True, "ALIGN": align,
-        "OUT_ALIGN": align, "VECTORS": logits_gradient_triton.VECTORS,
-        "PART_BLOCKS": logits_gradient_triton.PART_BLOCKS,
+        "OUT_ALIGN": align, "VECTORS": logits_gradient.VECTORS,
+        "PART_BLOCKS": logits_gradient.PART_BLOCKS,
     }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def advantage_arguments(of_one_length: bool) -> dict[str, Any]:
 
 
 def loss_arguments(padded: bool) -> dict[str, Any]:
-    from r1v3.kernels import grpo_loss_triton
+    from r1v3.kernels.triton import grpo_loss
 
     f, u = "*fp32:16", "*u8:16"
     return {
@@ -92,18 +92,18 @@ def loss_arguments(padded: bool) -> dict[str, Any]:
         "clip_low": "fp32", "clip_high": "fp32", "dual_clip": "fp32", "kl_coef": "fp32",
         "HAS_OFFSETS": not padded, "HAS_OLD": True, "HAS_REF": True, "HAS_WEIGHTS": True,
         "HAS_NORMALIZER": True, "TOKEN_ADVANTAGES": True, "TOKEN_WEIGHTS": True, "DUAL": True,
-        "PENALTY": True, "KL": 2, "AGGREGATION": 0, "BLOCK": grpo_loss_triton.BLOCK,
-        "MASK_BLOCK": grpo_loss_triton.MASK_BLOCK,
+        "PENALTY": True, "KL": 2, "AGGREGATION": 0, "BLOCK": grpo_loss.BLOCK,
+        "MASK_BLOCK": grpo_loss.MASK_BLOCK,
     }  # fmt: skip
 
 
 def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
     """Name to (kernel, arguments, warps as launched)."""
-    from r1v3.kernels import ban_tokens_triton, scale_triton
-    from r1v3.kernels.group_advantages_triton import _group_advantages_kernel
-    from r1v3.kernels.grpo_loss_triton import _grpo_loss_kernel
-    from r1v3.kernels.logits_gradient_triton import _row_gradient_kernel
-    from r1v3.kernels.logits_triton import _merge_kernel, _row_statistics_kernel
+    from r1v3.kernels.triton import ban_tokens, scale
+    from r1v3.kernels.triton.group_advantages import _group_advantages_kernel
+    from r1v3.kernels.triton.grpo_loss import _grpo_loss_kernel
+    from r1v3.kernels.triton.logits_gradient import _row_gradient_kernel
+    from r1v3.kernels.triton.logits_statistics import _merge_kernel, _row_statistics_kernel
 
     f, i, u = "*fp32:16", "*i64:16", "*u8:16"
     merge = {
@@ -112,10 +112,10 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "HAS_IDS": True, "HAS_SHARD": True, "PARTS": 32, "ROWS": 16,
     }  # fmt: skip
     scale = {"x_ptr": "*bf16:16", "factor_ptr": f, "n": "i64", "programs": "i64",
-             "BLOCK": scale_triton.BLOCK}  # fmt: skip
+             "BLOCK": scale.BLOCK}  # fmt: skip
     ban = {
         "logits_ptr": "*bf16:16", "ids_ptr": i, "enabled_ptr": u, "n_ids": "i32",
-        "blocks": "i32", "HAS_ENABLED": True, "BLOCK": ban_tokens_triton.BLOCK,
+        "blocks": "i32", "HAS_ENABLED": True, "BLOCK": ban_tokens.BLOCK,
     }  # fmt: skip
     return {
         "statistics bf16": (_row_statistics_kernel, statistics_arguments("bf16", 8), 8),
@@ -129,8 +129,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "advantages of equal groups": (_group_advantages_kernel, advantage_arguments(True), 4),
         "loss": (_grpo_loss_kernel, loss_arguments(False), 4),
         "loss padded": (_grpo_loss_kernel, loss_arguments(True), 4),
-        "ban": (ban_tokens_triton._ban_tokens_kernel, ban, 1),
-        "scale": (scale_triton._scale_kernel, scale, 8),
+        "ban": (ban_tokens._ban_tokens_kernel, ban, 1),
+        "scale": (scale._scale_kernel, scale, 8),
     }
 
 
@@ -161,8 +161,8 @@ def test_compiles_without_spills(name: str, target: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("dtype,align", [("bf16", 8), ("fp16", 8), ("fp32", 4)])
 def test_main_loops_move_16_bytes_at_any_vocabulary(dtype: str, align: int, target: int) -> None:
     """Fails if rows of 151,674 logits, most of them off 16-byte boundaries, load narrowly."""
-    from r1v3.kernels.logits_gradient_triton import _row_gradient_kernel
-    from r1v3.kernels.logits_triton import _row_statistics_kernel
+    from r1v3.kernels.triton.logits_gradient import _row_gradient_kernel
+    from r1v3.kernels.triton.logits_statistics import _row_statistics_kernel
 
     for kernel, arguments, stores in (
         (_row_statistics_kernel, statistics_arguments(dtype, align), False),

@@ -11,10 +11,10 @@ import torch
 
 from r1v3.kernels import (
     ban_tokens_,
+    cpu,
     devices,
     group_advantages,
     grpo_loss,
-    host,
     logits_grpo_loss,
     logprobs_and_entropy,
 )
@@ -55,7 +55,7 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> Variants:
 
     monkeypatch.setattr(jit.JITFunction, "run", run)
     monkeypatch.setattr(devices, "runs_triton", lambda x: x.dtype in devices.HALF_OR_SINGLE)
-    monkeypatch.setattr(host, "supports", lambda tensor: False)
+    monkeypatch.setattr(cpu, "supports", lambda tensor: False)
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r1v3.config import GRPO, load
 from r1v3.engine.hf.engine import response_hidden
-from r1v3.kernels import reference_grpo
+from r1v3.kernels import reference
 from r1v3.rewards import score
 from r1v3.rollout.contract import Rollout, TokenRules
 from r1v3.rollout.local import decode_texts
@@ -98,11 +98,11 @@ def test_a_step_is_the_public_reference_in_float64(tmp_path: Path, aggregation: 
     rewards = torch.tensor([r.total for r in episode.rewards], dtype=torch.float64)
     n, g = len(rewards), made.config.group_size
     offsets = torch.arange(0, n + 1, g)
-    advantages = reference_grpo.group_advantages(rewards, torch.arange(n), offsets)
+    advantages = reference.group_advantages(rewards, torch.arange(n), offsets)
     assert torch.allclose(advantages.float(), episode.advantages, atol=1e-5)
     model, batch, logprobs = double_logprobs(made, episode)
     width = logprobs.shape[1]
-    loss, _, _ = reference_grpo.grpo_loss(
+    loss, _, _ = reference.grpo_loss(
         logprobs.flatten(),
         None,
         advantages,
@@ -219,7 +219,7 @@ def test_strange_answers_are_rewarded_and_trained_on(tmp_path: Path) -> None:
     zeros = torch.zeros(mask.shape)
     rollout = Rollout(ids, mask, zeros, zeros, mask, torch.ones(4, dtype=torch.bool))
     reference = torch.tensor([r.total for r in rewards])
-    advantages = reference_grpo.group_advantages(reference, torch.arange(4), torch.tensor([0, 4]))
+    advantages = reference.group_advantages(reference, torch.arange(4), torch.tensor([0, 4]))
     episode = Episode([made.examples[0]], rollout, rewards, advantages, 1)
     batch = episode.batch(made.engine.tokenizer.pad_token_id, 4)
     metrics = made._gradient_step([batch], [0], episode, None, 4, 1e-4)

@@ -4,28 +4,25 @@ Rows that do not count are dropped before any matrix product. Logits are float32
 weight's dtype, and so are the sums of every gradient, which is rounded once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1v3.kernels import linear_tokens, reference, vocab_parallel
+from r1v3.kernels import reference
 from r1v3.kernels.arguments import (
-    KL_ESTIMATORS,
     as_scalar,
     check_logits,
     check_rows,
     check_shape,
     check_token_ids,
 )
-from r1v3.kernels.grpo_arguments import (
-    as_normalizer,
-    check_options,
-    per_sequence_or_token,
-    sequence_offsets,
-)
-from r1v3.kernels.grpo_loss import grpo_loss
-from r1v3.kernels.linear_grpo import linear_grpo, with_gradient
-from r1v3.kernels.linear_logprobs import linear_logprobs_and_entropy as logprobs_op
+from r1v3.kernels.grpo_loss import loss_and_metrics
+from r1v3.kernels.grpo_terms import GrpoInputs, GrpoOptions, TokenTerms
+from r1v3.kernels.linear.grpo import linear_grpo_op, with_gradient_op
+from r1v3.kernels.linear.logprobs import linear_logprobs_op
+from r1v3.kernels.vocab_parallel import group_name
 
 
 def linear_logprobs_and_entropy(
@@ -84,7 +81,7 @@ def linear_logprobs_and_entropy(
         ValueError: for a shape, dtype or value that makes no sense.
     """
     shape = _check_head(hidden, weight, token_ids, group, sequence_parallel, reduce_hidden_grad)
-    check_logits(weight.T, temperature, vocab_size if group is None else None)
+    check_logits(weight.T, temperature, None if group else vocab_size)
     _check_buffers(weight, hidden, weight_grad_accumulator, row_tile)
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
@@ -94,7 +91,7 @@ def linear_logprobs_and_entropy(
         check_shape("loss_mask", loss_mask, shape)
         loss_mask = (loss_mask != 0).reshape(-1)
     check_rows(rows)
-    logprobs, entropy, _, _ = logprobs_op(
+    logprobs, entropy, _, _ = linear_logprobs_op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -104,7 +101,7 @@ def linear_logprobs_and_entropy(
         weight_grad_accumulator,
         as_scalar(temperature),
         vocab_size,
-        vocab_parallel.group_name(group),
+        group_name(group),
         sequence_parallel,
         reduce_hidden_grad,
         row_tile or 0,
@@ -144,8 +141,8 @@ def linear_grpo_loss(
 
     Where a gradient is required, it is computed together with the loss: three matrix products
     instead of the four of a recomputing backward, which then only multiplies by the upstream
-    gradient (in place: a second backward raises). As many rows at a time as `HOST_WORKSPACE` or
-    `DEVICE_WORKSPACE` of `linear_rows` allow; on the host, up to H rows (H / 2 with bfloat16) keep
+    gradient (in place: a second backward raises). As many rows at a time as `CPU_WORKSPACE` or
+    `DEVICE_WORKSPACE` of `tiles` allow; on the CPU, up to H rows (H / 2 with bfloat16) keep
     their logits where the weight's gradient will be.
 
     If that is more than one chunk, the gradient of a 16-bit weight is summed in a float32 [V, H]
@@ -172,35 +169,32 @@ def linear_grpo_loss(
         ValueError: for a shape, dtype or value that makes no sense.
     """
     shape = _check_head(hidden, weight, token_ids, group, sequence_parallel, reduce_hidden_grad)
-    check_logits(weight.T, temperature, vocab_size if group is None else None)
+    check_logits(weight.T, temperature, None if group else vocab_size)
     _check_buffers(weight, hidden, weight_grad_accumulator, row_tile)
-    check_options(clip_low, clip_high, dual_clip, kl, aggregation, normalizer)
-    mask, per_token = _per_token(
-        shape, reference.accumulation_dtype(hidden), loss_mask, cu_seqlens, aggregation,
-        normalizer, advantages, old_logprobs, ref_logprobs, weights, rows,
+    options = GrpoOptions(clip_low, clip_high, dual_clip, kl_coef, kl, aggregation)
+    inputs = GrpoInputs.of(
+        hidden.new_empty(shape, dtype=reference.accumulation_dtype(hidden)), old_logprobs,
+        advantages, loss_mask, ref_logprobs, weights, cu_seqlens, normalizer, options,
     )  # fmt: skip
+    mask, terms = TokenTerms.of(inputs, options)
+    _check_rows_are_the_mask(rows, mask)
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     states, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
-    where = (
-        as_scalar(temperature), vocab_size, vocab_parallel.group_name(group), sequence_parallel,
+    sharding = (
+        as_scalar(temperature), vocab_size, group_name(group), sequence_parallel,
         reduce_hidden_grad, row_tile or 0,
     )  # fmt: skip
     if any(needed):
-        logprobs, entropy, *gradients = linear_grpo(
-            states.detach(), weight.detach(), ids, mask, rows, *per_token,
-            weight_grad_accumulator, *where, needed, clip_low, clip_high, dual_clip or 0.0,
-            kl_coef, KL_ESTIMATORS.index(kl),
+        logprobs, entropy, *gradients = linear_grpo_op(
+            states.detach(), weight.detach(), ids, mask, rows, weight_grad_accumulator,
+            terms.tensors(), terms.options, needed, *sharding,
         )  # fmt: skip
     else:
-        logprobs, entropy = _without_gradient(states, weight, ids, mask, rows, where)
-    loss, metrics = grpo_loss(
-        logprobs.view(shape), old_logprobs, advantages, loss_mask, ref_logprobs=ref_logprobs,
-        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef, kl=kl,
-        aggregation=aggregation, cu_seqlens=cu_seqlens, normalizer=normalizer, weights=weights,
-    )  # fmt: skip
+        logprobs, entropy = _without_gradient(states, weight, ids, mask, rows, sharding)
+    loss, metrics = loss_and_metrics(logprobs, inputs, options)
     if any(needed):
-        accumulated = needed[1] and weight_grad_accumulator is not None
-        loss = with_gradient(loss, states, weight, *gradients, accumulated)
+        given = needed[1] and weight_grad_accumulator is not None
+        loss = with_gradient_op(loss, states, weight, *gradients, given)
     metrics["entropy"] = entropy.sum() / metrics["tokens"].clamp(min=1)
     metrics |= {"token_entropy": entropy.view(shape), "token_logprobs": logprobs.view(shape)}
     return loss, metrics
@@ -209,65 +203,20 @@ def linear_grpo_loss(
 def _without_gradient(
     states: Tensor,
     weight: Tensor,
-    ids: Tensor,
+    token_ids: Tensor,
     mask: Tensor,
     rows: Tensor | None,
-    where: tuple[Tensor, int | None, str, bool, bool, int],
+    sharding: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropy of all tokens, 0 where the mask is."""
+    """Log-probabilities and entropy of all tokens, zero where the mask is False."""
     loss_mask = mask if rows is None else None
-    logprobs, entropy, _, _ = logprobs_op(
-        states.detach(), weight.detach(), None, ids, loss_mask, rows, None, *where
+    logprobs, entropy, _, _ = linear_logprobs_op(
+        states.detach(), weight.detach(), None, token_ids, loss_mask, rows, None, *sharding
     )
     if rows is None:
         return logprobs, entropy
-    zero = logprobs.new_zeros(ids.shape[0])
+    zero = logprobs.new_zeros(token_ids.shape[0])
     return zero.index_copy(0, rows, logprobs), zero.index_copy(0, rows, entropy)
-
-
-def _per_token(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    loss_mask: Tensor,
-    cu_seqlens: Tensor | None,
-    aggregation: str,
-    normalizer: Tensor | float | None,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    weights: Tensor | None,
-    rows: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Mask [N], and per token [N]: share, advantages, old and reference log-probabilities, weights.
-
-    Tokens in no sequence are masked out.
-    """
-    check_shape("loss_mask", loss_mask, shape)
-    for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
-        if tensor is not None:
-            check_shape(name, tensor, shape)
-    offsets = sequence_offsets(torch.empty(shape, device=loss_mask.device), cu_seqlens)
-    sequences = offsets.shape[0] - 1
-    mask = (loss_mask != 0).reshape(-1)
-    sequence, inside = linear_tokens.sequence_of_tokens(offsets, mask.shape[0])
-    mask = mask & inside
-    _check_rows_are_the_mask(rows, mask)
-    share = linear_tokens.share_of_tokens(
-        mask, sequence, sequences, aggregation, as_normalizer(normalizer), dtype
-    )
-    expanded: list[Tensor | None] = [share]
-    for name, values in (
-        ("advantages", advantages),
-        ("old_logprobs", old_logprobs),
-        ("ref_logprobs", ref_logprobs),
-        ("weights", weights),
-    ):
-        if values is not None:
-            if name in ("advantages", "weights"):
-                values = per_sequence_or_token(name, values, shape, sequences)
-            values = linear_tokens.per_token(values, sequence, dtype)
-        expanded.append(values)
-    return mask, expanded
 
 
 def _check_head(

@@ -1,7 +1,7 @@
 """Softmax statistics of hidden @ weight.T in one persistent Triton kernel, for an H100.
 
 A tile of logits is complete in the registers of one program, and leaves them as 16 bytes per row:
-float32 (max, sum, weighted sum, target logit), in the format of `logits_triton`. Logits are never
+float32 (max, sum, weighted sum, target logit), as in `logits_statistics`. Logits are never
 stored and never rounded to 16 bits; they are as exact as the sums of the tensor cores. Every tile
 has its own statistics, so a row's result depends on that row, the weight and the bias alone: not
 on other rows, how many there are, which program computes a tile or how many programs run. That is
@@ -42,7 +42,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from r1v3.kernels import devices
-from r1v3.kernels.logits_triton import LN_2, LOG2_E, LOWEST, _accumulate, merge_parts
+from r1v3.kernels.triton.logits_statistics import LN_2, LOG2_E, LOWEST, _accumulate, merge_parts
 
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 STAGES = 4
@@ -199,7 +199,7 @@ def row_statistics(
     temperature: float,
     bounds: Tensor,
 ) -> Tensor:
-    """Statistics [n, 4] of the rows hidden @ weight.T + bias: what `logits_triton` merges.
+    """Statistics [n, 4] of the rows hidden @ weight.T + bias: what `logits_statistics` merges.
 
     Allocates 16 bytes per row and tile of 256 columns, for `LAUNCH_ROWS` rows at a time.
 

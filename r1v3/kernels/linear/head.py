@@ -1,10 +1,10 @@
 """Matrix products of a language head: float32 results whatever the operands, a tile at a time.
 
-bfloat16 operands are multiplied as they are, by tensor cores or the host kernel, both with
+bfloat16 operands are multiplied as they are, by tensor cores or the CPU kernel, both with
 float32 sums and results. A processor without such an instruction multiplies them by the float32
-gradient of the logits; the host kernel converts what fits its cache. Where there is no kernel
-16-bit weights are converted tile by tile, in a buffer of `TILE_BYTES`; float16 always is, so that
-small gradients do not underflow. float64 stays float64.
+gradient of the logits; the CPU kernel converts what fits its cache. Where there is no kernel
+16-bit weights are converted tile by tile, in a buffer of `tiles.TILE_BYTES`; float16 always is,
+so that small gradients do not underflow. float64 stays float64.
 """
 
 from collections.abc import Iterator
@@ -13,37 +13,76 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from r1v3.kernels import host
+from r1v3.kernels import cpu, vocab_parallel
 
-# Columns of the weight as operands: few enough to stay in a processor's cache, and enough for a
-# full-speed product.
-TILE_BYTES = 8 * 2**20
-TILE_ALIGNMENT = 128
-ROW_ALIGNMENT = 64
+# Elements from row to row of what is allocated here, a multiple of 128 bytes: of rows of 151,674
+# most start off the 16 bytes that tensor cores load.
+STRIDE_ALIGNMENT = 64
 
 
-class Head:
-    """The weight [V, H] and bias [V] of a language head, and the dtypes of its products.
+class TiledHead:
+    """A language head whose logits are computed a tile at a time, and the dtypes of its products.
+
+    Args:
+        weight: [V, H], or with the name of a `group` this rank's shard; bias: [V] or None.
+        bounds: as the attribute, if a head of the same weight and group knows them.
 
     Attributes:
         operand: dtype in which the gradient of the logits is multiplied.
         states: dtype in which hidden states are multiplied.
         result: dtype of the logits and of every accumulator.
+        bounds: int64 [2] on the weight's device, id of the first row and true vocabulary size.
         row_tile: every product with rows of the batch has exactly this many of them, 0 for as
             many as there are.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, hidden_dtype: torch.dtype, row_tile: int
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        hidden_dtype: torch.dtype,
+        temperature: Tensor | float,
+        vocab_size: int | None = None,
+        group: str = "",
+        row_tile: int = 0,
+        bounds: Tensor | None = None,
     ) -> None:
         double = hidden_dtype == torch.float64
         native = weight.dtype == hidden_dtype == torch.bfloat16
-        native = native and (weight.is_cuda or host.has_bfloat16_dot())
+        native = native and (weight.is_cuda or cpu.has_bfloat16_dot())
         self.result = torch.float64 if double else torch.float32
         self.operand = torch.bfloat16 if native else self.result
         self.weight, self.bias, self.row_tile = weight, bias, row_tile
         self.states = hidden_dtype if self._takes(hidden_dtype) else self.operand
+        self.temperature, self.vocab_size, self.group = float(temperature), vocab_size, group
+        if bounds is None and group:
+            width, device = weight.shape[0], weight.device
+            bounds = vocab_parallel.shard_bounds(width, vocab_size, group, device)
+        elif bounds is None:
+            size = weight.shape[0] if vocab_size is None else vocab_size
+            bounds = size * torch.arange(2, device=weight.device)
+        self.bounds = bounds
         self._space = weight.new_empty(0, dtype=self.result)
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether one product takes all columns: on a GPU, unless tiles are converted."""
+        return self.weight.is_cuda and not self.converts
+
+    def shard(self, columns: slice) -> Tensor:
+        """The bounds of the shard that starts with these columns."""
+        step = 1 - torch.arange(2, device=self.bounds.device)
+        return torch.add(self.bounds, step, alpha=columns.start)
+
+    def common_width(self) -> int:
+        """Columns per rank, the same number on all ranks, since all must cut the rows alike.
+
+        On CUDA, a group without vocab_size must be asked for it: one synchronization.
+        """
+        if not self.group:
+            return self.weight.shape[0]
+        total = int(self.bounds[1]) if self.vocab_size is None else self.vocab_size
+        return -(-total // vocab_parallel.group_size(self.group))
 
     @property
     def converts(self) -> bool:
@@ -54,7 +93,7 @@ class Head:
         """Whether operands of this dtype are multiplied as they are."""
         mixed = self.operand == torch.float32 and not self.weight.is_cuda
         return dtype == self.operand or (
-            mixed and host.multiplies(torch.float32) and host.multiplies(dtype)
+            mixed and cpu.multiplies(torch.float32) and cpu.multiplies(dtype)
         )
 
     def tiles(self, width: int) -> Iterator[tuple[slice, Tensor]]:
@@ -70,10 +109,6 @@ class Head:
             columns = slice(start, min(start + width, vocab))
             tile = self.weight[columns]
             yield columns, tile if buffer is None else buffer[: tile.shape[0]].copy_(tile)
-
-    def tile_columns(self) -> int:
-        """Columns of the weight that fit `TILE_BYTES` as operands."""
-        return aligned(TILE_BYTES // max(self.weight.shape[1] * self.operand.itemsize, 1))
 
     def logits(
         self, states: Tensor, columns: slice, tile: Tensor, out: Tensor | None = None
@@ -99,7 +134,7 @@ class Head:
         return space[:, :columns].copy_(gradient)
 
     def hidden_gradient(self, gradient: Tensor, tile: Tensor, out: Tensor, *, add: bool) -> None:
-        """out (+)= gradient @ tile, for the gradient of a tile's logits [n, tile] as operand."""
+        """out (+)= gradient @ tile, for the gradient of a tile's logits [n, columns] as operand."""
         self._multiply_rows(gradient, tile, out, add=add)
 
     def _multiply_rows(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
@@ -121,10 +156,10 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
     if (
         out.dtype == torch.float32
         and not out.is_cuda
-        and host.multiplies(a.dtype)
-        and host.multiplies(b.dtype)
+        and cpu.multiplies(a.dtype)
+        and cpu.multiplies(b.dtype)
     ):
-        host.product(a, b, out, add=add)
+        cpu.product(a, b, out, add=add)
     elif a.dtype == out.dtype:
         out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     elif not add:
@@ -135,17 +170,9 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
         out += torch.mm(a, b, out_dtype=out.dtype)
 
 
-def aligned(columns: int) -> int:
-    """The largest multiple of `TILE_ALIGNMENT` up to columns, at least one."""
-    return max(columns // TILE_ALIGNMENT, 1) * TILE_ALIGNMENT
-
-
 def padded(columns: int) -> int:
-    """Elements from row to row of a matrix that this module allocates.
-
-    A multiple of 128 bytes: of rows of 151,674 most start off the 16 bytes that tensor cores load.
-    """
-    return -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    """Elements from row to row of a matrix of so many columns."""
+    return -(-columns // STRIDE_ALIGNMENT) * STRIDE_ALIGNMENT
 
 
 @cache

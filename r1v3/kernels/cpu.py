@@ -1,10 +1,12 @@
-"""Calls into the compiled host kernels, `r1v3._C`: addresses, dtype codes and thread counts."""
+"""Calls into the compiled CPU kernels, `r1v3._C`: addresses, dtype codes and thread counts."""
 
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from r1v3.kernels.arguments import METRICS
 
 _C: Any
 try:
@@ -116,32 +118,28 @@ def group_advantages(
 
 def grpo_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
+    terms: list[Tensor | None],
     mask: Tensor,
-    ref_logprobs: Tensor | None,
-    weights: Tensor | None,
     offsets: Tensor,
     normalizer: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    kl: int,
-    aggregation: int,
-    n_metrics: int,
+    options: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient, metrics of flat float32 tokens; 0 means no dual clip, no normalizer."""
+    """Loss, gradient and metrics of flat float32 tokens; normalizer 0 counts them.
+
+    The other arguments are those of the op.
+    """
     tokens = logprobs.shape[0]
-    loss, metrics = logprobs.new_empty(()), logprobs.new_empty(n_metrics)
+    advantages, old_logprobs, ref_logprobs, weights = terms
+    assert advantages is not None
+    *bounds, kl, aggregation = options
+    loss, metrics = logprobs.new_empty(()), logprobs.new_empty(len(METRICS))
     gradient = torch.empty_like(logprobs)
     _C.grpo_loss(
         logprobs.data_ptr(), tokens, _address(old_logprobs), advantages.data_ptr(),
         advantages.shape[0] == tokens, mask.data_ptr(), _address(ref_logprobs),
         _address(weights), weights is not None and weights.shape[0] == tokens,
-        offsets.data_ptr(), offsets.shape[0] - 1, clip_low, clip_high, dual_clip, kl_coef, kl,
-        aggregation, normalizer, loss.data_ptr(), gradient.data_ptr(), metrics.data_ptr(),
-        torch.get_num_threads(),
+        offsets.data_ptr(), offsets.shape[0] - 1, *bounds, int(kl), int(aggregation), normalizer,
+        loss.data_ptr(), gradient.data_ptr(), metrics.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return loss, gradient, metrics
 

@@ -1,6 +1,6 @@
 """Triton kernel of the gradient with respect to the logits: one read, one write.
 
-The cut into parts and the walk from the first 16-byte boundary are those of `logits_triton`; a row
+The cut into parts and the walk from the first 16-byte boundary are as in `logits_statistics`; a row
 without upstream gradient is written without being read.
 """
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r1v3.kernels import devices
-from r1v3.kernels.logits_triton import (
+from r1v3.kernels.triton.logits_statistics import (
     FLOOR,
     LN_2,
     LOG2_E,

@@ -1,11 +1,13 @@
 """Sums of a language head's gradients: in float32, rounded once, reduced over the group."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from r1v3.kernels import host
-from r1v3.kernels.linear_parallel import HiddenReduction
-from r1v3.kernels.linear_products import Head, multiply
+from r1v3.kernels import cpu
+from r1v3.kernels.linear.head import TiledHead, multiply
+from r1v3.kernels.linear.rows import SelectedRows
+from r1v3.kernels.vocab_parallel import group_size, process_group
 
 
 class WeightGradient:
@@ -16,14 +18,14 @@ class WeightGradient:
     """
 
     def __init__(
-        self, head: Head, accumulator: Tensor | None, dtype: torch.dtype, *, empty: bool
+        self, head: TiledHead, accumulator: Tensor | None, dtype: torch.dtype, *, empty: bool
     ) -> None:
         self.head, self.accumulator = head, accumulator
         shape = head.weight.shape if accumulator is None else (0,)
         make = head.weight.new_zeros if empty else head.weight.new_empty
         self.result = make(shape, dtype=dtype)
         if not empty:
-            host.prefer_huge_pages(self.result)
+            cpu.prefer_huge_pages(self.result)
         self._sums: dict[int, Tensor] = {}
 
     @property
@@ -45,7 +47,7 @@ class WeightGradient:
     def add(
         self, columns: slice, gradient: Tensor, states: Tensor, *, first: bool, last: bool
     ) -> None:
-        """Adds gradient.T @ states, the first or last of the contributions to these columns."""
+        """Add gradient.T @ states, the first or last of the contributions to these columns."""
         transposed = gradient.T
         if self.accumulator is not None:
             multiply(transposed, states, self.accumulator[columns], add=True)
@@ -67,55 +69,97 @@ class WeightGradient:
                 self._sums[columns.start] = total
 
 
+class HiddenReduction:
+    """Sum of the gradient of hidden over a group while the caller multiplies something else.
+
+    Args:
+        rows: which rows of hidden have a gradient; with their `sequence_parallel` each rank keeps
+            the gradient of its own total / ranks rows.
+        group: name of the process group, or empty: then nothing is summed.
+    """
+
+    def __init__(self, rows: SelectedRows, group: str) -> None:
+        self.rows, self.group = rows, group
+        self._pending: list[dist.Work | None] = []
+        self._own: Tensor | None = None
+
+    def start(self, gradient: Tensor, rows: slice) -> None:
+        """Start summing these rows of the gradient [n, H]; the rows before them are complete.
+
+        They must not be touched until `finish`.
+        """
+        if self.group and not self.rows.sequence_parallel:
+            group = process_group(self.group)
+            self._pending.append(dist.all_reduce(gradient[rows], group=group, async_op=True))
+        elif self.group and rows.stop == gradient.shape[0]:
+            self._scatter(gradient)
+
+    def finish(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient of all hidden rows, or of this rank's, in this dtype."""
+        if self.rows.sequence_parallel and self._own is None:
+            self._scatter(gradient)  # of no rows: `start` was never called
+        for work in self._pending:
+            if work is not None:
+                work.wait()
+        self._pending.clear()
+        if self._own is not None:
+            return self._own.to(dtype)
+        return self._of_all_rows(gradient.to(dtype))
+
+    def _scatter(self, gradient: Tensor) -> None:
+        group = process_group(self.group)
+        parts = self._of_all_rows(gradient).chunk(group_size(self.group))
+        self._own = torch.empty_like(parts[0])
+        work = dist.reduce_scatter(self._own, list(parts), group=group, async_op=True)
+        self._pending.append(work)
+
+    def _of_all_rows(self, gradient: Tensor) -> Tensor:
+        return gradient if self.rows.whole else self.rows.scatter(gradient)
+
+
 class Gradients:
     """Sums of the gradients of hidden, weight and bias, each only if needed.
 
     Args:
-        n: selected rows; needed: hidden, weight, bias.
+        needed: whether hidden, weight and bias have one.
         accumulator: float32 buffer for the weight's gradient, or None.
         reduction: sums the hidden rows' gradient over the group.
         hidden_at_once: every row's gradient comes in one piece, so that its product can be
-            written in `hidden_dtype` without a float32 sum.
-        hidden_dtype, weight_dtype: of the results.
+            written in the dtype of the result without a float32 sum.
+        dtypes: of the results for hidden and weight.
     """
 
     def __init__(
         self,
-        head: Head,
-        n: int,
+        head: TiledHead,
+        rows: SelectedRows,
         needed: list[bool],
         accumulator: Tensor | None,
         reduction: HiddenReduction,
+        dtypes: tuple[torch.dtype, torch.dtype],
         *,
         hidden_at_once: bool,
-        hidden_dtype: torch.dtype,
-        weight_dtype: torch.dtype,
     ) -> None:
         need_hidden, need_weight, need_bias = needed
-        self.head, self.n, self.reduction, self.dtype = head, n, reduction, hidden_dtype
+        self.head, self.n, self.reduction, self.dtype = head, rows.n, reduction, dtypes[0]
         weight = head.weight
-        self.at_once = hidden_at_once and hidden_dtype == head.operand and not reduction.group
+        self.at_once = hidden_at_once and self.dtype == head.operand and not reduction.group
         self.hidden: Tensor | None = None
         self.weight: WeightGradient | None = None
         self.bias: Tensor | None = None
         if need_hidden:
             make = weight.new_empty if self.at_once else weight.new_zeros
-            dtype = hidden_dtype if self.at_once else head.result
-            self.hidden = make(n, weight.shape[1], dtype=dtype)
+            dtype = self.dtype if self.at_once else head.result
+            self.hidden = make(self.n, weight.shape[1], dtype=dtype)
         if need_weight:
-            self.weight = WeightGradient(head, accumulator, weight_dtype, empty=n == 0)
+            self.weight = WeightGradient(head, accumulator, dtypes[1], empty=self.n == 0)
         if need_bias:
             self.bias = weight.new_zeros(weight.shape[0], dtype=head.result)
 
     def add(
-        self,
-        columns: slice,
-        tile: Tensor,
-        rows: slice,
-        gradient: Tensor,
-        states: Tensor,
+        self, columns: slice, tile: Tensor, rows: slice, gradient: Tensor, states: Tensor
     ) -> None:
-        """Adds what the gradient of a tile's logits [rows, columns] contributes.
+        """Add what the gradient of a tile's logits [rows, columns] contributes.
 
         Hidden rows whose last column this is start on their way through the group before the
         product for the weight.

@@ -5,7 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from r1v3.kernels import devices, host
+from r1v3.kernels import cpu, devices
+from r1v3.kernels.grpo_terms import TokenTerms
 
 SUPPORTED = (torch.float32, torch.bfloat16)
 
@@ -19,49 +20,48 @@ def cluster(logits: Tensor, vocab: int) -> int:
     if not logits.is_cuda or logits.dtype not in SUPPORTED or not built():
         return 0
     with devices.launching_on(logits):
-        return _cluster(host.DTYPE_CODES[logits.dtype], vocab, torch.cuda.current_device())
+        return _cluster(cpu.DTYPE_CODES[logits.dtype], vocab, torch.cuda.current_device())
 
 
 def built() -> bool:
     """Whether the compiled part has the kernel."""
-    return host._C is not None and bool(host._C.built_with_cuda)
+    return cpu._C is not None and bool(cpu._C.built_with_cuda)
 
 
 @cache
 def _cluster(dtype: int, vocab: int, device: int) -> int:
-    return int(host._C.logits_grpo_loss_cluster(dtype, vocab))
+    return int(cpu._C.logits_grpo_loss_cluster(dtype, vocab))
 
 
 def logits_grpo_loss(
     logits: Tensor,
     gradient: Tensor,
     token_ids: Tensor,
-    share: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    weights: Tensor | None,
+    terms: TokenTerms,
     temperature: float,
     vocab: int,
     blocks: int,
-    options: tuple[float, float, float, float, int],
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [n] and entropy [n]; writes the gradient, which may be the logits.
 
     Args:
-        logits, gradient: from `logits_triton.as_rows`; token_ids: int64 [n].
-        share ... weights: float32 [n]; a token with share 0 or label -100 is not read.
-        blocks: from `cluster`; options: clip_low, clip_high, dual_clip, kl_coef, kl.
+        token_ids: int64 [n]; a token with a loss scale of 0 or label -100 is not read.
+        blocks: from `cluster`.
     """
-    logprobs = torch.empty(share.shape[0], dtype=torch.float32, device=logits.device)
+    from r1v3.kernels.triton.logits_statistics import as_rows
+
+    logits, gradient = as_rows(logits), as_rows(gradient)
+    logprobs = torch.empty(token_ids.shape[0], dtype=torch.float32, device=logits.device)
     entropy = torch.empty_like(logprobs)
+    scale, advantages, old, ref, weights = terms.tensors()
     given = [None if x is None else x.contiguous() for x in
-             (token_ids, share, old_logprobs, advantages, weights, ref_logprobs)]  # fmt: skip
+             (token_ids, scale, old, advantages, weights, ref)]  # fmt: skip
+    *bounds, kl, _ = terms.options
     with devices.launching_on(logits):
-        host._C.logits_grpo_loss_cuda(
+        cpu._C.logits_grpo_loss_cuda(
             logits.data_ptr(), _layout(logits), gradient.data_ptr(), _layout(gradient),
-            host.DTYPE_CODES[logits.dtype], share.shape[0], logits.shape[-1], vocab,
-            *(0 if x is None else x.data_ptr() for x in given), temperature, *options,
+            cpu.DTYPE_CODES[logits.dtype], token_ids.shape[0], logits.shape[-1], vocab,
+            *(0 if x is None else x.data_ptr() for x in given), temperature, *bounds, int(kl),
             logprobs.data_ptr(), entropy.data_ptr(), blocks,
             torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from r1v3.kernels import devices
+from r1v3.kernels.arguments import METRICS
+from r1v3.kernels.reference import LOG_RATIO_LIMIT
 
 BLOCK = 512
 MASK_BLOCK = 4096
@@ -21,7 +23,7 @@ MASK_BLOCK = 4096
 PIECE = 4096
 ENOUGH_PROGRAMS, MOST_PROGRAMS = 256, 1024
 SUMS = 16
-LIMIT = tl.constexpr(20.0)
+LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 
 
 @triton.jit
@@ -45,16 +47,16 @@ def _kl(gap, KL: tl.constexpr):
     """Value and derivative by the log-probability of the estimators k1, k2, k3."""
     if KL == 0:
         divergence = -gap
-        slope = tl.full(gap.shape, 1.0, tl.float32)
+        grad = tl.full(gap.shape, 1.0, tl.float32)
     elif KL == 1:
         divergence = 0.5 * gap * gap
-        slope = -gap
+        grad = -gap
     else:
         # exp(g) - 1 - g by its series near 0, where the difference would cancel.
         series = gap * gap * (0.5 + gap * (1.0 / 6 + gap * (1.0 / 24 + gap / 120)))
         divergence = tl.where(tl.abs(gap) < 0.1, series, tl.exp(gap) - 1.0 - gap)
-        slope = -(divergence + gap)
-    return divergence, slope
+        grad = -(divergence + gap)
+    return divergence, grad
 
 
 @triton.jit
@@ -181,23 +183,23 @@ def _grpo_loss_kernel(
             raw = new - old
             log_ratio = _clamp(raw)
             ratio = tl.exp(log_ratio)
-            token, slope, bounded = _surrogate(raw, ratio, a, clip_low, clip_high, dual_clip, DUAL)
+            token, grad, bounded = _surrogate(raw, ratio, a, clip_low, clip_high, dual_clip, DUAL)
             dual += tl.where(bounded, 1.0, 0.0)
             bad = _nonfinite(raw) | _nonfinite(a)
             if HAS_WEIGHTS:
                 weight = _value_of(weights_ptr, t, sequence, valid, TOKEN_WEIGHTS)
                 token = token * weight
-                slope = slope * weight
+                grad = grad * weight
                 bad = bad | _nonfinite(weight)
             if HAS_REF:
                 raw_gap = tl.load(ref_ptr + t, mask=valid, other=0.0) - new
                 bad = bad | _nonfinite(raw_gap)
                 gap = _clamp(raw_gap)
-                divergence, steepness = _kl(gap, KL)
+                divergence, grad_kl = _kl(gap, KL)
                 ref_kl += tl.where(valid, divergence, 0.0)
                 if PENALTY:
                     token += kl_coef * divergence
-                    slope += kl_coef * tl.where(tl.abs(raw_gap) > LIMIT, 0.0, steepness)
+                    grad += kl_coef * tl.where(tl.abs(raw_gap) > LIMIT, 0.0, grad_kl)
             loss += (tl.where(valid, token, 0.0) * own).to(tl.float64)
             low += tl.where((a < 0) & (ratio < 1.0 - clip_low), 1.0, 0.0)
             high += tl.where((a > 0) & (ratio > 1.0 + clip_high), 1.0, 0.0)
@@ -206,7 +208,7 @@ def _grpo_loss_kernel(
             biggest = _max_or_nan(biggest, tl.where(valid, ratio, 0.0))
             broken += tl.where(bad & valid, 1.0, 0.0)
             counts += tl.where(valid, 1.0, 0.0)
-            tl.store(gradient_ptr + t, tl.where(valid, slope * (own * inverse), 0.0), mask=t < end)
+            tl.store(gradient_ptr + t, tl.where(valid, grad * (own * inverse), 0.0), mask=t < end)
     if HAS_OFFSETS:
         behind = tl.load(offsets_ptr + sequences) + tl.program_id(0) * BLOCK
         for start in range(behind, tokens, tl.num_programs(0) * BLOCK):
@@ -241,7 +243,7 @@ def _store_sums(out, low, high, dual, approx_kl, ref_kl, ratios, biggest, counts
 
 
 @triton.jit
-def _picked(values, lanes, index: tl.constexpr):
+def _sum_at(values, lanes, index: tl.constexpr):
     return tl.sum(tl.where(lanes == index, values, 0.0), axis=0)
 
 
@@ -268,44 +270,36 @@ def _total(
         tops = _max_or_nan(tops, part)
     total = tl.sum(totals, axis=0)
     top = tl.reduce(tops, 0, _max_or_nan)
-    tokens = _picked(total, k, 7)
+    tokens = _sum_at(total, k, 7)
     if HAS_NORMALIZER:
         normalizer = tl.load(normalizer_ptr).to(tl.float64)
     elif AGGREGATION == 1:
         normalizer = tl.maximum(tokens, 1.0)
     else:
-        normalizer = tl.maximum(_picked(total, k, 10), 1.0)
+        normalizer = tl.maximum(_sum_at(total, k, 10), 1.0)
     result = tl.where(k < 6, total / tl.maximum(tokens, 1.0), total)
     tl.store(metrics_ptr + k, tl.where(k == 6, top, result), mask=k < 9)
-    tl.store(loss_ptr, _picked(total, k, 9) / normalizer)
+    tl.store(loss_ptr, _sum_at(total, k, 9) / normalizer)
     tl.store(inverse_ptr, 1.0 / normalizer)
 
 
 def grpo_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
+    terms: list[Tensor | None],
     mask: Tensor,
-    ref_logprobs: Tensor | None,
-    weights: Tensor | None,
     offsets: Tensor | None,
     length: int,
     normalizer: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    kl: int,
-    aggregation: int,
-    n_metrics: int,
+    options: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient and metrics of flat float32 tokens.
+    """Loss, gradient and metrics of flat float32 tokens; arguments as the op's.
 
     Args:
-        offsets: int64 [S + 1], or None for sequences of `length` tokens, the last may be shorter.
-        normalizer: one float32 on the tokens' device, or None to count; dual_clip 0 means none;
-            kl and aggregation are positions in `arguments`.
+        normalizer: one float32 on the tokens' device, or None to count.
     """
+    advantages, old_logprobs, ref_logprobs, weights = terms
+    assert advantages is not None
+    clip_low, clip_high, dual_clip, kl_coef, kl, aggregation = options
     tokens = logprobs.shape[0]
     if offsets is not None:
         sequences = offsets.shape[0] - 1
@@ -316,19 +310,19 @@ def grpo_loss(
     gradient = torch.empty_like(logprobs)
     sums = logprobs.new_empty(programs, SUMS, dtype=torch.float64)
     loss, inverse = logprobs.new_empty(()), logprobs.new_empty(())
-    metrics = logprobs.new_empty(n_metrics)
+    metrics = logprobs.new_empty(len(METRICS))
     with devices.launching_on(logprobs):
         _grpo_loss_kernel[(programs,)](
             logprobs, old_logprobs, advantages, mask.view(torch.uint8), ref_logprobs, weights,
             offsets, length, normalizer, gradient, sums, loss, metrics, inverse,
-            devices.ticket(logprobs.device), tokens, sequences, parts, float(clip_low),
-            float(clip_high), float(dual_clip), float(kl_coef), HAS_OFFSETS=offsets is not None,
+            devices.ticket(logprobs.device), tokens, sequences, parts, clip_low,
+            clip_high, dual_clip, kl_coef, HAS_OFFSETS=offsets is not None,
             HAS_OLD=old_logprobs is not None, HAS_REF=ref_logprobs is not None,
             HAS_WEIGHTS=weights is not None, HAS_NORMALIZER=normalizer is not None,
             TOKEN_ADVANTAGES=advantages.shape[0] == tokens,
             TOKEN_WEIGHTS=weights is not None and weights.shape[0] == tokens,
-            DUAL=dual_clip > 0, PENALTY=kl_coef != 0, KL=kl, AGGREGATION=aggregation, BLOCK=BLOCK,
-            MASK_BLOCK=MASK_BLOCK, num_warps=4,
+            DUAL=dual_clip > 0, PENALTY=kl_coef != 0, KL=int(kl), AGGREGATION=int(aggregation),
+            BLOCK=BLOCK, MASK_BLOCK=MASK_BLOCK, num_warps=4,
         )  # fmt: skip
         if normalizer is None:
             gradient.mul_(inverse)

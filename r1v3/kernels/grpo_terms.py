@@ -1,0 +1,262 @@
+"""Terms of the GRPO loss: its options, its inputs, and what they come to for each token."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1v3.kernels.arguments import as_scalar, check_choice, check_shape
+
+# The position of a name is the number that ops and compiled kernels take for it.
+KL_ESTIMATORS = ("k1", "k2", "k3")
+AGGREGATIONS = ("sequence-mean", "token-mean", "sequence-sum", "constant")
+# Tokens that one program of the loss kernel works on, where no sequence matters.
+LOSS_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class GrpoOptions:
+    """Options of the loss, as `grpo_loss` documents them.
+
+    Raises:
+        ValueError: for a name that is not known, a negative clip range or a dual_clip up to 1.
+    """
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    kl_coef: float
+    kl: str
+    aggregation: str
+
+    def __post_init__(self) -> None:
+        check_choice("kl", self.kl, KL_ESTIMATORS)
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        if self.clip_low < 0 or self.clip_high < 0:
+            raise ValueError(
+                "clip_low and clip_high must be >= 0, "
+                f"got clip_low={self.clip_low}, clip_high={self.clip_high}"
+            )
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip must be > 1 or None, got {self.dual_clip}")
+
+    def as_floats(self) -> list[float]:
+        """The options as ops and compiled kernels take them; a dual_clip of None is 0."""
+        return [
+            self.clip_low,
+            self.clip_high,
+            self.dual_clip or 0.0,
+            self.kl_coef,
+            float(KL_ESTIMATORS.index(self.kl)),
+            float(AGGREGATIONS.index(self.aggregation)),
+        ]
+
+    @classmethod
+    def of_floats(cls, floats: list[float]) -> "GrpoOptions":
+        """The options from which `as_floats` made these."""
+        clip_low, clip_high, dual_clip, kl_coef, kl, aggregation = floats
+        names = KL_ESTIMATORS[int(kl)], AGGREGATIONS[int(aggregation)]
+        return cls(clip_low, clip_high, dual_clip or None, kl_coef, *names)
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of `grpo_loss`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class GrpoInputs:
+    """What `grpo_loss` is given besides log-probabilities, checked, flat and without gradient.
+
+    Attributes:
+        shape: of the tokens, of which there are N; dtype: of the terms.
+        mask: bool [N].
+        terms: advantages [N] or [S], old log-probabilities [N] or None, reference
+            log-probabilities [N] or None, importance weights [N], [S] or None.
+        offsets: int64 [S + 1] of packed sequences, or None for sequences of `length` tokens.
+        normalizer: 0-d or None.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    mask: Tensor
+    terms: list[Tensor | None]
+    offsets: Tensor | None
+    length: int
+    sequences: int
+    normalizer: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        like: Tensor,
+        old_logprobs: Tensor | None,
+        advantages: Tensor,
+        loss_mask: Tensor,
+        ref_logprobs: Tensor | None,
+        weights: Tensor | None,
+        cu_seqlens: Tensor | None,
+        normalizer: Tensor | float | None,
+        options: GrpoOptions,
+    ) -> "GrpoInputs":
+        """Check the arguments of `grpo_loss` against `like`.
+
+        Args:
+            like: any tensor of the shape, dtype and device that the log-probabilities have.
+        """
+        offsets, length, sequences = _sequence_layout(like, cu_seqlens)
+        shape, dtype = tuple(like.shape), like.dtype
+        check_shape("loss_mask", loss_mask, shape)
+        for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
+            if tensor is not None:
+                check_shape(name, tensor, shape)
+        for name, tensor in (("advantages", advantages), ("weights", weights)):
+            if tensor is not None:
+                _check_per_sequence_or_token(name, tensor, shape, sequences)
+        mask = loss_mask if loss_mask.dtype == torch.bool else loss_mask != 0
+        return cls(
+            shape,
+            dtype,
+            mask.reshape(-1).contiguous(),
+            [
+                None if x is None else x.detach().reshape(-1).to(dtype).contiguous()
+                for x in (advantages, old_logprobs, ref_logprobs, weights)
+            ],
+            offsets,
+            length,
+            sequences,
+            _checked_normalizer(normalizer, options.aggregation),
+        )
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """What is known of each token [n] before its log-probability.
+
+    Attributes:
+        loss_scale: the factor of the token's loss in the total; zero where the mask is False.
+        options: from `GrpoOptions.as_floats`.
+    """
+
+    loss_scale: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor | None
+    options: list[float]
+
+    @classmethod
+    def of(cls, inputs: GrpoInputs, options: GrpoOptions) -> tuple[Tensor, "TokenTerms"]:
+        """Mask [N] of the tokens that count, which are in a sequence, and the terms of all."""
+        device, n = inputs.mask.device, inputs.mask.shape[0]
+        offsets = inputs.offsets
+        if offsets is None:
+            offsets = torch.arange(inputs.sequences + 1, device=device) * inputs.length
+        position = torch.arange(n, device=device)
+        sequence = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
+        mask = inputs.mask & (sequence < inputs.sequences) & (position >= offsets[0])
+        terms = [
+            # The last value stands for tokens in no sequence, which do not count.
+            x if x is None or x.shape[0] == n else x[sequence.clamp(max=x.shape[0] - 1)]
+            for x in inputs.terms
+        ]
+        scale = _loss_scale(mask, sequence, inputs, options)
+        return mask, cls.of_tensors([scale, *terms], options.as_floats())
+
+    def tensors(self) -> list[Tensor | None]:
+        """The terms as ops take them: all attributes but the options."""
+        return [
+            self.loss_scale,
+            self.advantages,
+            self.old_logprobs,
+            self.ref_logprobs,
+            self.importance_weights,
+        ]
+
+    @classmethod
+    def of_tensors(cls, tensors: list[Tensor | None], options: list[float]) -> "TokenTerms":
+        """The terms from which `tensors` made these."""
+        scale, advantages, old, ref, weights = tensors
+        assert scale is not None and advantages is not None
+        return cls(scale, advantages, old, ref, weights, options)
+
+    def __getitem__(self, rows: slice | Tensor) -> "TokenTerms":
+        """The terms of these tokens."""
+        some = [None if x is None else x[rows] for x in self.tensors()]
+        return self.of_tensors(some, self.options)
+
+    def grad_logprobs(self, logprobs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """d loss / d logprob [n]; zero where the mask is False, None for a mask of all tokens."""
+        if mask is None:
+            mask = torch.ones_like(logprobs, dtype=torch.bool)
+        options = [*self.options[:-1], float(AGGREGATIONS.index("constant"))]
+        _, gradient, _ = torch.ops.r1v3.grpo_loss(
+            logprobs, self.tensors()[1:], mask, None, LOSS_BLOCK, logprobs.new_ones(()), options
+        )
+        return gradient.mul_(self.loss_scale)  # type: ignore[no-any-return]
+
+
+def _sequence_layout(like: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """int64 offsets [S + 1] of packed sequences, or None; the length of all others, or 0; S."""
+    if cu_seqlens is None:
+        if like.dim() != 2:
+            raise ValueError(
+                "logprobs must be [B, T], or [N] together with cu_seqlens, "
+                f"got shape {list(like.shape)}"
+            )
+        rows, length = like.shape
+        return None, length, rows
+    if like.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            "packed logprobs must be [N] and cu_seqlens [S + 1], "
+            f"got {list(like.shape)} and {list(cu_seqlens.shape)}"
+        )
+    offsets = cu_seqlens.to(device=like.device, dtype=torch.int64).contiguous()
+    return offsets, 0, cu_seqlens.shape[0] - 1
+
+
+def _check_per_sequence_or_token(
+    name: str, values: Tensor, shape: tuple[int, ...], sequences: int
+) -> None:
+    if tuple(values.shape) not in (shape, (sequences,), (sequences, 1)):
+        raise ValueError(
+            f"{name} must have shape {[sequences]} (per sequence) or {list(shape)} (per token), "
+            f"got {list(values.shape)}"
+        )
+
+
+def _checked_normalizer(normalizer: Tensor | float | None, aggregation: str) -> Tensor | None:
+    """A 0-d tensor without gradient, or None."""
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(
+                f"normalizer must be one number, got a tensor of shape {list(normalizer.shape)}"
+            )
+        return normalizer.detach().reshape(())
+    if normalizer is None:
+        if aggregation == "constant":
+            raise ValueError('aggregation "constant" needs a normalizer, got None')
+        return None
+    if not normalizer > 0:
+        raise ValueError(f"normalizer must be > 0, got {normalizer}")
+    return as_scalar(normalizer)
+
+
+def _loss_scale(mask: Tensor, sequence: Tensor, inputs: GrpoInputs, options: GrpoOptions) -> Tensor:
+    """The factor of each token's loss [N] in the total; zero where the mask is False.
+
+    Args:
+        sequence: int64 [N], the number of sequences where a token is in none.
+    """
+    dtype = inputs.dtype
+    counts = torch.zeros(inputs.sequences + 1, dtype=dtype, device=mask.device)
+    counts = counts.index_add(0, sequence, mask.to(dtype))
+    if inputs.normalizer is not None:
+        divisor = inputs.normalizer.to(mask.device, dtype, non_blocking=True)
+    elif options.aggregation == "token-mean":
+        divisor = counts.sum().clamp(min=1)
+    else:
+        divisor = (counts > 0).sum().clamp(min=1)
+    if options.aggregation == "sequence-mean":
+        divisor = divisor * counts[sequence].clamp(min=1)
+    return torch.where(mask, 1.0, 0.0).to(dtype) / divisor

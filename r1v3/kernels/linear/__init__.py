@@ -1,0 +1,1 @@
+"""The language head and its losses, a part of the logits at a time."""

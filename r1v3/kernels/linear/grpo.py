@@ -1,0 +1,220 @@
+"""The custom ops of `linear_grpo_loss`: log-probabilities and gradients in one pass over the head.
+
+The factor of a token's loss in the total is known before the pass, and the rest of its gradient
+depends on no other token. So, a chunk of rows at a time: logits, row statistics, d loss / d
+logprob, the gradient of the logits in their place, its two products. Nothing is computed twice,
+except for 16-bit weights on the CPU: see `_two_passes`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1v3.kernels import softmax_rows
+from r1v3.kernels.grpo_terms import TokenTerms
+from r1v3.kernels.linear.gradients import Gradients, HiddenReduction
+from r1v3.kernels.linear.head import TiledHead, padded
+from r1v3.kernels.linear.logprobs import add_gradients, row_results
+from r1v3.kernels.linear.rows import SelectedRows
+from r1v3.kernels.linear.statistics import RowStatistics
+from r1v3.kernels.linear.tiles import blocks, chunk_rows, tile_columns, tile_shape
+from r1v3.kernels.reference import accumulation_dtype
+from r1v3.kernels.registration import register_op
+from r1v3.kernels.scale import scale_
+
+
+def _linear_grpo(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    loss_mask: Tensor,
+    rows: Tensor | None,
+    weight_grad_accumulator: Tensor | None,
+    terms: list[Tensor | None],
+    options: list[float],
+    needed: list[bool],
+    temperature: Tensor,
+    vocab_size: int | None,
+    group: str,
+    sequence_parallel: bool,
+    reduce_hidden_grad: bool,
+    row_tile: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities [N], entropy [N], gradients of hidden and weight, empty where not needed.
+
+    Args:
+        terms, options: of a `TokenTerms` of all N tokens.
+        needed: whether hidden and weight get a gradient.
+    """
+    head = TiledHead(weight, None, hidden.dtype, temperature, vocab_size, group, row_tile)
+    selected = SelectedRows(hidden, token_ids, loss_mask, rows, group, sequence_parallel)
+    gradients = Gradients(
+        head, selected, [*needed, False], weight_grad_accumulator,
+        HiddenReduction(selected, group if reduce_hidden_grad else ""),
+        (_saved_dtype(hidden), _saved_dtype(weight)), hidden_at_once=head.whole_rows,
+    )  # fmt: skip
+    softmax_rows.check_labels(selected.token_ids, head.bounds[1])
+    own_terms = TokenTerms.of_tensors(terms, options)[selected.row_index]
+    logprobs, entropy = _add_up(head, selected, own_terms, gradients)
+    return selected.scatter(logprobs), selected.scatter(entropy), *gradients.results()[:2]
+
+
+def _add_up(
+    head: TiledHead, rows: SelectedRows, terms: TokenTerms, gradients: Gradients
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropy of the rows; the gradients are added up."""
+    tiled = not head.whole_rows and not head.weight.is_cuda
+    weight = gradients.weight
+    sums = weight is not None and weight.sums
+    # With a row_tile the order of the work must not depend on how many rows there are.
+    if tiled and weight is not None and weight.can_hold(rows.n) and not head.row_tile:
+        return _columns_by_columns(head, rows, terms, gradients)
+    size = chunk_rows(head, rows.n, sums=sums and not tiled)
+    if tiled and sums and (size < rows.n or head.row_tile):
+        return _two_passes(head, rows, terms, gradients)
+    return _rows_by_rows(head, rows, terms, gradients, size)
+
+
+def _columns_by_columns(
+    head: TiledHead, rows: SelectedRows, terms: TokenTerms, gradients: Gradients
+) -> tuple[Tensor, Tensor]:
+    """All rows at once, a tile of columns at a time.
+
+    The tile's logits wait for their rows' statistics in the memory of the weight's gradient for
+    its columns, which is written after their last use.
+    """
+    assert gradients.weight is not None
+    states, every = rows.states(head.states), slice(0, rows.n)
+    width = tile_columns(head, rows.n)
+    statistics = RowStatistics(head, rows.token_ids)
+    for columns, tile in head.tiles(width) if rows.n else ():
+        logits = gradients.weight.memory(columns, rows.n)
+        statistics.add(columns, every, head.logits(states, columns, tile, logits))
+    logprobs, entropy, saved = statistics.results()
+    grad_logprobs = terms.grad_logprobs(logprobs)
+    space = states.new_empty(rows.n, width, dtype=head.result)
+    for columns, tile in head.tiles(width) if rows.n else ():
+        logits = gradients.weight.memory(columns, rows.n)
+        gradient = space[:, : logits.shape[1]]
+        softmax_rows.backward(
+            logits, gradient, rows.token_ids, None, head.temperature, None, head.shard(columns),
+            saved, grad_logprobs, None,
+        )  # fmt: skip
+        gradients.add(columns, tile, every, gradient, states)
+    return logprobs, entropy
+
+
+def _rows_by_rows(
+    head: TiledHead, rows: SelectedRows, terms: TokenTerms, gradients: Gradients, size: int
+) -> tuple[Tensor, Tensor]:
+    """`size` rows of logits at a time."""
+    states = rows.states(head.states)
+    logprobs = states.new_zeros(rows.n, dtype=head.result)
+    entropy = torch.zeros_like(logprobs)
+    vocab, group = head.weight.shape[0], head.group
+    vocab_size = None if group else head.vocab_size
+    width = vocab if head.whole_rows else tile_shape(head, size)[1]
+    space = states.new_empty(min(size, rows.n), padded(vocab), dtype=head.result)[:, :vocab]
+    for part in blocks(rows.n, size):
+        chunk, ids = states[part], rows.token_ids[part]
+        logits = space[: chunk.shape[0]]
+        for columns, tile in head.tiles(width):
+            head.logits(chunk, columns, tile, logits[:, columns])
+        logprobs[part], entropy[part], saved, _ = softmax_rows.forward(
+            logits, ids, None, head.temperature, vocab_size, group, head.bounds
+        )
+        softmax_rows.backward(
+            logits, logits, ids, None, head.temperature, None, head.bounds, saved,
+            terms[part].grad_logprobs(logprobs[part]), None,
+        )  # fmt: skip
+        for columns, tile in head.tiles(width):
+            gradients.add(columns, tile, part, logits[:, columns], chunk)
+    return logprobs, entropy
+
+
+def _two_passes(
+    head: TiledHead, rows: SelectedRows, terms: TokenTerms, gradients: Gradients
+) -> tuple[Tensor, Tensor]:
+    """A tile of the logits at a time, and all of them once more for the gradients.
+
+    The gradient of a tile's weight is complete before the next tile. Rows in chunks would need a
+    float32 sum for all of a 16-bit weight, which is twice the memory of its gradient.
+    """
+    logprobs, entropy, saved = row_results(head, rows)
+    add_gradients(head, rows, gradients, saved, terms.grad_logprobs(logprobs), None)
+    return logprobs, entropy
+
+
+def _saved_dtype(tensor: Tensor) -> torch.dtype:
+    """In which a gradient waits for the upstream factor: in float16 it might vanish until then."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
+def _fake_linear_grpo(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight_grad_accumulator, needed = rest[2], rest[5]
+    logprobs = hidden.new_empty(token_ids.shape[0], dtype=accumulation_dtype(hidden))
+    own_weight = needed[1] and weight_grad_accumulator is None
+    return (
+        logprobs,
+        torch.empty_like(logprobs),
+        hidden.new_empty(hidden.shape if needed[0] else (0,), dtype=_saved_dtype(hidden)),
+        weight.new_empty(weight.shape if own_weight else (0,), dtype=_saved_dtype(weight)),
+    )
+
+
+linear_grpo_op = register_op(
+    "linear_grpo", _linear_grpo, fake=_fake_linear_grpo, mutates_args=("weight_grad_accumulator",)
+)
+
+
+def _with_gradient(
+    loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+    accumulated: bool,
+) -> Tensor:
+    """The loss [], whose gradients by hidden and weight are known.
+
+    They are multiplied by the upstream gradient in place, so a second backward raises.
+
+    Args:
+        grad_hidden, grad_weight: as hidden and weight; empty where they have none.
+        accumulated: the weight's gradient has gone elsewhere; the upstream gradient must be 1.
+    """
+    return loss.clone()
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, hidden, weight, grad_hidden, grad_weight, ctx.accumulated = inputs
+    ctx.like = (hidden.shape, hidden.dtype), (weight.shape, weight.dtype)
+    ctx.save_for_backward(grad_hidden, grad_weight)
+
+
+def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
+    if ctx.accumulated:
+        torch._assert_async(
+            grad_loss == 1,
+            "linear_grpo_loss with weight_grad_accumulator: the upstream gradient of the loss "
+            "must be 1, as the weight's gradient is already added; use normalizer to scale",
+        )
+    given = []
+    for gradient, (shape, dtype), wanted in zip(
+        ctx.saved_tensors, ctx.like, ctx.needs_input_grad[1:3], strict=True
+    ):
+        if wanted and gradient.shape == shape:
+            scale_(gradient, grad_loss)
+            given.append(gradient.to(dtype))
+        else:
+            given.append(None)
+    return None, *given, None, None, None
+
+
+with_gradient_op = register_op(
+    "with_gradient", _with_gradient, fake=lambda loss, *rest: torch.empty_like(loss),
+    backward=_backward, setup_context=_save,
+)  # fmt: skip

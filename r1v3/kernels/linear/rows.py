@@ -1,0 +1,59 @@
+"""The rows of hidden states that count, whose logits are computed."""
+
+import torch
+from torch import Tensor
+
+from r1v3.kernels import softmax_rows, vocab_parallel
+from r1v3.kernels.reference import IGNORED_TOKEN
+
+
+class SelectedRows:
+    """The rows of hidden states that count.
+
+    Args:
+        hidden: [M, H], or with sequence_parallel this rank's [M / ranks, H].
+        token_ids: [M]; loss_mask: bool [M] or None; rows: int64 [n] into M, or None.
+        group: name of the process group, or empty.
+
+    Attributes:
+        row_index: int64 [n]; finding it is one synchronization on CUDA unless given.
+        token_ids: [n] of those rows.
+        n, total: rows that count, and all of them.
+        whole: all rows count, and row_index is in order.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        token_ids: Tensor,
+        loss_mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        group: str = "",
+        sequence_parallel: bool = False,
+    ) -> None:
+        self.total, self.sequence_parallel = token_ids.shape[0], sequence_parallel
+        self._hidden, self._group = hidden, group
+        if rows is None:
+            keep = token_ids != IGNORED_TOKEN
+            if loss_mask is not None:
+                keep = keep & loss_mask
+            self.row_index = keep.nonzero().squeeze(-1)
+        else:
+            if not rows.is_cuda:
+                softmax_rows.check_row_index(rows, self.total)
+            self.row_index = rows
+        self.n = self.row_index.shape[0]
+        self.whole = rows is None and self.n == self.total
+        self.token_ids = token_ids[self.row_index]
+
+    def states(self, dtype: torch.dtype) -> Tensor:
+        """Hidden states [n, H] of the rows; with sequence_parallel from all ranks."""
+        hidden = self._hidden
+        if self.sequence_parallel:
+            hidden = vocab_parallel.gather_rows(hidden, self._group)
+        return (hidden if self.whole else hidden[self.row_index]).to(dtype)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """[n, ...] of the rows to [total, ...], zero elsewhere."""
+        full = values.new_zeros(self.total, *values.shape[1:])
+        return full.index_copy_(0, self.row_index, values)

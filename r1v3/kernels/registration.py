@@ -1,0 +1,52 @@
+"""Registration of custom ops."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+_LIBRARY = torch.library.Library("r1v3", "FRAGMENT")
+
+
+def register_op(
+    name: str,
+    kernel: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    mutates_args: Sequence[str] = (),
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> OpOverload:
+    """Register `kernel` as the op r1v3::`name` and return that op.
+
+    `torch.library.custom_op` would do the same, with wrappers that take longer than the small
+    kernels. Arguments are positional.
+
+    Args:
+        kernel: typed, runs on CPU and CUDA tensors; the schema is inferred from its annotations.
+        fake: computes shapes and dtypes alone.
+        mutates_args: names of the tensors that `kernel` writes to.
+        backward, setup_context: as in `torch.library.register_autograd`; without them the results
+            carry no gradient.
+    """
+    schema = torch.library.infer_schema(kernel, mutates_args=mutates_args)
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op: OpOverload = getattr(torch.ops.r1v3, name).default
+    written = [i for i, x in enumerate(op._schema.arguments) if x.name in mutates_args]
+
+    def run(*arguments: Any) -> Any:
+        for i in written:
+            if arguments[i] is not None:
+                torch.autograd.graph.increment_version(arguments[i])
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*arguments)
+
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(op, fake, lib=_LIBRARY)
+    if backward is None:
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
+    return op

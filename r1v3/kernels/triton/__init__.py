@@ -1,0 +1,1 @@
+"""Triton kernels: what CUDA tensors of up to 32 bits run."""
