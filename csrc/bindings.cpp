@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/capability.h"
 #include "cpu/gemm.h"
@@ -122,25 +123,21 @@ int64_t segments_of_ids(Address ids, int64_t n, Address order, Address offsets) 
 
 void grpo_loss(Address logprobs, int64_t n, Address old_logprobs, Address advantages,
                bool advantage_is_per_token, Address mask, Address ref_logprobs, Address weights,
-               bool weights_is_per_token, Address seq_offsets, int64_t n_seqs, double clip_low,
-               double clip_high, double dual_clip, double kl_coef, int kl, int aggregation,
-               double normalizer, Address loss, Address grad, Address metrics, int num_threads,
-               const std::string& capability) {
+               bool weights_is_per_token, Address seq_offsets, int64_t n_seqs, double normalizer,
+               const std::vector<double>& options, Address loss, Address grad, Address metrics,
+               int num_threads, const std::string& capability) {
   require(n_seqs >= 0, "n_seqs", static_cast<double>(n_seqs), ">= 0");
-  require(kl >= 0 && kl <= 2, "kl", kl, "0 (k1), 1 (k2) or 2 (k3)");
-  require(aggregation >= 0 && aggregation <= 3, "aggregation", aggregation,
-          "0 (sequence-mean), 1 (token-mean), 2 (sequence-sum) or 3 (constant)");
-  require(aggregation != 3 || normalizer > 0.0, "normalizer", normalizer,
-          "> 0 with aggregation 3 (constant)");
+  const r1v3::GrpoOptions chosen = r1v3::grpo_options(options);
+  require(chosen.aggregation != r1v3::Aggregation::kConstant || normalizer > 0.0, "normalizer",
+          normalizer, "> 0 with aggregation 3 (constant)");
   check_offsets(at<const int64_t>(seq_offsets), n_seqs, n, "cu_seqlens");
   r1v3::grpo_loss(
       r1v3::kernels_for(capability),
       {n, at<const float>(logprobs), at<const float>(old_logprobs), at<const float>(advantages),
        advantage_is_per_token, at<const uint8_t>(mask), at<const float>(ref_logprobs),
-       at<const float>(weights), weights_is_per_token, at<const int64_t>(seq_offsets), n_seqs},
-      {clip_low, clip_high, dual_clip, kl_coef, static_cast<r1v3::KL>(kl),
-       static_cast<r1v3::Aggregation>(aggregation), normalizer, num_threads},
-      at<float>(loss), at<float>(grad), at<float>(metrics));
+       at<const float>(weights), weights_is_per_token, at<const int64_t>(seq_offsets), n_seqs,
+       normalizer},
+      chosen, num_threads, at<float>(loss), at<float>(grad), at<float>(metrics));
 }
 
 void ban_tokens(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
@@ -186,14 +183,13 @@ int logits_grpo_loss_cluster(int dtype, int64_t vocab) {
 
 void logits_grpo_loss_cuda(Address logits, std::array<int64_t, 3> logits_layout, Address gradient,
                            std::array<int64_t, 3> gradient_layout, int dtype, int64_t n_rows,
-                           int64_t width, int64_t vocab, Address token_ids, Address shares,
+                           int64_t width, int64_t vocab, Address token_ids, Address loss_scale,
                            Address old_logprobs, Address advantages, Address weights,
                            Address ref_logprobs, double temperature,
-                           double clip_low, double clip_high, double dual_clip, double kl_coef,
-                           int kl, Address logprobs, Address entropy, int blocks, Address stream) {
+                           const std::vector<double>& options, Address logprobs, Address entropy,
+                           int blocks, Address stream) {
   require(dtype == 0 || dtype == 1, "dtype", dtype, "0 (float32) or 1 (bfloat16)");
   require(temperature > 0.0, "temperature", temperature, "> 0");
-  require(kl >= 0 && kl <= 2, "kl", kl, "0 (k1), 1 (k2) or 2 (k3)");
   require(vocab >= 0 && vocab <= width, "vocab", static_cast<double>(vocab), "in [0, width]");
   require(blocks >= 1, "blocks", blocks, ">= 1");
   const auto layout = [](Address data, const std::array<int64_t, 3>& strides) {
@@ -201,10 +197,10 @@ void logits_grpo_loss_cuda(Address logits, std::array<int64_t, 3> logits_layout,
   };
   const char* error = r1v3::logits_grpo_loss_cuda(
       layout(logits, logits_layout), layout(gradient, gradient_layout), dtype, n_rows, width, vocab,
-      {at<const int64_t>(token_ids), at<const float>(shares), at<const float>(old_logprobs),
+      {at<const int64_t>(token_ids), at<const float>(loss_scale), at<const float>(old_logprobs),
        at<const float>(advantages), at<const float>(weights), at<const float>(ref_logprobs)},
-      {temperature, clip_low, clip_high, dual_clip, kl_coef, kl}, at<float>(logprobs),
-      at<float>(entropy), blocks, at<void>(stream));
+      temperature, r1v3::grpo_options(options), at<float>(logprobs), at<float>(entropy), blocks,
+      at<void>(stream));
   if (error) throw std::runtime_error(std::string("logits_grpo_loss_cuda: ") + error);
 }
 #endif
@@ -239,8 +235,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("grpo_loss", &grpo_loss, WithoutGil(), arg("logprobs"), arg("n"), arg("old_logprobs"),
         arg("advantages"), arg("advantage_is_per_token"), arg("mask"), arg("ref_logprobs"),
         arg("weights"), arg("weights_is_per_token"), arg("seq_offsets"), arg("n_seqs"),
-        arg("clip_low"), arg("clip_high"), arg("dual_clip"), arg("kl_coef"), arg("kl"),
-        arg("aggregation"), arg("normalizer"), arg("loss"), arg("grad"), arg("metrics"),
+        arg("normalizer"), arg("options"), arg("loss"), arg("grad"), arg("metrics"),
         arg("num_threads"), arg("capability") = "");
   m.def("ban_tokens", &ban_tokens, WithoutGil(), arg("logits"), arg("dtype"), arg("n_rows"),
         arg("row_stride"), arg("vocab"), arg("ids"), arg("n_ids"), arg("enabled"),
@@ -261,10 +256,9 @@ PYBIND11_MODULE(_C, m) {
         "Blocks per cluster that hold such a row on the current device, 0 where none do.");
   m.def("logits_grpo_loss_cuda", &logits_grpo_loss_cuda, WithoutGil(), arg("logits"),
         arg("logits_layout"), arg("gradient"), arg("gradient_layout"), arg("dtype"), arg("n_rows"),
-        arg("width"), arg("vocab"), arg("token_ids"), arg("shares"), arg("old_logprobs"),
+        arg("width"), arg("vocab"), arg("token_ids"), arg("loss_scale"), arg("old_logprobs"),
         arg("advantages"), arg("weights"), arg("ref_logprobs"), arg("temperature"),
-        arg("clip_low"), arg("clip_high"), arg("dual_clip"), arg("kl_coef"), arg("kl"),
-        arg("logprobs"), arg("entropy"), arg("blocks"), arg("stream"));
+        arg("options"), arg("logprobs"), arg("entropy"), arg("blocks"), arg("stream"));
   m.attr("built_with_cuda") = true;
 #else
   m.attr("built_with_cuda") = false;

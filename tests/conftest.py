@@ -1,4 +1,4 @@
-"""Seeds, one torch thread per worker, and the `gpu` marker."""
+"""Seeds, one torch thread per worker, the `gpu` marker, and a header with instruction sets."""
 
 import os
 import random
@@ -6,6 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
+
+from r1v3.kernels import cpu
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -15,6 +17,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-gpu", action="store_true", help="fail instead of skipping gpu tests without CUDA"
     )
+
+
+def pytest_report_header() -> str:
+    """Which of the compiled kernels' instruction sets this machine's tests run."""
+    if not cpu.built():
+        return "r1v3 cpu kernels: not built"
+    first, *rest = cpu.capabilities()
+    dot = ", pairs of bfloat16" if cpu.has_bfloat16_dot() else ""
+    return f"r1v3 cpu kernels: {first}{dot} (also tested: {', '.join(rest) or 'nothing'})"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # One row of one logit at address 0, or no row.
 SINGLE_READ = (
     "_C.logits_grpo_loss_cuda(0, [1, 1, 1], 0, [1, 1, 1], 1, {rows}, 1, 1, 0, 0, 0, 0, 0, 0, "
-    "1.0, 0.2, 0.2, 0.0, 0.0, 0, 0, 0, 1, 0)"
+    "1.0, [0.2, 0.2, 0.0, 0.0, 0, 0], 0, 0, 1, 0)"
 )
 
 

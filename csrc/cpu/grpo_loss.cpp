@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kBlock = 4096;   // tokens; sums are taken per block, in block order
 constexpr int64_t kTokenCost = 16;  // a token costs about as much as this many logits
 
-void add(const PolicySums& block, double coefficient, PolicySums& sums) {
+void add(const GrpoSums& block, double coefficient, GrpoSums& sums) {
   sums.loss += coefficient * block.loss;
   sums.clip_low += block.clip_low;
   sums.clip_high += block.clip_high;
@@ -28,8 +28,8 @@ void add(const PolicySums& block, double coefficient, PolicySums& sums) {
   sums.nonfinite += block.nonfinite;
 }
 
-std::vector<PolicyBlock> make_blocks(const PolicyLossInputs& in) {
-  std::vector<PolicyBlock> blocks;
+std::vector<GrpoBlock> make_blocks(const GrpoInputs& in) {
+  std::vector<GrpoBlock> blocks;
   for (int64_t s = 0; s < in.n_seqs; ++s) {
     for (int64_t begin = in.seq_offsets[s]; begin < in.seq_offsets[s + 1]; begin += kBlock) {
       blocks.push_back({s, begin, std::min(begin + kBlock, in.seq_offsets[s + 1])});
@@ -55,8 +55,8 @@ int64_t count_valid(const uint8_t* mask, int64_t n) {
 }
 
 // What one token of each sequence counts in the loss.
-std::vector<double> sequence_coefficients(const PolicyLossInputs& in,
-                                          const PolicyLossOptions& options) {
+std::vector<double> sequence_coefficients(const GrpoInputs& in,
+                                          const GrpoOptions& options) {
   std::vector<double> coefficients(in.n_seqs, 0.0);
   std::vector<int64_t> lengths(in.n_seqs, 0);
   int64_t tokens = 0, sequences = 0;
@@ -66,7 +66,7 @@ std::vector<double> sequence_coefficients(const PolicyLossInputs& in,
     tokens += lengths[s];
     sequences += lengths[s] > 0 ? 1 : 0;
   }
-  double normalizer = options.normalizer;
+  double normalizer = in.normalizer;
   if (normalizer <= 0.0) {
     normalizer = static_cast<double>(options.aggregation == Aggregation::kTokenMean ? tokens
                                                                                     : sequences);
@@ -83,28 +83,29 @@ std::vector<double> sequence_coefficients(const PolicyLossInputs& in,
 
 }  // namespace
 
-void grpo_loss(const Kernels& kernels, const PolicyLossInputs& inputs,
-               const PolicyLossOptions& options, float* loss, float* grad, float* metrics) {
-  const std::vector<PolicyBlock> blocks = make_blocks(inputs);
+void grpo_loss(const Kernels& kernels, const GrpoInputs& inputs,
+               const GrpoOptions& options, int num_threads, float* loss, float* grad,
+               float* metrics) {
+  const std::vector<GrpoBlock> blocks = make_blocks(inputs);
   const std::vector<double> coefficients = sequence_coefficients(inputs, options);
-  std::vector<PolicySums> partial(blocks.size());
+  std::vector<GrpoSums> partial(blocks.size());
   const int64_t tokens = inputs.seq_offsets[inputs.n_seqs];
   std::fill(grad + tokens, grad + inputs.n_tokens, 0.0f);
   const int64_t n_blocks = static_cast<int64_t>(blocks.size());
   const int64_t cost = n_blocks > 0 ? kTokenCost * tokens / n_blocks : 0;
-  parallel_for(n_blocks, cost, options.num_threads, [&](int64_t b) {
-    kernels.policy_block(inputs, options, blocks[b], coefficients[blocks[b].sequence], grad,
+  parallel_for(n_blocks, cost, num_threads, [&](int64_t b) {
+    kernels.grpo_block(inputs, options, blocks[b], coefficients[blocks[b].sequence], grad,
                          &partial[b]);
   });
-  PolicySums sums = {};
+  GrpoSums sums = {};
   for (int64_t b = 0; b < n_blocks; ++b) add(partial[b], coefficients[blocks[b].sequence], sums);
   const double count = std::max(sums.tokens, 1.0);
-  const double values[kPolicyLossMetrics] = {
+  const double values[kGrpoMetrics] = {
       sums.clip_low / count, sums.clip_high / count, sums.dual_clip / count,
       sums.approx_kl / count, sums.ref_kl / count,   sums.ratio / count,
       sums.ratio_max,        sums.tokens,            sums.nonfinite};
   loss[0] = static_cast<float>(sums.loss);
-  for (int i = 0; i < kPolicyLossMetrics; ++i) metrics[i] = static_cast<float>(values[i]);
+  for (int i = 0; i < kGrpoMetrics; ++i) metrics[i] = static_cast<float>(values[i]);
 }
 
 }  // namespace r1v3

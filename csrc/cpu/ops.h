@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "policy.h"
+#include "grpo.h"
 #include "rows.h"
 
 namespace r1v3 {
@@ -67,13 +67,14 @@ void group_advantages(const float* rewards, const int64_t* order, const int64_t*
 // offsets [n + 1], and returns the number of groups.
 int64_t segments_of_ids(const int64_t* ids, int64_t n, int64_t* order, int64_t* offsets);
 
-constexpr int kPolicyLossMetrics = 9;
+constexpr int kGrpoMetrics = 9;
 
 // loss[0], grad[N] = d loss / d logprobs, and metrics[9]: clip_low, clip_high and dual-clip
 // fractions, mean of old - current, mean reference KL, ratio mean and max, tokens, and tokens with a
 // non-finite input. grad is 0 at masked tokens and from seq_offsets[S] on.
-void grpo_loss(const Kernels& kernels, const PolicyLossInputs& inputs,
-               const PolicyLossOptions& options, float* loss, float* grad, float* metrics);
+void grpo_loss(const Kernels& kernels, const GrpoInputs& inputs,
+               const GrpoOptions& options, int num_threads, float* loss, float* grad,
+               float* metrics);
 
 // logits[r, id - vocab_start] = -inf for every enabled row; ids outside the shard are skipped.
 void ban_tokens(void* logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "policy.h"
+#include "grpo.h"
 
 namespace r1v3 {
 
@@ -33,9 +33,9 @@ struct Kernels {
                    double temperature, const RowGradient& upstream, bool stream,
                    void* grad_logits);
   // Adds the tokens of a block to `sums` and writes their gradient.
-  void (*policy_block)(const PolicyLossInputs& inputs, const PolicyLossOptions& options,
-                       const PolicyBlock& block, double coefficient, float* grad,
-                       PolicySums* sums);
+  void (*grpo_block)(const GrpoInputs& inputs, const GrpoOptions& options,
+                       const GrpoBlock& block, double coefficient, float* grad,
+                       GrpoSums* sums);
   // The sum of n floats as fast as memory delivers them: what the benchmarks compare with.
   double (*read_sum)(const float* values, int64_t n);
 };

@@ -13,6 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "lanes.h"
 #include "rows.h"
 
 namespace r1v3 {
@@ -34,8 +35,6 @@ struct Element<kFloat32> {
   using type = float;
   static constexpr float minus_infinity = kMinusInfinity;
 };
-
-inline F broadcast(float value) { return value - F{}; }
 
 template <int D>
 Pair load_tail(const typename Element<D>::type* x, int64_t n) {
@@ -61,12 +60,6 @@ float load_scalar(const typename Element<D>::type* x) {
 template <int D>
 void store_scalar(typename Element<D>::type* x, float value) {
   store_tail<D>(x, {broadcast(value), broadcast(value)}, 1);
-}
-
-double lane_sum(F value) {
-  double result = 0.0;
-  for (int i = 0; i < kWidth; ++i) result += value[i];
-  return result;
 }
 
 // The largest element that is not NaN.

@@ -114,10 +114,10 @@ inline void store_pair(T* x, const Pair& v) {
 }  // namespace
 }  // namespace r1v3
 
-#include "policy_impl.h"
+#include "grpo_impl.h"
 #include "rows_impl.h"
 
 namespace r1v3 {
-const Kernels kPortableKernels = {"portable", statistics_any, element_any, gradient_any, policy_block,
+const Kernels kPortableKernels = {"portable", statistics_any, element_any, gradient_any, grpo_block,
                                   read_sum};
 }

@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../grpo_options.h"
+
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #define R1V3_BOTH __host__ __device__ __forceinline__
@@ -34,7 +36,6 @@ constexpr float kLowest = -3.4028234e38f;
 constexpr float kFloor = -1.0e4f;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLogRatioLimit = 20.0f;
 constexpr int64_t kIgnored = -100;
 
 struct bf16 { uint16_t bits; };
@@ -239,25 +240,32 @@ R1V3_BOTH State merge(const State& a, const State& b, float scale) {
 
 // ---- the loss of one token -----------------------------------------------------------------
 
-struct Options {
-  float temperature, clip_low, clip_high, dual_clip, kl_coef;  // dual_clip 0 is none
-  int kl;                                                      // 0, 1, 2 for k1, k2, k3
+// Of GrpoOptions, what a token's loss depends on.
+struct TokenOptions {
+  float clip_low, clip_high, dual_clip, kl_coef;  // dual_clip 0 is none
+  KL kl;
 };
 
-// What is known of a token before its logits are read. share is the factor of its loss in the
-// total, 0 where the mask is.
+inline TokenOptions single_precision(const GrpoOptions& options) {
+  const auto narrow = [](double x) { return static_cast<float>(x); };
+  return {narrow(options.clip_low), narrow(options.clip_high), narrow(options.dual_clip),
+          narrow(options.kl_coef), options.kl};
+}
+
+// What is known of a token before its logits are read. loss_scale is the factor of its loss in the
+// total, 0 where the mask is False.
 struct Token {
   int64_t label;
-  float share, old_logprob, advantage, weight, ref_logprob;
+  float loss_scale, old_logprob, advantage, weight, ref_logprob;
   bool has_old, has_ref;
 };
 
 R1V3_BOTH float clamped(float x) {
-  return x != x ? x : fminf(fmaxf(x, -kLogRatioLimit), kLogRatioLimit);
+  return x != x ? x : fminf(fmaxf(x, -kMaximumLogRatio), kMaximumLogRatio);
 }
 
-// Derivative of the token's loss by its log-probability.
-R1V3_BOTH float loss_slope(float logprob, const Token& token, const Options& options) {
+// The derivative of the token's loss by its log-probability.
+R1V3_BOTH float grad_logprob(float logprob, const Token& token, const TokenOptions& options) {
   const float raw = logprob - (token.has_old ? token.old_logprob : logprob);
   const float ratio = expf(clamped(raw));
   const float a = token.advantage;
@@ -265,16 +273,18 @@ R1V3_BOTH float loss_slope(float logprob, const Token& token, const Options& opt
   const float bounded = fminf(fmaxf(ratio, 1.0f - options.clip_low), 1.0f + options.clip_high) * a;
   const bool constant = free > bounded;
   const float loss = -(constant ? bounded : free);
-  bool flat = constant || fabsf(raw) > kLogRatioLimit;
+  bool flat = constant || fabsf(raw) > kMaximumLogRatio;
   if (options.dual_clip > 0.0f) flat = flat || (a < 0.0f && loss > -options.dual_clip * a);
-  float slope = (flat ? 0.0f : -free) * token.weight;
+  float grad = (flat ? 0.0f : -free) * token.weight;
   if (token.has_ref && options.kl_coef != 0.0f) {
     const float raw_gap = token.ref_logprob - logprob;
     const float gap = clamped(raw_gap);
-    const float steepness = options.kl == 0 ? 1.0f : options.kl == 1 ? -gap : -expm1f(gap);
-    slope += options.kl_coef * (fabsf(raw_gap) > kLogRatioLimit ? 0.0f : steepness);
+    const float slope = options.kl == KL::kK1   ? 1.0f
+                            : options.kl == KL::kK2 ? -gap
+                                                    : -expm1f(gap);
+    grad += options.kl_coef * (fabsf(raw_gap) > kMaximumLogRatio ? 0.0f : slope);
   }
-  return slope;
+  return grad;
 }
 
 struct Result {
@@ -283,9 +293,9 @@ struct Result {
   float pull;  // dlogits = pull * (1[v = label] - p); exactly 0 where no gradient may appear
 };
 
-R1V3_BOTH Result finish(const State& state, const Token& token, int64_t vocab,
-                        const Options& options) {
-  const float scale = kLog2E / options.temperature;
+R1V3_BOTH Result finish(const State& state, const Token& token, int64_t vocab, float temperature,
+                        const TokenOptions& options) {
+  const float scale = kLog2E / temperature;
   const bool dead = state.s == 0.0f;
   const float s = dead ? 1.0f : state.s;
   Result result;
@@ -293,11 +303,11 @@ R1V3_BOTH Result finish(const State& state, const Token& token, int64_t vocab,
   result.log2_s = log2f(s);
   result.entropy = dead ? 0.0f : kLn2 * (result.log2_s - state.w / s);
   // Not through log2 units: the label's distance keeps the digits of x - m.
-  result.logprob = (state.t - state.m) / options.temperature - kLn2 * result.log2_s;
+  result.logprob = (state.t - state.m) / temperature - kLn2 * result.log2_s;
   if (dead) result.logprob = -INFINITY;
   if (token.label < 0 || token.label >= vocab) result.logprob = NAN;
-  const float slope = loss_slope(result.logprob, token, options) * token.share;
-  result.pull = dead || slope == 0.0f ? 0.0f : slope * scale * kLn2;
+  const float grad = grad_logprob(result.logprob, token, options) * token.loss_scale;
+  result.pull = dead || grad == 0.0f ? 0.0f : grad * scale * kLn2;
   return result;
 }
 

@@ -26,7 +26,8 @@ struct Arguments {
   RowLayout logits, gradient;
   int64_t width, vocab;
   GrpoTokens tokens;
-  Options options;
+  float temperature;
+  TokenOptions options;
   float *logprobs, *entropy;
 };
 
@@ -42,12 +43,12 @@ __device__ T* row_of(const RowLayout& layout, int64_t row) {
 __device__ Token token_of(const GrpoTokens& tokens, int64_t row) {
   Token token;
   token.label = tokens.labels[row];
-  token.share = tokens.shares[row];
+  token.loss_scale = tokens.loss_scale[row];
   token.has_old = tokens.old_logprobs != nullptr;
   token.has_ref = tokens.ref_logprobs != nullptr;
   token.advantage = token.old_logprob = token.ref_logprob = 0.0f;
   token.weight = 1.0f;
-  if (token.share != 0.0f) {  // what a masked token holds is never read
+  if (token.loss_scale != 0.0f) {  // what a masked token holds is never read
     token.advantage = tokens.advantages[row];
     if (token.has_old) token.old_logprob = tokens.old_logprobs[row];
     if (token.has_ref) token.ref_logprob = tokens.ref_logprobs[row];
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 2) logits_grpo_loss_kernel(const Arg
   const T* in = row_of<T>(a.logits, row);
   T* out = row_of<T>(a.gradient, row);
   const Token token = token_of(a.tokens, row);
-  if (token.share == 0.0f || token.label == kIgnored) {
+  if (token.loss_scale == 0.0f || token.label == kIgnored) {
     // Every block of the cluster takes this way: nobody waits for it.
     if (rank == 0 && thread == 0) a.logprobs[row] = a.entropy[row] = 0.0f;
     const Split split = split_row<T>(reinterpret_cast<uintptr_t>(out), a.vocab, blocks);
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 2) logits_grpo_loss_kernel(const Arg
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
-  const float scale = kLog2E / a.options.temperature;
+  const float scale = kLog2E / a.temperature;
   State state = empty_state();
   float loose = 0.0f;
   if (slice.loose >= 0) {
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, 2) logits_grpo_loss_kernel(const Arg
   cluster.sync();
   state = block_states[0];
   for (int other = 1; other < blocks; ++other) state = merge(state, block_states[other], scale);
-  const Result result = finish(state, token, a.vocab, a.options);
+  const Result result = finish(state, token, a.vocab, a.temperature, a.options);
   if (rank == 0 && thread == 0) {
     a.logprobs[row] = result.logprob;
     a.entropy[row] = result.entropy;
@@ -303,16 +304,13 @@ int logits_grpo_loss_cluster(int dtype, int64_t vocab) {
 
 const char* logits_grpo_loss_cuda(const RowLayout& logits, const RowLayout& gradient, int dtype,
                                   int64_t n_rows, int64_t width, int64_t vocab,
-                                  const GrpoTokens& tokens, const GrpoOptions& options,
-                                  float* logprobs, float* entropy, int blocks, void* stream) {
+                                  const GrpoTokens& tokens, double temperature,
+                                  const GrpoOptions& options, float* logprobs, float* entropy,
+                                  int blocks, void* stream) {
   if (n_rows == 0) return nullptr;
   if (n_rows > INT32_MAX / blocks) return "too many rows for one launch";
-  const auto narrow = [](double x) { return static_cast<float>(x); };
-  Arguments arguments = {
-      logits, gradient, width, vocab, tokens,
-      {narrow(options.temperature), narrow(options.clip_low), narrow(options.clip_high),
-       narrow(options.dual_clip), narrow(options.kl_coef), options.kl},
-      logprobs, entropy};
+  Arguments arguments = {logits, gradient, width, vocab, tokens, static_cast<float>(temperature),
+                         single_precision(options), logprobs, entropy};
   const size_t bytes = slice_bytes(dtype, vocab, blocks);
   const void* kernel = kernel_of(dtype);
   cudaError_t status = allow_shared_memory(kernel, bytes);

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "../grpo_options.h"
+
 namespace r1v3 {
 
 // Rows of a [outer, inner, width] tensor; strides in elements. Row r starts at
@@ -12,15 +14,10 @@ struct RowLayout {
 };
 
 // Device memory of n tokens; null means absent for old_logprobs, weights and ref_logprobs.
-// `shares` is what each token's loss is multiplied with in the total, 0 for tokens that do not count.
+// `loss_scale` is what each token's loss is multiplied with in the total, 0 for tokens that do not count.
 struct GrpoTokens {
   const int64_t* labels;
-  const float *shares, *old_logprobs, *advantages, *weights, *ref_logprobs;
-};
-
-struct GrpoOptions {
-  double temperature, clip_low, clip_high, dual_clip, kl_coef;
-  int kl;
+  const float *loss_scale, *old_logprobs, *advantages, *weights, *ref_logprobs;
 };
 
 // Blocks per cluster with which the current device can keep a row of `vocab` logits of this dtype
@@ -34,7 +31,8 @@ int logits_grpo_loss_cluster(int dtype, int64_t vocab);
 // null, or why nothing was launched.
 const char* logits_grpo_loss_cuda(const RowLayout& logits, const RowLayout& gradient, int dtype,
                                   int64_t n_rows, int64_t width, int64_t vocab,
-                                  const GrpoTokens& tokens, const GrpoOptions& options,
-                                  float* logprobs, float* entropy, int blocks, void* stream);
+                                  const GrpoTokens& tokens, double temperature,
+                                  const GrpoOptions& options, float* logprobs, float* entropy,
+                                  int blocks, void* stream);
 
 }  // namespace r1v3

@@ -22,6 +22,11 @@ def built() -> bool:
     return _C is not None
 
 
+def capabilities() -> list[str]:
+    """Every instruction set of the compiled kernels that this machine runs, best first."""
+    return list(_C.cpu_capabilities())
+
+
 def supports(tensor: Tensor) -> bool:
     """Whether the compiled kernels are built and take this CPU tensor's dtype."""
     return _C is not None and tensor.device.type == "cpu" and tensor.dtype in DTYPE_CODES
@@ -131,15 +136,14 @@ def grpo_loss(
     tokens = logprobs.shape[0]
     advantages, old_logprobs, ref_logprobs, weights = terms
     assert advantages is not None
-    *bounds, kl, aggregation = options
     loss, metrics = logprobs.new_empty(()), logprobs.new_empty(len(METRICS))
     gradient = torch.empty_like(logprobs)
     _C.grpo_loss(
         logprobs.data_ptr(), tokens, _address(old_logprobs), advantages.data_ptr(),
         advantages.shape[0] == tokens, mask.data_ptr(), _address(ref_logprobs),
         _address(weights), weights is not None and weights.shape[0] == tokens,
-        offsets.data_ptr(), offsets.shape[0] - 1, *bounds, int(kl), int(aggregation), normalizer,
-        loss.data_ptr(), gradient.data_ptr(), metrics.data_ptr(), torch.get_num_threads(),
+        offsets.data_ptr(), offsets.shape[0] - 1, normalizer, options, loss.data_ptr(),
+        gradient.data_ptr(), metrics.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return loss, gradient, metrics
 

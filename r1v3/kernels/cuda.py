@@ -56,12 +56,11 @@ def logits_grpo_loss(
     scale, advantages, old, ref, weights = terms.tensors()
     given = [None if x is None else x.contiguous() for x in
              (token_ids, scale, old, advantages, weights, ref)]  # fmt: skip
-    *bounds, kl, _ = terms.options
     with devices.launching_on(logits):
         cpu._C.logits_grpo_loss_cuda(
             logits.data_ptr(), _layout(logits), gradient.data_ptr(), _layout(gradient),
             cpu.DTYPE_CODES[logits.dtype], token_ids.shape[0], logits.shape[-1], vocab,
-            *(0 if x is None else x.data_ptr() for x in given), temperature, *bounds, int(kl),
+            *(0 if x is None else x.data_ptr() for x in given), temperature, terms.options,
             logprobs.data_ptr(), entropy.data_ptr(), blocks,
             torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip

@@ -7,6 +7,7 @@
 
 namespace {
 
+using namespace r1v3;
 using namespace r1v3::grpo;
 
 struct Block {
@@ -118,8 +119,8 @@ void write(const Block& block, T* out, const Result& result, float scale, Traffi
 
 template <typename T>
 Result row(const T* in, T* out, int64_t vocab, int blocks, const Token& token,
-           const Options& options, Traffic& traffic) {
-  const float scale = kLog2E / options.temperature;
+           float temperature, const TokenOptions& options, Traffic& traffic) {
+  const float scale = kLog2E / temperature;
   std::vector<Block> cluster(blocks);
   for (int rank = 0; rank < blocks; ++rank) {
     load(cluster[rank], in, vocab, token, rank, blocks, traffic);
@@ -127,7 +128,7 @@ Result row(const T* in, T* out, int64_t vocab, int blocks, const Token& token,
   }
   State state = cluster[0].state;
   for (int rank = 1; rank < blocks; ++rank) state = merge(state, cluster[rank].state, scale);
-  const Result result = finish(state, token, vocab, options);
+  const Result result = finish(state, token, vocab, temperature, options);
   for (int rank = 0; rank < blocks; ++rank) write(cluster[rank], out, result, scale, traffic);
   return result;
 }
@@ -135,20 +136,20 @@ Result row(const T* in, T* out, int64_t vocab, int blocks, const Token& token,
 }  // namespace
 
 // dtype 0 float32, 1 bfloat16; in may be out; reads and writes are [vocab] counters.
-// token: share, old log-probability, advantage, weight, reference log-probability.
-// options: temperature, clip low, clip high, dual clip, KL coefficient.
+// token: loss scale, old log-probability, advantage, weight, reference log-probability.
+// options: the six of GrpoOptions.
 // Returns false when a 16-byte access would have been unaligned.
 extern "C" bool emulate(int dtype, const void* in, void* out, int64_t vocab, int blocks,
                         int64_t label, const float* token, bool has_old, bool has_ref,
-                        const float* options, int kl, int32_t* reads, int32_t* writes,
+                        float temperature, const double* options, int32_t* reads, int32_t* writes,
                         float* logprob_and_entropy) {
   const Token known = {label, token[0], token[1], token[2], token[3], token[4], has_old, has_ref};
-  const Options chosen = {options[0], options[1], options[2], options[3], options[4], kl};
+  const TokenOptions chosen = single_precision(grpo_options({options, options + 6}));
   Traffic traffic = {reads, writes};
   const auto run = [&](auto kind) {
     using T = decltype(kind);
-    return row(static_cast<const T*>(in), static_cast<T*>(out), vocab, blocks, known, chosen,
-               traffic);
+    return row(static_cast<const T*>(in), static_cast<T*>(out), vocab, blocks, known,
+               temperature, chosen, traffic);
   };
   const Result result = dtype == 0 ? run(0.0f) : run(bf16{});
   logprob_and_entropy[0] = result.logprob;

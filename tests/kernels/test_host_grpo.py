@@ -1,4 +1,4 @@
-"""The compiled host kernel of the clipped policy loss."""
+"""The compiled host kernel of the GRPO loss."""
 
 import math
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def make_batch(lengths: list[int], per_token: bool = False, spread: float = 0.3)
     )
 
 
-def policy_loss(
+def grpo_loss(
     batch: Batch,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
@@ -73,13 +73,8 @@ def policy_loss(
         weights_is_per_token=weights is not None and weights.shape[0] == n,
         seq_offsets=address["offsets"],
         n_seqs=batch.offsets.shape[0] - 1,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
-        kl=KLS[kl],
-        aggregation=AGGREGATIONS[aggregation],
         normalizer=normalizer,
+        options=[clip_low, clip_high, dual_clip, kl_coef, KLS[kl], AGGREGATIONS[aggregation]],
         loss=loss.data_ptr(),
         grad=grad.data_ptr(),
         metrics=metrics.data_ptr(),
@@ -161,7 +156,7 @@ def test_loss_and_gradient_match_autograd(
     )
     exact_loss, exact_grad = autograd_loss(batch, **options)
     for capability in CAPABILITIES:
-        loss, grad, _ = policy_loss(batch, **options, capability=capability)
+        loss, grad, _ = grpo_loss(batch, **options, capability=capability)
         assert loss == pytest.approx(exact_loss, rel=1e-6, abs=1e-7)
         assert_float32_gradient(grad, exact_grad)
         assert (grad[batch.mask == 0] == 0).all()
@@ -175,7 +170,7 @@ def test_metrics_by_hand(capability: str) -> None:
     a = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
     mask = torch.tensor([1, 1, 1, 1, 0], dtype=torch.uint8)
     batch = Batch(logprobs, old, a, mask, torch.tensor([0, 5]), old.clone())
-    loss, grad, metrics = policy_loss(
+    loss, grad, metrics = grpo_loss(
         batch, capability=capability, clip_high=0.2, dual_clip=3.0, aggregation="token-mean"
     )
     # -1.2 (clipped high), +0.8 (clipped low), -1, +3 (dual clip)
@@ -196,7 +191,7 @@ def test_on_policy_tokens_have_ratio_one_and_a_gradient(capability: str) -> None
     """Fails if old_logprobs = None gives no gradient, or is read."""
     batch = make_batch([3, 4])
     batch.old_logprobs = None
-    _, grad, metrics = policy_loss(batch, capability=capability)
+    _, grad, metrics = grpo_loss(batch, capability=capability)
     assert metrics["ratio_mean"] == metrics["ratio_max"] == 1.0
     assert_float32_gradient(grad, autograd_loss(batch)[1])
 
@@ -211,7 +206,7 @@ def test_the_estimate_of_a_small_divergence_keeps_its_digits(
     zeros = torch.zeros(31)
     ones = torch.ones(31, dtype=torch.uint8)
     batch = Batch(logprobs, None, zeros, ones, torch.tensor([0, 31]), zeros)
-    _, grad, metrics = policy_loss(batch, kl_coef=1.0, aggregation="token-mean",
+    _, grad, metrics = grpo_loss(batch, kl_coef=1.0, aggregation="token-mean",
                                    capability=capability)  # fmt: skip
     d = -logprobs.double()
     assert metrics["ref_kl"] == pytest.approx(float((d.expm1() - d).mean()), rel=1e-6)
@@ -222,24 +217,29 @@ def test_the_estimate_of_a_small_divergence_keeps_its_digits(
 def test_masked_tokens_are_never_touched(capability: str) -> None:
     """Fails if a masked NaN or infinity is multiplied by 0 instead of being skipped."""
     batch = make_batch([6, 6], per_token=True)
-    clean = policy_loss(batch, capability=capability, kl_coef=0.1)
+    clean = grpo_loss(batch, capability=capability, kl_coef=0.1)
     for values in (batch.logprobs, batch.old_logprobs, batch.advantages, batch.ref_logprobs):
         assert values is not None
         values[batch.mask == 0] = torch.nan
-    dirty = policy_loss(batch, capability=capability, kl_coef=0.1)
+    dirty = grpo_loss(batch, capability=capability, kl_coef=0.1)
     assert dirty[0] == clean[0] and dirty[2] == clean[2]
     assert torch.equal(dirty[1], clean[1])
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_nothing_valid_gives_zero(aggregation: str) -> None:
+@each_capability
+def test_nothing_valid_gives_zero(aggregation: str, capability: str) -> None:
     """Fails if 0 / 0 reaches the optimizer when a micro-batch holds no trainable token."""
     batch = make_batch([4, 3])
     batch.mask.zero_()
-    loss, grad, metrics = policy_loss(batch, aggregation=aggregation, normalizer=2.0)
+    loss, grad, metrics = grpo_loss(
+        batch, aggregation=aggregation, normalizer=2.0, capability=capability
+    )
     assert loss == 0.0 and (grad == 0).all() and set(metrics.values()) == {0.0}
     empty = Batch(*(torch.empty(0) for _ in range(3)), torch.empty(0), torch.tensor([0]))
-    assert policy_loss(empty, aggregation=aggregation, normalizer=2.0)[0] == 0.0
+    assert (
+        grpo_loss(empty, aggregation=aggregation, normalizer=2.0, capability=capability)[0] == 0.0
+    )
 
 
 @each_capability
@@ -251,7 +251,7 @@ def test_far_ratios_are_finite_and_get_no_gradient(capability: str) -> None:
     ones = torch.ones(n, dtype=torch.uint8)
     zeros = torch.zeros(n)
     batch = Batch(logprobs, zeros, a, ones, torch.tensor([0, n]), zeros)
-    loss, grad, metrics = policy_loss(batch, capability=capability, kl_coef=0.1)
+    loss, grad, metrics = grpo_loss(batch, capability=capability, kl_coef=0.1)
     assert math.isfinite(loss)
     assert (grad == 0).all()
     assert metrics["ratio_max"] == pytest.approx(math.exp(20.0))
@@ -265,7 +265,7 @@ def test_nan_is_counted_and_reaches_loss_and_gradient(where: str, capability: st
     batch = make_batch([4], per_token=True)
     batch.mask.fill_(1)
     getattr(batch, where)[2] = torch.nan
-    loss, grad, metrics = policy_loss(batch, capability=capability)
+    loss, grad, metrics = grpo_loss(batch, capability=capability)
     assert math.isnan(loss)
     assert grad.isnan().tolist() == [False, False, True, False]
     assert metrics["nonfinite"] == 1.0
@@ -273,13 +273,14 @@ def test_nan_is_counted_and_reaches_loss_and_gradient(where: str, capability: st
         assert math.isnan(metrics["ratio_max"])
 
 
-def test_a_global_normalizer_makes_micro_batches_add_up() -> None:
+@each_capability
+def test_a_global_normalizer_makes_micro_batches_add_up(capability: str) -> None:
     """Fails if splitting a batch changes the loss or the gradient of a token."""
     lengths = [5, 9, 2, 30]
     whole = make_batch(lengths)
     whole.mask.fill_(1)
     for aggregation, normalizer in (("sequence-mean", 4.0), ("token-mean", 46.0)):
-        loss, grad, _ = policy_loss(whole, aggregation=aggregation)
+        loss, grad, _ = grpo_loss(whole, aggregation=aggregation, capability=capability)
         parts = []
         for lo, hi in ((0, 2), (2, 4)):
             at = slice(int(whole.offsets[lo]), int(whole.offsets[hi]))
@@ -291,17 +292,22 @@ def test_a_global_normalizer_makes_micro_batches_add_up() -> None:
                 whole.mask[at].clone(),
                 (whole.offsets[lo : hi + 1] - whole.offsets[lo]).clone(),
             )
-            parts.append(policy_loss(part, aggregation=aggregation, normalizer=normalizer))
+            parts.append(
+                grpo_loss(
+                    part, aggregation=aggregation, normalizer=normalizer, capability=capability
+                )
+            )
         assert parts[0][0] + parts[1][0] == pytest.approx(loss, rel=1e-6)
         torch.testing.assert_close(torch.cat([p[1] for p in parts]), grad, rtol=1e-6, atol=0.0)
 
 
-def test_threads_change_no_bit() -> None:
+@each_capability
+def test_threads_change_no_bit(capability: str) -> None:
     """Fails if the order of the sums follows the threads."""
     batch = make_batch([100_000, 3, 70_000], per_token=True)
-    one = policy_loss(batch, kl_coef=0.1)
+    one = grpo_loss(batch, kl_coef=0.1, capability=capability)
     for threads in (2, 5):
-        many = policy_loss(batch, kl_coef=0.1, threads=threads)
+        many = grpo_loss(batch, kl_coef=0.1, threads=threads, capability=capability)
         assert many[0] == one[0] and many[2] == one[2]
         assert torch.equal(many[1], one[1])
 
@@ -309,7 +315,7 @@ def test_threads_change_no_bit() -> None:
 def test_wrong_options_name_the_value() -> None:
     """Fails if a missing normalizer divides by a count, or an unknown code picks a default."""
     with pytest.raises(ValueError, match="normalizer must be > 0 .*got 0"):
-        policy_loss(make_batch([2]), aggregation="constant")
+        grpo_loss(make_batch([2]), aggregation="constant")
 
 
 @each_capability
@@ -319,7 +325,7 @@ def test_every_tail_and_mask_byte(capability: str, n: int) -> None:
     batch = make_batch([n, 2 * n], per_token=True)
     batch.mask = (batch.mask * torch.randint(1, 256, (3 * n,))).to(torch.uint8)
     exact_loss, exact_grad = autograd_loss(batch, kl_coef=0.1)
-    loss, grad, metrics = policy_loss(batch, kl_coef=0.1, capability=capability)
+    loss, grad, metrics = grpo_loss(batch, kl_coef=0.1, capability=capability)
     assert loss == pytest.approx(exact_loss, rel=1e-6, abs=1e-7)
     assert_float32_gradient(grad, exact_grad)
     assert metrics["tokens"] == (batch.mask != 0).sum()
@@ -331,4 +337,4 @@ def test_wrong_offsets_are_named(offsets: list[int]) -> None:
     batch = make_batch([4])
     batch.offsets = torch.tensor(offsets)
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to at most 4, got"):
-        policy_loss(batch)
+        grpo_loss(batch)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from r1v3.kernels import linear_grpo_loss
+from r1v3.kernels import cpu, linear_grpo_loss
 from r1v3.kernels.linear import tiles
 from tests.kernels.conftest import INTERPRETED
 
@@ -87,14 +87,22 @@ def test_memory_does_not_grow_with_rows_times_vocabulary(dtype: str) -> None:
     assert found[f"loss {FEW}"] + found[f"loss {MANY}"] < 100 * MEBIBYTE
 
 
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "converted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_tenth_of_the_memory_of_all_logits(dtype: torch.dtype) -> None:
+def test_a_tenth_of_the_memory_of_all_logits(
+    dtype: torch.dtype, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if, beside the gradients, more than a tenth of eager PyTorch's tensors are alive.
 
     In float32 the logits wait in the memory of the weight's gradient; in bfloat16, whose gradient
     has room for half of these rows, they are computed twice. Eager PyTorch, whose bfloat16 products
-    are slow, is measured with narrower hidden states: its peak is that of the logits.
+    are slow, is measured with narrower hidden states: its peak is that of the logits. Without
+    instructions for pairs of bfloat16 they are converted in the product.
     """
+    if not pairs:
+        if dtype == torch.float32 or not cpu.has_bfloat16_dot():
+            pytest.skip("this is what the other case runs")
+        monkeypatch.setattr(cpu, "has_bfloat16_dot", lambda: False)
     hidden = torch.randn(1, 512, 512).to(dtype).requires_grad_()
     weight = torch.randn(2 * VOCAB, 512).to(dtype).requires_grad_()
     ids = torch.randint(0, 2 * VOCAB, (1, 512))

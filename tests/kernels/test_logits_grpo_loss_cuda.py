@@ -50,21 +50,21 @@ def emulate(
 ) -> tuple[float, float, Tensor]:
     """Log-probability, entropy and gradient; every element must be read and written once.
 
-    token may hold share, old, advantage, weight and ref.
+    token may hold loss_scale, old, advantage, weight and ref.
     """
     vocab = logits.shape[0]
     out = logits if in_place else torch.full_like(logits, 7.0)
     reads, writes = torch.zeros(2, vocab, dtype=torch.int32).unbind()
-    values = (token.get("share", 1.0), token.get("old", 0.0), token.get("advantage", 1.0),
+    values = (token.get("loss_scale", 1.0), token.get("old", 0.0), token.get("advantage", 1.0),
               token.get("weight", 1.0), token.get("ref", 0.0))  # fmt: skip
-    chosen = (temperature, options["clip_low"], options["clip_high"], options["dual_clip"],
-              options["kl_coef"])  # fmt: skip
+    chosen = (options["clip_low"], options["clip_high"], options["dual_clip"],
+              options["kl_coef"], int(options["kl"][1]) - 1, 0)  # fmt: skip
     results = (ctypes.c_float * 2)()
     aligned = emulator(
         DTYPES[logits.dtype], ctypes.c_void_p(logits.data_ptr()), ctypes.c_void_p(out.data_ptr()),
         ctypes.c_int64(vocab), blocks, ctypes.c_int64(label), (ctypes.c_float * 5)(*values),
-        "old" in token, "ref" in token, (ctypes.c_float * 5)(*chosen),
-        int(options["kl"][1]) - 1, ctypes.c_void_p(reads.data_ptr()),
+        "old" in token, "ref" in token, ctypes.c_float(temperature),
+        (ctypes.c_double * 6)(*chosen), ctypes.c_void_p(reads.data_ptr()),
         ctypes.c_void_p(writes.data_ptr()), results,
     )  # fmt: skip
     assert aligned, "a 16-byte access off its boundary"
@@ -93,7 +93,7 @@ def exact(
     loss, _, _ = reference.grpo_loss(
         logprob, one("old"), torch.ones(1) if advantage is None else advantage, torch.ones(1),
         torch.tensor([0, 1]), ref_logprobs=one("ref"), weights=one("weight"),
-        aggregation="constant", normalizer=1 / token.get("share", 1.0), **options,
+        aggregation="constant", normalizer=1 / token.get("loss_scale", 1.0), **options,
     )  # fmt: skip
     loss.backward()
     assert x.grad is not None
@@ -113,7 +113,13 @@ def offset_row(vocab: int, dtype: torch.dtype, offset: int) -> Tensor:
 
 def check(emulator: Any, row: Tensor, label: int, blocks: int, in_place: bool = False) -> None:
     near = exact(row, label, {}, 0.8)[0]
-    token = {"share": 0.25, "old": near + 0.1, "advantage": -0.7, "weight": 0.9, "ref": near - 0.3}
+    token = {
+        "loss_scale": 0.25,
+        "old": near + 0.1,
+        "advantage": -0.7,
+        "weight": 0.9,
+        "ref": near - 0.3,
+    }
     want = exact(row, label, token, 0.8)
     single = exact(row, label, token, 0.8, dtype=torch.float32)
     got = emulate(emulator, row, label, blocks, token, 0.8, in_place=in_place)
@@ -155,7 +161,7 @@ def test_every_branch_of_the_loss(emulator: Any) -> None:
                                                       (0.0, 3.0)):  # fmt: skip
         for gap in (None, -0.3, 0.01, 25.0):
             options = {**OPTIONS, "kl": f"k{kl}", "dual_clip": dual}
-            token = {"old": logprob - old, "advantage": advantage, "weight": 0.8, "share": 0.5}
+            token = {"old": logprob - old, "advantage": advantage, "weight": 0.8, "loss_scale": 0.5}
             if gap is not None:
                 token["ref"] = logprob + gap
             truth_options = {**options, "dual_clip": dual or None}

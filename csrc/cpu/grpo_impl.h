@@ -1,4 +1,4 @@
-// The policy loss of a block of tokens, in the vectors F of kWidth floats of the including
+// The GRPO loss of a block of tokens, in the vectors F of kWidth floats of the including
 // file. No library templates here, see rows_impl.h.
 #pragma once
 
@@ -6,7 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "policy.h"
+#include "grpo.h"
+#include "lanes.h"
 
 namespace r1v3 {
 namespace {
@@ -15,11 +16,9 @@ typedef int32_t Lanes __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
 
-constexpr float kMaximumLogRatio = 20.0f;  // differences of log-probs are clamped to +-20
 // Vectors whose float32 sums are taken before they are added to the block's in double.
 constexpr int64_t kRun = 32;
 
-inline F spread(float value) { return value - F{}; }
 inline F choose(Lanes mask, F a, F b) { return mask ? a : b; }
 inline F only(Lanes mask, F a) { return (F)(mask & (Lanes)a); }
 
@@ -31,7 +30,7 @@ struct Exponential {
 
 // For |x| <= 20, to some units in the last place, the differences too; NaN stays.
 inline Exponential exp_small(F x) {
-  const F magic = spread(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
+  const F magic = broadcast(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
   const F shifted = x * 1.44269504f + magic;
   const F n = shifted - magic;
   const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -69,7 +68,7 @@ struct TokenValues {
 
 inline TokenValues token_values(const float* values, bool per_token, int64_t sequence) {
   if (values && per_token) return {values, F{}};
-  return {nullptr, spread(values ? values[sequence] : 1.0f)};
+  return {nullptr, broadcast(values ? values[sequence] : 1.0f)};
 }
 
 // The block's inputs and options in the form that the loop over its tokens wants.
@@ -89,7 +88,7 @@ struct Difference {
 
 // a - b of the valid tokens.
 inline Difference clamped_difference(F a, F b, Lanes valid) {
-  const F d = only(valid, a - b), limit = spread(kMaximumLogRatio);
+  const F d = only(valid, a - b), limit = broadcast(kMaximumLogRatio);
   const Lanes above = d > limit, below = d < -limit;
   return {choose(above, limit, choose(below, -limit, d)), above | below, d * 0.0f};
 }
@@ -131,7 +130,7 @@ inline F surrogate(const Terms& terms, const Difference& log_ratio, F advantage,
 
 // Estimates of KL(policy || reference) from one sample (J. Schulman, "Approximating KL Divergence").
 inline F kl_penalty(const Terms& terms, const Difference& d, LaneSums& sums) {
-  F value = d.value, slope = spread(1.0f);
+  F value = d.value, slope = broadcast(1.0f);
   if (terms.kl == KL::kK2) {
     value = 0.5f * d.value * d.value;
     slope = d.value;
@@ -166,12 +165,6 @@ inline F token_slopes(const Terms& terms, int64_t t, int64_t n, Lanes valid, Lan
   return slope;
 }
 
-inline double lane_total(F value) {
-  double result = 0.0;
-  for (int i = 0; i < kWidth; ++i) result += value[i];
-  return result;
-}
-
 inline double lane_count(Lanes mask) {
   int64_t result = 0;
   for (int i = 0; i < kWidth; ++i) result -= mask[i];
@@ -196,17 +189,17 @@ __attribute__((always_inline)) inline void add_tokens(const Terms& terms, const 
   memcpy(grad + t, &slopes, n * sizeof(float));
 }
 
-inline void add_run(LaneSums& sums, PolicySums* out) {
-  out->loss += lane_total(sums.loss);
-  out->approx_kl += lane_total(sums.approx_kl);
-  out->ref_kl += lane_total(sums.ref_kl);
-  out->ratio += lane_total(sums.ratio);
+inline void add_run(LaneSums& sums, GrpoSums* out) {
+  out->loss += lane_sum(sums.loss);
+  out->approx_kl += lane_sum(sums.approx_kl);
+  out->ref_kl += lane_sum(sums.ref_kl);
+  out->ratio += lane_sum(sums.ratio);
   sums.loss = sums.approx_kl = sums.ref_kl = sums.ratio = F{};
 }
 
 template <bool DualClip, bool Reference>
-void block_sums(const Terms& given, const uint8_t* mask, const PolicyBlock& block, float* grad,
-                PolicySums* out) {
+void block_sums(const Terms& given, const uint8_t* mask, const GrpoBlock& block, float* grad,
+                GrpoSums* out) {
   const Terms terms = given;  // nothing else points to it, so it can stay in registers
   LaneSums sums = {};
   *out = {};
@@ -234,19 +227,19 @@ void block_sums(const Terms& given, const uint8_t* mask, const PolicyBlock& bloc
   out->ratio_max = out->ratio == out->ratio ? top : out->ratio;
 }
 
-void policy_block(const PolicyLossInputs& in, const PolicyLossOptions& options,
-                  const PolicyBlock& block, double coefficient, float* grad, PolicySums* out) {
+void grpo_block(const GrpoInputs& in, const GrpoOptions& options,
+                  const GrpoBlock& block, double coefficient, float* grad, GrpoSums* out) {
   const Terms terms = {
       in.logprobs,
       in.old_logprobs,
       in.ref_logprobs,
       token_values(in.advantages, in.advantage_is_per_token, block.sequence),
       token_values(in.weights, in.weights_is_per_token, block.sequence),
-      spread(static_cast<float>(1.0 - options.clip_low)),
-      spread(static_cast<float>(1.0 + options.clip_high)),
-      spread(static_cast<float>(options.dual_clip)),
-      spread(static_cast<float>(options.kl_coef)),
-      spread(static_cast<float>(coefficient)),
+      broadcast(static_cast<float>(1.0 - options.clip_low)),
+      broadcast(static_cast<float>(1.0 + options.clip_high)),
+      broadcast(static_cast<float>(options.dual_clip)),
+      broadcast(static_cast<float>(options.kl_coef)),
+      broadcast(static_cast<float>(coefficient)),
       options.kl,
       options.kl_coef != 0.0,
   };

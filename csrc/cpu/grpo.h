@@ -1,14 +1,13 @@
-// Plain data of the policy loss. Null pointers mean "absent" where said so.
+// Plain data of the GRPO loss on the host. Null pointers mean "absent" where said so.
 #pragma once
 
 #include <cstdint>
 
+#include "../grpo_options.h"
+
 namespace r1v3 {
 
-enum class KL { kK1 = 0, kK2 = 1, kK3 = 2 };
-enum class Aggregation { kSequenceMean = 0, kTokenMean = 1, kSequenceSum = 2, kConstant = 3 };
-
-struct PolicyLossInputs {
+struct GrpoInputs {
   int64_t n_tokens;           // N
   const float* logprobs;      // [N]
   const float* old_logprobs;  // [N] or null: equal to logprobs
@@ -20,24 +19,15 @@ struct PolicyLossInputs {
   bool weights_is_per_token;
   const int64_t* seq_offsets;  // [S + 1]
   int64_t n_seqs;
-};
-
-struct PolicyLossOptions {
-  double clip_low, clip_high;
-  double dual_clip;  // <= 0: none
-  double kl_coef;
-  KL kl;
-  Aggregation aggregation;
   double normalizer;  // <= 0: counted from the mask
-  int num_threads;
 };
 
-struct PolicyBlock {
+struct GrpoBlock {
   int64_t sequence, begin, end;  // tokens [begin, end)
 };
 
 // Sums over valid tokens; `loss` without the coefficient of the block's sequence.
-struct PolicySums {
+struct GrpoSums {
   double loss, clip_low, clip_high, dual_clip, approx_kl, ref_kl, ratio, ratio_max, tokens,
       nonfinite;
 };

@@ -1,0 +1,43 @@
+// Options of the GRPO loss, for the host and the CUDA kernels. One more option is one more number in
+// the list that Python passes, here and in GrpoOptions.as_floats of r1v3/kernels.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace r1v3 {
+
+enum class KL { kK1 = 0, kK2 = 1, kK3 = 2 };
+enum class Aggregation { kSequenceMean = 0, kTokenMean = 1, kSequenceSum = 2, kConstant = 3 };
+
+// Differences of log-probabilities are clamped to +-20, where no gradient flows.
+constexpr float kMaximumLogRatio = 20.0f;
+
+struct GrpoOptions {
+  double clip_low, clip_high;
+  double dual_clip;  // <= 0: none
+  double kl_coef;
+  KL kl;
+  Aggregation aggregation;
+};
+
+inline GrpoOptions grpo_options(const std::vector<double>& numbers) {
+  if (numbers.size() != 6) {
+    throw std::invalid_argument("options must be 6 numbers, got " + std::to_string(numbers.size()));
+  }
+  const auto code = [](double number, int count, const char* names) {
+    for (int i = 0; i < count; ++i) {
+      if (number == i) return i;
+    }
+    throw std::invalid_argument(std::string(names) + ", got " + std::to_string(number));
+  };
+  const int kl = code(numbers[4], 3, "kl must be 0 (k1), 1 (k2) or 2 (k3)");
+  const int aggregation = code(numbers[5], 4,
+                               "aggregation must be 0 (sequence-mean), 1 (token-mean), "
+                               "2 (sequence-sum) or 3 (constant)");
+  return {numbers[0], numbers[1], numbers[2], numbers[3], static_cast<KL>(kl),
+          static_cast<Aggregation>(aggregation)};
+}
+
+}  // namespace r1v3
