@@ -16,7 +16,7 @@ from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import IMAGE_CONTEXT, THINK_CLOSE, render_prompt, train_tokenizer
 from r1v3.engine.hf.decoder import HFDecoder
 from r1v3.engine.hf.engine import HFEngine
-from r1v3.evaluation.sampling import Policy
+from r1v3.evaluation.policy import Policy
 from r1v3.model.internvl import build_model, internvl_config
 from r1v3.rollout.contract import TokenRules
 from r1v3.rollout.local import LocalSampler

@@ -1,11 +1,13 @@
 """The processes and the engine of a stage, as its configuration says."""
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
-from r1v3.config import Architecture, Optimizer, Stage
+from r1v3.config import Architecture, Modules, Optimizer, Stage
 from r1v3.data.tokenizer import IMAGE_CONTEXT, load_tokenizer, token_id
 from r1v3.engine.contract import Engine
 from r1v3.engine.hf.engine import HFEngine
@@ -13,13 +15,22 @@ from r1v3.model.internvl import build_model, internvl_config, load_model
 from r1v3.ranks import ALONE, Ranks
 
 
+@dataclass(frozen=True)
+class Training:
+    """Which parts of the model an engine trains, and with which optimizer."""
+
+    modules: Modules
+    optimizer: Optimizer
+
+
 def connect(config: Stage) -> Ranks:
-    """All processes of the job, of which torchrun started more than one or none.
+    """Connect the processes that torchrun started, and set the CPU threads of this one.
 
     Raises:
-        ValueError: there are several, and the engine is one process; or their number does not
+        ValueError: there are several processes and the engine is of one, or their number does not
             fit the parallel layout.
     """
+    set_threads(config.threads)
     if config.engine == "megatron":
         from r1v3.engine.megatron.ranks import connect as connect_megatron
 
@@ -29,24 +40,44 @@ def connect(config: Stage) -> Ranks:
     return ALONE
 
 
+def set_threads(threads: int | None) -> None:
+    """Use this many CPU threads; None leaves torch's own choice.
+
+    A run repeats its bits only with the same number of threads.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def build_engine(
     config: Stage,
-    modules: dict[str, bool] | None,
-    optimizer: Optimizer,
     ranks: Ranks,
+    training: Training | None = None,
     *,
     architecture: Architecture | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     temperature: float = 1.0,
 ) -> Engine:
-    """The engine of a stage, from a model folder or a fresh architecture with its tokenizer."""
-    settings: dict[str, Any] = {
-        "modules": modules,
-        "weight_decay": optimizer.weight_decay,
-        "betas": optimizer.betas,
-        "max_grad_norm": optimizer.max_grad_norm,
-        "temperature": temperature,
-    }
+    """Build the engine of a stage from its model folder, or from an architecture.
+
+    Args:
+        training: None for an engine that only evaluates and decodes.
+        architecture: of a model with random weights, in place of the model folder.
+        tokenizer: of that model.
+        temperature: of the distributions that log-probs and entropies are of.
+
+    Raises:
+        ValueError: an architecture with engine megatron.
+    """
+    settings: dict[str, Any] = {"modules": None, "temperature": temperature}
+    if training is not None:
+        optimizer = training.optimizer
+        settings |= {
+            "modules": training.modules.model_dump(),
+            "weight_decay": optimizer.weight_decay,
+            "betas": optimizer.betas,
+            "max_grad_norm": optimizer.max_grad_norm,
+        }
     if architecture is not None:
         if config.engine != "hf":
             raise ValueError("a fresh `architecture` is trained with engine=hf")

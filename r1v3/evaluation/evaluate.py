@@ -1,4 +1,4 @@
-"""Scores a checkpoint in every decoding mode, on questions that no tuning looked at."""
+"""Scores of a checkpoint in every decoding mode, on questions that it was not trained on."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from r1v3.config import Evaluate, Optimizer
+from r1v3.config import Evaluate
 from r1v3.data.encoding import encode_sample, model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
@@ -19,49 +19,18 @@ from r1v3.data.tokenizer import load_tokenizer
 from r1v3.data.words import expand_words
 from r1v3.engine.build import build_engine, connect
 from r1v3.engine.contract import Decoder
-from r1v3.engine.hf.decoder import HFDecoder
-from r1v3.evaluation.sampling import Answers, Policy
+from r1v3.evaluation.policy import Answers, Policy, mode_sampling
 from r1v3.evaluation.statistics import score
 from r1v3.files import write_bytes, write_json
 from r1v3.model.conversion import load_config
-from r1v3.model.internvl import load_model
 from r1v3.ranks import Ranks
 from r1v3.rollout.build import build_sampler
-from r1v3.rollout.contract import Sampling, TokenRules
-from r1v3.rollout.local import LocalSampler
 
 
-def load_policy(folder: Path, *, device: str = "cpu", max_tiles: int = 1) -> Policy:
-    """The policy of a model folder."""
-    model = load_model(folder, device=device)
-    tokenizer = load_tokenizer(folder)
-    sampler = LocalSampler(HFDecoder(model), TokenRules.of(tokenizer))
-    return Policy(sampler, tokenizer, model_image_shape(model.config, max_tiles))
-
-
-def mode_sampling(config: Evaluate, policy: Policy, mode: str) -> tuple[Sampling, bool]:
-    """How a mode decodes, and whether its template opens a thought (report, section 6.2).
-
-    slow: the thinking template. nothink: the template without `<think>`. nowait: slow with every
-    surface form of the monitor's words banned. budget-N: slow, the thought closed after N tokens.
-    """
-    decoding = config.decoding
-    banned: tuple[int, ...] = ()
-    budget = None
-    if mode == "nowait":
-        banned = tuple(expand_words(policy.tokenizer, config.monitor.words))
-    elif mode.startswith("budget-") and mode.removeprefix("budget-").isdecimal():
-        budget = int(mode.removeprefix("budget-"))
-    elif mode not in ("slow", "nothink"):
-        raise ValueError(f"mode {mode!r} is not slow, nothink, nowait or budget-N")
-    sampling = Sampling(decoding.temperature, decoding.max_tokens, banned, budget)
-    return sampling, mode != "nothink"
-
-
-def summarise(
+def domain_scores(
     samples: Sequence[Sample], answers: Answers, out_of_domain: Sequence[str]
 ) -> dict[str, Any]:
-    """Scores in domain, out of domain and per domain, as JSON."""
+    """Return the scores in domain, out of domain and per domain, as JSON."""
     domains = np.array([str(sample.domain) for sample in samples])
     outside = np.isin(domains, list(out_of_domain))
 
@@ -78,8 +47,10 @@ def summarise(
 def run_mode(
     config: Evaluate, policy: Policy, samples: Sequence[Sample], mode: str
 ) -> tuple[dict[str, Any], Answers]:
-    """Score one mode; the random stream depends on seed and mode alone, not on the checkpoint."""
-    sampling, thinking = mode_sampling(config, policy, mode)
+    """Score one mode; the random numbers depend on seed and mode, not on the checkpoint."""
+    sampling, thinking = mode_sampling(
+        config.decoding, config.monitor.words, policy.tokenizer, mode
+    )
     generator = torch.Generator().manual_seed(config.seed * 1009 + sum(mode.encode()))
     answers = policy.answer(
         samples,
@@ -89,21 +60,26 @@ def run_mode(
         thinking=thinking,
         batch_prompts=config.batch_prompts,
     )
-    return summarise(samples, answers, config.out_of_domain), answers
+    return domain_scores(samples, answers, config.out_of_domain), answers
 
 
 def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
-    """Score a checkpoint in all configured modes.
+    """Score a checkpoint in all configured modes; return what it writes.
 
-    Writes `<run>/evaluation/<name>.json` after every mode, so that an interrupted evaluation goes
-    on where it was, with the correctness of every slow-thinking answer ([questions, samples]) for
-    paired comparisons, and sample transcripts with their pictures. Returns that record.
+    `<run>/evaluation/<name>.json` is written after every mode, so that an interrupted evaluation
+    goes on with the next one. It also holds the correctness of every slow-thinking answer
+    ([questions, samples]), for paired comparisons. Sample transcripts with their images go to
+    `<run>/transcripts`.
+
+    Args:
+        notify: called with the name and the scores of each mode.
+
+    Raises:
+        ValueError: the configuration names no model.
     """
     if config.model is None:
         raise ValueError("`model` must name the folder of the checkpoint to score")
     ranks = connect(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     run = Path(config.run)
     path = run / "evaluation" / f"{config.name}.json"
     samples = [sample for file in config.data for sample in load_samples(file)]
@@ -129,13 +105,13 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
 
 
 def _policy(config: Evaluate, samples: Sequence[Sample], ranks: Ranks) -> Policy:
-    """The checkpoint, sampled as the configuration says: by vLLM without loading it here."""
+    """The checkpoint, sampled as the configuration says; vLLM loads it elsewhere."""
     assert config.model is not None
     tokenizer = load_tokenizer(config.model)
     shape = model_image_shape(load_config(config.model), config.max_tiles)
 
     def local() -> tuple[Decoder, Ranks]:
-        engine = build_engine(config, None, Optimizer(learning_rate=1.0), ranks)
+        engine = build_engine(config, ranks)
         return engine.decoder(), engine.replicas
 
     longest = 0
@@ -153,7 +129,7 @@ def _policy(config: Evaluate, samples: Sequence[Sample], ranks: Ranks) -> Policy
 
 
 def _read(path: Path, config: Evaluate) -> dict[str, Any]:
-    """The record to go on with: the one that is there if it is of the same scoring, else none."""
+    """The record to go on with: the one in the file if it is of the same scoring, or a new one."""
     fresh = {"checkpoint": str(config.model), "scoring": _scoring(config), "modes": {}}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -167,8 +143,7 @@ def _read(path: Path, config: Evaluate) -> dict[str, Any]:
 
 
 def _scoring(config: Evaluate) -> dict[str, Any]:
-    """What a score depends on: weights and questions by content, and the settings."""
-
+    """Everything a score depends on: digests of weights and questions, and the settings."""
     assert config.model is not None
 
     def digest(path: Path) -> str:
@@ -194,7 +169,7 @@ def _scoring(config: Evaluate) -> dict[str, Any]:
 def _write_transcripts(
     run: Path, config: Evaluate, policy: Policy, samples: Sequence[Sample], answers: Answers
 ) -> None:
-    """The first sampled answer to a spread of questions, token by token with entropies."""
+    """Write the first answer to evenly spaced questions, token by token with entropies."""
     critical = set(expand_words(policy.tokenizer, config.monitor.words))
     count = min(config.transcripts, len(samples))
     folder = run / "transcripts"

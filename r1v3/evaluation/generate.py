@@ -1,22 +1,26 @@
-"""Answers one question about a person's own picture."""
+"""An answer to one question about an image of the user's own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import typer
 
-from r1v3.config import Decoding, Evaluate
+from r1v3.config import Decoding, Monitor
 from r1v3.data.images import load_image
 from r1v3.data.sample import make_sample
-from r1v3.evaluation.evaluate import load_policy, mode_sampling
-from r1v3.rollout.contract import Sampling
+from r1v3.evaluation.policy import load_policy, mode_sampling
 
 MODES = ("slow", "nothink", "nowait")
 _NEWEST_FIRST = ("connector", "selected", "grpo", "sft")
 
 
 def model_folder(checkpoint: Path) -> Path:
-    """A model folder as it is; of a run folder, the model of its latest finished stage."""
+    """Return the folder if it holds a model; of a run folder, the model of the last stage done.
+
+    Raises:
+        ValueError: the folder is neither.
+    """
     if (checkpoint / "config.json").is_file():
         return checkpoint
     for name in _NEWEST_FIRST:
@@ -39,8 +43,8 @@ def answer_about_image(
     """Print and return the completion.
 
     Raises:
-        ValueError: an unknown mode, an unreadable picture, an empty question, a budget with a mode
-            that does not think.
+        ValueError: an unknown mode, an image that cannot be read, an empty question, a negative
+            budget, or a budget with a mode that does not think.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
@@ -52,7 +56,7 @@ def answer_about_image(
         raise ValueError("--question is empty")
     if not image.is_file():
         raise ValueError(f"--image {image}: no such file")
-    load_image(image)  # names the file where it is no picture
+    load_image(image)  # raises if it cannot be decoded
     folder = model_folder(checkpoint)
     sample = make_sample(
         question=question,
@@ -62,19 +66,18 @@ def answer_about_image(
         images=[image.read_bytes()],
     )
     policy = load_policy(folder)
-    config = Evaluate(
-        run=Path("."),
-        model=folder,
-        data=(),
-        decoding=Decoding(temperature=temperature, max_tokens=max_tokens),
+    sampling, thinking = mode_sampling(
+        Decoding(temperature=temperature, max_tokens=max_tokens),
+        Monitor().words,
+        policy.tokenizer,
+        mode,
     )
-    sampling, thinking = mode_sampling(config, policy, mode)
-    sampling = Sampling(temperature, max_tokens, sampling.banned, budget)
+    sampling = replace(sampling, budget=budget)
     answers = policy.answer(
         [sample], sampling, generator=torch.Generator().manual_seed(seed), thinking=thinking
     )
     text = answers.texts[0]
-    # What a model writes is untrusted: no control characters reach the terminal.
+    # A model's text is untrusted: no control characters reach the terminal.
     printable = "".join(c for c in text if c.isprintable() or c == "\n")
     typer.echo(f"<think>\n{printable}" if thinking else printable)
     typer.secho(f"{folder}: {int(answers.tokens[0, 0])} tokens", dim=True, err=True)

@@ -1,4 +1,4 @@
-"""What samples completions for a trainer, wherever the weights that answer live."""
+"""The interface of everything that samples completions for a trainer or an evaluation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -14,14 +14,30 @@ from r1v3.data.tokenizer import SPECIAL_TOKENS, THINK_CLOSE, TURN_END, token_id
 
 
 @dataclass(frozen=True)
+class Request:
+    """One prompt to complete.
+
+    Attributes:
+        example: the prompt as the trainer sees it. Its token ids are binding: a sampler that
+            builds the prompt in another way must arrive at the same ids or raise.
+        sample: the source of the prompt; a server is sent its images as the files they are.
+        thinking: whether the prompt opens a thought, as it did when `example` was encoded.
+    """
+
+    example: Example
+    sample: Sample
+    thinking: bool = True
+
+
+@dataclass(frozen=True)
 class Sampling:
-    """How to decode.
+    """Settings of decoding.
 
     Attributes:
         temperature: 0 is greedy.
         max_tokens: longest completion, forced tokens included.
         banned: token ids that are never sampled (image tokens; NoWait words).
-        budget: thought tokens after which an open thought is closed; None leaves it alone.
+        budget: thought tokens after which an open thought is closed; None sets no limit.
     """
 
     temperature: float = 1.0
@@ -31,37 +47,17 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class ThoughtClosing:
-    """How a thought ends, for a tokenizer where `</think>` is plain text of several tokens.
-
-    `texts` is what every token writes (the tag is found in text, because its first and last marks
-    merge with their neighbours: ` </`, `.</`, `>\n\n`), `forced` the token ids that are appended to
-    close a thought whose budget is spent.
-    """
-
-    texts: tuple[str, ...]
-    forced: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tokenizer: object) -> "ThoughtClosing":
-        encode = tokenizer.encode  # type: ignore[attr-defined]
-        size = len(tokenizer)  # type: ignore[arg-type]
-        texts = tokenizer.batch_decode([[i] for i in range(size)])  # type: ignore[attr-defined]
-        forced = encode(f"\n{THINK_CLOSE}\n\n", add_special_tokens=False)
-        return cls(tuple(texts), tuple(forced))
-
-
-@dataclass(frozen=True)
 class Rollout:
     """Completions of P prompts x G samples, padded on the right with the padding token.
 
     Attributes:
         response_ids: int64 [P * G, R].
         mask: bool [P * G, R], True up to and including the end-of-turn token.
-        logprobs: float32 [P * G, R], behaviour log-probs at the sampling temperature, in nats.
-        entropy: float32 [P * G, R], entropy of the distribution each token was drawn from.
-        sampled: bool [P * G, R], False at tokens that were forced by the budget.
-        finished: bool [P * G], the end-of-turn token was emitted in time.
+        logprobs: float32 [P * G, R], log-probs of the sampling distribution, in nats.
+        entropy: float32 [P * G, R], entropy of the distribution each token was drawn from, in
+            nats.
+        sampled: bool [P * G, R], False at tokens that the budget forced.
+        finished: bool [P * G], True where the end-of-turn token came within the limit.
     """
 
     response_ids: Tensor
@@ -72,12 +68,12 @@ class Rollout:
     finished: Tensor
 
     def rows(self, start: int, stop: int) -> "Rollout":
-        """The completions `start` to `stop`."""
+        """Return the completions `start` to `stop`."""
         return Rollout(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
 
 def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
-    """Completions of different widths below each other."""
+    """Concatenate rollouts, padding all of them to the widest."""
     width = max(rollout.mask.shape[1] for rollout in rollouts)
     joined = []
     for field in fields(Rollout):
@@ -92,20 +88,14 @@ def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
     return Rollout(*joined)
 
 
-@dataclass(frozen=True)
-class Request:
-    """One prompt to complete.
-
-    Attributes:
-        example: the prompt as the trainer sees it. Its token ids are the truth: a sampler that
-            builds the prompt in another way must arrive at the same ids or raise.
-        sample: where the prompt came from; a server is sent its pictures as the files they are.
-        thinking: whether the prompt opens a thought, as it was when `example` was encoded.
-    """
-
-    example: Example
-    sample: Sample
-    thinking: bool = True
+def decode_texts(tokenizer: PreTrainedTokenizerFast, rollout: Rollout, stop_id: int) -> list[str]:
+    """Decode completions, special tokens included, without the end-of-turn token."""
+    texts: list[str] = []
+    lists: Sequence[list[int]] = rollout.response_ids.tolist()
+    for ids, mask in zip(lists, rollout.mask.tolist(), strict=True):
+        kept = [i for i, m in zip(ids, mask, strict=True) if m and i != stop_id]
+        texts.append(str(tokenizer.decode(kept, skip_special_tokens=False)))
+    return texts
 
 
 class Sampler(Protocol):
@@ -130,46 +120,67 @@ class Sampler(Protocol):
         Args:
             generator: the only source of randomness; advanced by the call.
         Raises:
-            RuntimeError: some prompt has no valid answer and trying again will not give one.
+            RuntimeError: some prompt has no valid answer, and a retry would not give one.
         """
         ...
 
     def update_weights(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
-        """Answer with these weights from now on.
+        """Replace the weights that answer.
 
         Args:
-            tensors: every weight under its HF-native name, as `Engine.export_hf` gives them. It
-                is left unread by a sampler that already shares the trainer's weights.
-            step: the training step they belong to.
+            tensors: every weight under its HF-native name, as `Engine.export_hf` gives them. A
+                sampler that already shares the trainer's weights does not read it.
+            step: the training step that the weights belong to.
         Raises:
-            RuntimeError: the weights did not arrive; what the sampler would answer with is unknown.
+            RuntimeError: the weights did not arrive; the sampler's weights are undefined.
         """
         ...
 
     def sleep(self) -> None:
-        """Give up accelerator memory until `wake`; nothing where none is held. May be repeated."""
+        """Release accelerator memory until `wake`, where some is held; may be called twice."""
         ...
 
     def wake(self) -> None:
-        """Be ready to complete again. After a sleep, the weights must be updated first."""
+        """Prepare to complete again. After a sleep, the weights must be updated first."""
         ...
 
     def close(self) -> None:
-        """Let go of everything: threads, connections, memory. The sampler is of no use after."""
+        """Release threads, connections and memory; the sampler cannot be used afterwards."""
         ...
 
 
 @dataclass(frozen=True)
+class ThoughtClosing:
+    r"""The end of a thought, for a tokenizer that writes `</think>` as several text tokens.
+
+    Attributes:
+        texts: the text of every token id. The tag is found in text, because its first and last
+            characters merge with their neighbors: ` </`, `.</`, `>\n\n`.
+        forced: token ids that are appended to close a thought whose budget is spent.
+    """
+
+    texts: tuple[str, ...]
+    forced: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> "ThoughtClosing":
+        """Build it from a tokenizer."""
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        forced = tokenizer.encode(f"\n{THINK_CLOSE}\n\n", add_special_tokens=False)
+        return cls(tuple(texts), tuple(forced))
+
+
+@dataclass(frozen=True)
 class TokenRules:
-    """What a sampler must know of a tokenizer.
+    """Properties of a tokenizer that a sampler needs.
 
     Attributes:
         size: number of token ids; a sampled id is in [0, size).
         stop_id: the end-of-turn token, which ends a completion and belongs to it.
-        pad_id: what rows are padded with.
-        never: special tokens that must not be sampled. A sampled image token would stand for a
-            picture that is not there.
-        closing: how a thought ends.
+        pad_id: the padding token.
+        never: special tokens that must not be sampled. A sampled image token would stand for an
+            image that does not exist.
+        closing: the end of a thought.
     """
 
     size: int
@@ -180,7 +191,7 @@ class TokenRules:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> "TokenRules":
-        """The rules of a tokenizer in Qwen2's layout with InternVL's special tokens."""
+        """Build the rules of a tokenizer in Qwen2's layout with InternVL's special tokens."""
         return cls(
             len(tokenizer),
             token_id(tokenizer, TURN_END),

@@ -1,4 +1,4 @@
-"""Local generation from the training weights: batched over prompts x group, with a KV cache."""
+"""Sampling from the training weights themselves, with a KV cache over prompts x group."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,61 +15,54 @@ from r1v3.ranks import ALONE, Ranks
 from r1v3.rollout.contract import Request, Rollout, Sampling, ThoughtClosing, TokenRules, join
 
 
-def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-CDF sampling: one id per row of log-probs [N, V] from uniforms [N] in [0, 1).
+class LocalSampler:
+    """A `contract.Sampler` over live weights, which every call uses as they are then.
 
-    Every row uses its own random number, so that a completion does not depend on which other rows
-    are in the batch.
+    Args:
+        replicas: processes with a whole model each. Every one completes a part of the prompts and
+            all get all completions; a completion does not depend on the number of replicas.
     """
-    cumulative = logprobs.double().exp().cumsum(-1)
-    threshold = uniform.double().unsqueeze(-1) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    return index.clamp(max=logprobs.shape[-1] - 1)
 
+    def __init__(self, decoder: Decoder, rules: TokenRules, replicas: Ranks = ALONE) -> None:
+        self.decoder, self.rules, self.replicas = decoder, rules, replicas
 
-class _State:
-    """Bookkeeping of one generation call over all rows; decoding works on the active ones."""
+    def complete(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        group_size: int = 1,
+        generator: torch.Generator,
+    ) -> Rollout:
+        """See `contract.Sampler.complete`."""
+        uniforms = torch.rand(len(requests) * group_size, sampling.max_tokens, generator=generator)
+        mine, rollout = self.replicas.shard(len(requests)), None
+        if len(mine):
+            examples = [requests[i].example for i in mine]
+            rollout = generate(
+                self.decoder,
+                collate(examples, self.rules.pad_id),
+                sampling=replace(sampling, banned=(*self.rules.never, *sampling.banned)),
+                closing=self.rules.closing,
+                stop_id=self.rules.stop_id,
+                pad_id=self.rules.pad_id,
+                group_size=group_size,
+                uniforms=uniforms[mine.start * group_size : mine.stop * group_size],
+            )
+        rollouts = self.replicas.gather(rollout)
+        return join([one for one in rollouts if one is not None], self.rules.pad_id)
 
-    def __init__(self, rows: int, sampling: Sampling, pad: int, uniforms: Tensor) -> None:
-        shape, device = (rows, sampling.max_tokens), uniforms.device
-        self.ids = torch.full(shape, pad, device=device)
-        self.logprobs = torch.zeros(shape, device=device)
-        self.entropy = torch.zeros(shape, device=device)
-        self.mask = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.sampled = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.uniforms = uniforms
-        self.closed = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.tails = [""] * rows
-        self.forcing = torch.full((rows,), -1, device=device)
-        self.active = torch.arange(rows, device=device)
+    def update_weights(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
+        """Do nothing: the weights are the trainer's own."""
 
+    def sleep(self) -> None:
+        """Do nothing: the memory is the trainer's."""
 
-def _forced_tokens(
-    state: _State, step: int, sampling: Sampling, closing: ThoughtClosing
-) -> tuple[Tensor, Tensor]:
-    """Which active rows are being closed at this step, and the token each is given."""
-    rows = state.active
-    if sampling.budget is not None and step == sampling.budget:
-        state.forcing[rows] = torch.where(state.closed[rows], -1, 0)
-    position = state.forcing[rows]
-    forced = position >= 0
-    table = torch.tensor([*closing.forced, 0], device=position.device)
-    tokens = table[position.clamp(min=0)]
-    done = position + 1 >= len(closing.forced)
-    state.forcing[rows] = torch.where(forced & ~done, position + 1, -1)
-    state.closed[rows] |= forced & done
-    return forced, tokens
+    def wake(self) -> None:
+        """Do nothing: it is always ready."""
 
-
-def _note_closing(state: _State, step: int, closing: ThoughtClosing) -> None:
-    """Mark rows whose thought was closed by the token of this step."""
-    rows = state.active.tolist()
-    for row, token in zip(rows, state.ids[state.active, step].tolist(), strict=True):
-        written = state.tails[row] + (closing.texts[token] if token < len(closing.texts) else "")
-        if THINK_CLOSE in written:
-            state.closed[row] = True
-        state.tails[row] = written[-len(THINK_CLOSE) :]
+    def close(self) -> None:
+        """Do nothing: nothing is held."""
 
 
 @torch.no_grad()
@@ -87,9 +80,9 @@ def generate(
     """Sample `group_size` completions of every prompt.
 
     Args:
-        prompts: a batch whose responses are not looked at.
+        prompts: a batch whose responses are ignored.
         stop_id: the end-of-turn token, kept as the completion's last token.
-        uniforms: float32 [rows, sampling.max_tokens] in [0, 1), one random number per token.
+        uniforms: float32 [P * group_size, max_tokens] in [0, 1), one random number per token.
     """
     logits = decoder.prefill(prompts, group_size, sampling.max_tokens)
     uniforms = uniforms.to(logits.device)
@@ -116,6 +109,24 @@ def generate(
     )
 
 
+class _State:
+    """The completions so far, all rows of them; `active` are those that are still decoded."""
+
+    def __init__(self, rows: int, sampling: Sampling, pad: int, uniforms: Tensor) -> None:
+        shape, device = (rows, sampling.max_tokens), uniforms.device
+        self.ids = torch.full(shape, pad, device=device)
+        self.logprobs = torch.zeros(shape, device=device)
+        self.entropy = torch.zeros(shape, device=device)
+        self.mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.sampled = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.uniforms = uniforms
+        self.closed = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.tails = [""] * rows
+        self.forcing = torch.full((rows,), -1, device=device)
+        self.active = torch.arange(rows, device=device)
+
+
 def _emit(
     logits: Tensor,
     state: _State,
@@ -125,7 +136,7 @@ def _emit(
     stop_id: int,
     banned: Tensor,
 ) -> Tensor:
-    """Choose and record the next token of every active row."""
+    """Choose, record and return the next token of every active row."""
     rows = state.active
     if len(banned):
         ban_tokens_(logits, banned)
@@ -151,61 +162,40 @@ def _emit(
     return tokens
 
 
-def decode_texts(tokenizer: object, rollout: Rollout, stop_id: int) -> list[str]:
-    """Completions as text, without the end-of-turn token; special tokens stay visible."""
-    texts: list[str] = []
-    lists: Sequence[list[int]] = rollout.response_ids.tolist()
-    for ids, mask in zip(lists, rollout.mask.tolist(), strict=True):
-        kept = [i for i, m in zip(ids, mask, strict=True) if m and i != stop_id]
-        texts.append(tokenizer.decode(kept, skip_special_tokens=False))  # type: ignore[attr-defined]
-    return texts
+def _forced_tokens(
+    state: _State, step: int, sampling: Sampling, closing: ThoughtClosing
+) -> tuple[Tensor, Tensor]:
+    """The active rows whose thought is being closed at this step, and the token for each."""
+    rows = state.active
+    if sampling.budget is not None and step == sampling.budget:
+        state.forcing[rows] = torch.where(state.closed[rows], -1, 0)
+    position = state.forcing[rows]
+    forced = position >= 0
+    table = torch.tensor([*closing.forced, 0], device=position.device)
+    tokens = table[position.clamp(min=0)]
+    done = position + 1 >= len(closing.forced)
+    state.forcing[rows] = torch.where(forced & ~done, position + 1, -1)
+    state.closed[rows] |= forced & done
+    return forced, tokens
 
 
-class LocalSampler:
-    """See `contract.Sampler`; the decoder's weights are used as they are at each call.
+def _note_closing(state: _State, step: int, closing: ThoughtClosing) -> None:
+    """Mark the rows whose thought this step's token closes."""
+    rows = state.active.tolist()
+    for row, token in zip(rows, state.ids[state.active, step].tolist(), strict=True):
+        written = state.tails[row] + (closing.texts[token] if token < len(closing.texts) else "")
+        if THINK_CLOSE in written:
+            state.closed[row] = True
+        state.tails[row] = written[-len(THINK_CLOSE) :]
 
-    Args:
-        replicas: processes with a whole model each; every one completes its share of the prompts
-            and all get all completions. A completion does not depend on how many there are.
+
+def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one id per row of log-probs [N, V] by inverse CDF, from uniforms [N] in [0, 1).
+
+    Every row uses its own random number, so that a completion does not depend on the other rows
+    of the batch.
     """
-
-    def __init__(self, decoder: Decoder, rules: TokenRules, replicas: Ranks = ALONE) -> None:
-        self.decoder, self.rules, self.replicas = decoder, rules, replicas
-
-    def complete(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        *,
-        group_size: int = 1,
-        generator: torch.Generator,
-    ) -> Rollout:
-        """See `contract.Sampler.complete`."""
-        uniforms = torch.rand(len(requests) * group_size, sampling.max_tokens, generator=generator)
-        mine, rollout = self.replicas.shard(len(requests)), None
-        if len(mine):
-            examples = [requests[i].example for i in mine]
-            rollout = generate(
-                self.decoder,
-                collate(examples, self.rules.pad_id, responses=[()] * len(examples)),
-                sampling=replace(sampling, banned=(*self.rules.never, *sampling.banned)),
-                closing=self.rules.closing,
-                stop_id=self.rules.stop_id,
-                pad_id=self.rules.pad_id,
-                group_size=group_size,
-                uniforms=uniforms[mine.start * group_size : mine.stop * group_size],
-            )
-        everyone = self.replicas.gather(rollout)
-        return join([found for found in everyone if found is not None], self.rules.pad_id)
-
-    def update_weights(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
-        """Nothing to do: the weights are the trainer's own."""
-
-    def sleep(self) -> None:
-        """Nothing to give up."""
-
-    def wake(self) -> None:
-        """Always ready."""
-
-    def close(self) -> None:
-        """Nothing is held."""
+    cumulative = logprobs.double().exp().cumsum(-1)
+    threshold = uniform.double().unsqueeze(-1) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return index.clamp(max=logprobs.shape[-1] - 1)

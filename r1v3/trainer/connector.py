@@ -11,5 +11,5 @@ from r1v3.trainer import supervised
 
 
 def train(config: Connector, *, resuming: bool = False) -> Path:
-    """Run the stage; returns the model folder `<run>/models/connector`."""
+    """Run the stage; return the model folder `<run>/models/connector`."""
     return supervised.train("connector", config, resuming=resuming)

@@ -1,38 +1,33 @@
-"""Group relative policy optimisation (report, section 3.3, eq. 1 to 7), one straight line.
+"""Group relative policy optimization (report, section 3.3, eq. 1 to 7).
 
-sample -> reward -> filter -> advantages -> clipped loss -> step -> critical-token entropy, all
-from one forward pass per gradient step.
+`GRPOTrainer.take_step` is the algorithm: sample -> reward -> advantages -> loss -> step.
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from r1v3.config import GRPO
-from r1v3.data.batch import Batch
-from r1v3.data.encoding import Example, collate, encode_all, model_image_shape
-from r1v3.data.sample import Sample
+from r1v3.data.encoding import encode_all, model_image_shape
 from r1v3.data.schema import load_samples
 from r1v3.data.words import expand_words
-from r1v3.engine.build import build_engine
-from r1v3.engine.contract import Engine
-from r1v3.evaluation.sampling import Policy
+from r1v3.engine.build import Training, build_engine
+from r1v3.evaluation.policy import Policy
 from r1v3.evaluation.statistics import score as score_interval
 from r1v3.kernels import group_advantages
 from r1v3.model.parts import PARTS
-from r1v3.ranks import Ranks
-from r1v3.rewards import LLMVerifier, Reward, score
+from r1v3.rewards import LLMVerifier, score
 from r1v3.rollout.build import build_sampler
-from r1v3.rollout.contract import Request, Rollout, Sampling, join
+from r1v3.rollout.contract import Request, Sampling, join
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
+from r1v3.trainer.episode import Episode, Group, MicroBatch, has_signal
 from r1v3.trainer.loop import run_steps
-from r1v3.trainer.policy_loss import PolicyLossFn, Targets, combine, normalizer
+from r1v3.trainer.policy_loss import PolicyLossFn, combine
 from r1v3.trainer.randomness import order, torch_stream
 from r1v3.trainer.schedule import learning_rate
 from r1v3.trainer.stage import open_stage, publish, resume
@@ -41,29 +36,233 @@ from r1v3.trainer.telemetry import Telemetry
 _SHOWN = ("reward", "accuracy", "response_length", "critical_entropy", "validation_accuracy")
 
 
-@dataclass(frozen=True)
-class Episode:
-    """The completions of one step: P groups of G, with their rewards and advantages [P * G]."""
+class GRPOTrainer:
+    """The GRPO stage, one step at a time; see `loop.Steps`."""
 
-    examples: list[Example]
-    rollout: Rollout
-    rewards: list[Reward]
-    advantages: Tensor
-    groups_kept: int
+    def take_step(self) -> dict[str, Any]:
+        """Sample, reward and update once; return the metrics of the step."""
+        started, failures = time.perf_counter(), self.verifier_failures()
+        with self.sampling():
+            groups = self.sample_groups()
+        episode = self.with_advantages(groups)
+        seconds_rollout = time.perf_counter() - started
+        metrics = self.update(episode)
+        self.step += 1
+        return {
+            **episode.metrics(),
+            "verifier_failures": self.verifier_failures() - failures,
+            **metrics,
+            "seconds_rollout": seconds_rollout,
+            "seconds": time.perf_counter() - started,
+        }
 
-    def batch(self, pad: int, group_size: int) -> Batch:
-        """The training batch: prompts and sampled responses."""
-        given = [
-            [i for i, m in zip(ids, mask, strict=True) if m]
-            for ids, mask in zip(
-                self.rollout.response_ids.tolist(), self.rollout.mask.tolist(), strict=True
-            )
+    def sample_groups(self) -> list[Group]:
+        """Sample and reward this step's prompts, with dynamic sampling until enough have signal."""
+        config, size = self.config, self.config.prompts_per_step
+        rounds = config.dynamic_sampling.rounds if config.dynamic_sampling.enabled else 1
+        first = self.step * size * rounds
+        pool = order(len(self.samples), first, size * rounds, config.seed, "grpo")
+        groups: list[Group] = []
+        for n in range(rounds):
+            groups += self.sample_and_reward(pool[n * size : (n + 1) * size], key=n)
+            if sum(has_signal(group.rewards) for group in groups) >= size:
+                break
+        # Groups with signal first; the others fill the places that are left.
+        return sorted(groups, key=lambda group: not has_signal(group.rewards))[:size]
+
+    def sample_and_reward(self, indices: list[int], key: int) -> list[Group]:
+        """Sample and reward completions of the prompts at these positions of the training data."""
+        config, g = self.config, self.config.group_size
+        rollout, texts = self.policy.complete(
+            [Request(self.examples[i], self.samples[i]) for i in indices],
+            Sampling(config.decoding.temperature, self.max_tokens()),
+            group_size=g,
+            generator=torch_stream(config.seed, "rollout", self.step, key),
+        )
+        asked = [self.samples[i] for i in indices for _ in range(g)]
+        weight = config.rewards.accuracy_weight
+        # Time limits and a verifier's answers may differ from rank to rank; rewards must not.
+        rewards = self.engine.ranks.on_main(
+            lambda: score(texts, asked, weight=weight, verifier=self.verifier)
+        )
+        return [
+            Group(self.examples[i], rollout.rows(n * g, n * g + g), rewards[n * g : n * g + g])
+            for n, i in enumerate(indices)
         ]
-        return collate(self.examples, pad, responses=given, group_size=group_size)
+
+    def with_advantages(self, groups: list[Group]) -> Episode:
+        """Compare the completions of each group with each other."""
+        rewards = [reward for group in groups for reward in group.rewards]
+        advantages = group_advantages(
+            torch.tensor([reward.total for reward in rewards]),
+            self.config.group_size,
+            **self.config.advantage.model_dump(),
+        )
+        rollout = join([group.rollout for group in groups], self.engine.tokenizer.pad_token_id)
+        return Episode([group.example for group in groups], rollout, rewards, advantages)
+
+    def update(self, episode: Episode) -> dict[str, Any]:
+        """Take the gradient steps of an episode, each on an equal part of its prompts."""
+        config, n = self.config, self.config.gradient_steps
+        parts = episode.micro_batches(
+            n, config.micro_batch_prompts, self.engine.tokenizer.pad_token_id
+        )
+        parts = [self.with_fixed_logprobs(micro_batches) for micro_batches in parts]
+        metrics: dict[str, Any] = {}
+        self.telemetry.start()
+        for i, micro_batches in enumerate(parts):
+            rate = learning_rate(self.step * n + i, config.steps * n, config.optimizer)
+            metrics = self.gradient_step(micro_batches, rate)
+        return metrics | self.telemetry.finish([batch for part in parts for batch, _ in part])
+
+    def with_fixed_logprobs(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """Add the log-probs of the policies that do not move: the old one and the reference.
+
+        With one gradient step the old policy is the current one, whose log-probs the loss has.
+        """
+        batches = [batch for batch, _ in micro_batches]
+        targets = [one for _, one in micro_batches]
+        if self.config.loss.old_logprobs == "rollout":
+            targets = [replace(one, old_logprobs=one.rollout_logprobs) for one in targets]
+        elif self.config.gradient_steps > 1:
+            found = self.engine.evaluate(batches)
+            targets = [
+                replace(one, old_logprobs=logprobs)
+                for one, (logprobs, _) in zip(targets, found, strict=True)
+            ]
+        if self.reference is not None:
+            found = self.reference.evaluate(batches)
+            targets = [
+                replace(one, ref_logprobs=logprobs)
+                for one, (logprobs, _) in zip(targets, found, strict=True)
+            ]
+        return list(zip(batches, targets, strict=True))
+
+    def gradient_step(self, micro_batches: list[MicroBatch], rate: float) -> dict[str, Any]:
+        """Take one optimizer step; skip it when every advantage is zero and there is no KL term."""
+        batches = [batch for batch, _ in micro_batches]
+        targets = [one for _, one in micro_batches]
+        loss = PolicyLossFn(self.config.loss, targets, self.config.decoding.max_tokens)
+        if self.reference is None and not any(one.advantages.any() for one in targets):
+            found = self.engine.evaluate(batches)
+            outputs = [loss.metrics(*values, i) for i, values in enumerate(found)]
+            zeros = dict.fromkeys(["grad_norm", *(f"grad_norm_{part}" for part in PARTS)], 0.0)
+            metrics = {"loss": 0.0, "learning_rate": rate, **zeros}
+        else:
+            metrics, outputs = self.engine.train_step(batches, loss, learning_rate=rate)
+        self.monitor.reset()
+        for batch, output in zip(batches, outputs, strict=True):
+            self.monitor.update(batch.response_ids, output["token_entropy"], batch.loss_mask)
+        combined = combine(targets, outputs, self.config.loss.importance_cap)
+        return {**metrics, **combined, **self.monitor.result()}
+
+    def validate(self) -> dict[str, Any]:
+        """Return the accuracy on the validation questions, sampled as in training."""
+        config = self.config
+        with self.sampling():
+            answers = self.policy.answer(
+                self.validation,
+                Sampling(config.decoding.temperature, self.max_tokens()),
+                repeats=config.validation_samples,
+                generator=torch_stream(config.seed, "validation"),
+            )
+        result = score_interval(answers.correct, answers.tokens)
+        return {
+            "validation_accuracy": result.accuracy,
+            "validation_low": result.low,
+            "validation_high": result.high,
+        }
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Keep the sampler awake, with the current weights, inside the block."""
+        self.sampler.update_weights(self.engine.export_hf(), self.step)
+        self.sampler.wake()
+        try:
+            yield
+        finally:
+            self.sampler.sleep()
+
+    def max_tokens(self) -> int:
+        """Return the longest response allowed at this step (progressive length)."""
+        allowed = self.config.decoding.max_tokens
+        for change in self.config.lengths:
+            if self.step >= change.step:
+                allowed = change.max_tokens
+        return allowed
+
+    def verifier_failures(self) -> int:
+        """Return how many answers this process's verifier has left without a verdict so far."""
+        return 0 if self.verifier is None else self.verifier.failures.total()
+
+    @property
+    def finished(self) -> bool:
+        """See `loop.Steps.finished`."""
+        return self.step >= self.total
+
+    def state(self) -> dict[str, Any]:
+        """See `loop.Steps.state`: everything follows from the step."""
+        return {}
+
+    def loop(self) -> None:
+        """Train to the last step; keep all checkpoints, to select from."""
+        run_steps(
+            self,
+            validate_every=self.config.validate_every,
+            checkpoint_every=self.config.checkpoint_every,
+            keep=None,
+            shown=_SHOWN,
+        )
+
+    def __init__(self, config: GRPO, *, resuming: bool) -> None:
+        self.name, self.config, self.run = "grpo", config, Path(config.run)
+        self.step, self.total = 0, config.steps
+        ranks = open_stage(self.name, config, resuming=resuming)
+        temperature = config.decoding.temperature or 1.0
+        training = Training(config.modules, config.optimizer)
+        self.engine = build_engine(config, ranks, training, temperature=temperature)
+        # The policy that training started from, for the KL term.
+        self.reference = None
+        if config.loss.kl_coef > 0:
+            self.reference = build_engine(config, ranks, temperature=temperature)
+        tokenizer = self.engine.tokenizer
+        shape = model_image_shape(self.engine.config, config.max_tiles)
+        self.samples = load_samples(config.train_data)
+        self.examples = encode_all(config.train_data, self.samples, tokenizer, shape)
+        self.validation = load_samples(config.validation_data)
+        # Encoded now, so that an image that cannot be decoded ends the run before the first step.
+        asked = encode_all(config.validation_data, self.validation, tokenizer, shape)
+        longest_prompt = max(len(example.prompt_ids) for example in [*self.examples, *asked])
+        lengths = [config.decoding.max_tokens, *(change.max_tokens for change in config.lengths)]
+        self.sampler = build_sampler(
+            config.rollout,
+            config,
+            tokenizer,
+            ranks=ranks,
+            max_length=longest_prompt + max(lengths),
+            local=lambda: (self.engine.decoder(), self.engine.replicas),
+        )
+        self.policy = Policy(self.sampler, tokenizer, shape)
+        self.verifier = make_verifier(config)
+        self.telemetry = Telemetry(
+            self.engine.config,
+            config.modules.model_dump(),
+            device=config.device,
+            dtype=config.dtype,
+            ranks=ranks,
+        )
+        self.monitor = CriticalTokenMonitor(
+            expand_words(tokenizer, config.monitor.words),
+            high_entropy_nats=config.monitor.high_entropy_nats,
+        )
+        loaded = resume(self.name, self.run, self.engine, resuming)
+        if loaded is not None:
+            self.step = loaded.step
+        self.resume_after = self.step if resuming else None
 
 
 def make_verifier(config: GRPO) -> LLMVerifier | None:
-    """The LLM verifier of the configuration, or None when it has no endpoint."""
+    """Return the LLM verifier of the configuration, or None when it names no endpoint."""
     rewards = config.rewards
     if rewards.verifier_url is None:
         return None
@@ -75,289 +274,8 @@ def make_verifier(config: GRPO) -> LLMVerifier | None:
     )
 
 
-class GRPOTrainer:
-    """The GRPO stage, step by step."""
-
-    def __init__(self, config: GRPO, *, resuming: bool) -> None:
-        self.name, self.config, self.run = "grpo", config, Path(config.run)
-        self.total = config.steps
-        ranks = open_stage("grpo", config, resuming=resuming)
-        self.engine = build_engine(
-            config,
-            config.modules.model_dump(),
-            config.optimizer,
-            ranks,
-            temperature=config.decoding.temperature or 1.0,
-        )
-        shape = model_image_shape(self.engine.config, config.max_tiles)
-        tokenizer = self.engine.tokenizer
-        self.samples = load_samples(config.train_data)
-        self.examples = encode_all(config.train_data, self.samples, tokenizer, shape)
-        self.validation = load_samples(config.validation_data)
-        # A picture that cannot be decoded is to be found now, not when steps would be lost.
-        asked = encode_all(config.validation_data, self.validation, tokenizer, shape)
-        longest_prompt = max(len(example.prompt_ids) for example in [*self.examples, *asked])
-        self.sampler = build_sampler(
-            config.rollout,
-            config,
-            tokenizer,
-            ranks=ranks,
-            max_length=longest_prompt + self._most_tokens(),
-            local=lambda: (self.engine.decoder(), self.engine.replicas),
-        )
-        self.policy = Policy(self.sampler, tokenizer, shape)
-        self.telemetry = Telemetry(
-            self.engine.config,
-            config.modules.model_dump(),
-            device=config.device,
-            dtype=config.dtype,
-            ranks=ranks,
-        )
-        self.verifier = make_verifier(config)
-        self.reference = self._reference(ranks) if config.loss.kl_coef > 0 else None
-        self.monitor = CriticalTokenMonitor(
-            expand_words(tokenizer, config.monitor.words),
-            high_entropy_nats=config.monitor.high_entropy_nats,
-        )
-        self.step = 0
-        loaded = resume("grpo", self.run, self.engine, resuming)
-        if loaded is not None:
-            self.step = loaded.step
-        self.resume_after = loaded.step if loaded is not None else (0 if resuming else None)
-
-    @property
-    def finished(self) -> bool:
-        """See `loop.Steps.finished`."""
-        return self.step >= self.total
-
-    def _reference(self, ranks: Ranks) -> Engine:
-        """The policy that training started from, for the KL term."""
-        return build_engine(
-            self.config,
-            None,
-            self.config.optimizer,
-            ranks,
-            temperature=self.engine.temperature,
-        )
-
-    def max_tokens(self) -> int:
-        """The response length allowed at this step (progressive length)."""
-        allowed = self.config.decoding.max_tokens
-        for change in self.config.lengths:
-            if self.step >= change.step:
-                allowed = change.max_tokens
-        return allowed
-
-    def _most_tokens(self) -> int:
-        """The longest response of any step."""
-        later = [change.max_tokens for change in self.config.lengths]
-        return max([self.config.decoding.max_tokens, *later])
-
-    @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """The sampler, awake and with the weights as they are now."""
-        self.sampler.update_weights(self.engine.export_hf(), self.step)
-        self.sampler.wake()
-        try:
-            yield
-        finally:
-            self.sampler.sleep()
-
-    def sample_group(self, indices: list[int], key: int) -> tuple[Rollout, list[Reward]]:
-        """Completions and rewards of the prompts with these positions in the training data."""
-        config = self.config
-        rollout, texts = self.policy.complete(
-            [Request(self.examples[i], self.samples[i]) for i in indices],
-            Sampling(config.decoding.temperature, self.max_tokens()),
-            group_size=config.group_size,
-            generator=torch_stream(config.seed, "rollout", self.step, key),
-        )
-        asked: list[Sample] = [self.samples[i] for i in indices for _ in range(config.group_size)]
-        # Time limits and a verifier's answers could differ from rank to rank; rewards must not.
-        weight = config.rewards.accuracy_weight
-        rewards = self.engine.ranks.on_main(
-            lambda: score(texts, asked, weight=weight, verifier=self.verifier)
-        )
-        return rollout, rewards
-
-    def episode(self) -> Episode:
-        """Sample this step's groups, replacing groups without signal if so configured."""
-        config, g = self.config, self.config.group_size
-        size = config.prompts_per_step
-        rounds = config.dynamic_sampling.rounds if config.dynamic_sampling.enabled else 1
-        pool = order(
-            len(self.samples), self.step * size * rounds, size * rounds, config.seed, "grpo"
-        )
-        kept: list[tuple[int, Rollout, list[Reward]]] = []
-        spare: list[tuple[int, Rollout, list[Reward]]] = []
-        for round_ in range(rounds):
-            indices = pool[round_ * size : (round_ + 1) * size]
-            rollout, rewards = self.sample_group(indices, round_)
-            for p, index in enumerate(indices):
-                group = (index, rollout.rows(p * g, (p + 1) * g), rewards[p * g : (p + 1) * g])
-                (kept if _has_signal(group[2]) else spare).append(group)
-            if len(kept) >= size:
-                break
-        signal = min(len(kept), size)
-        chosen = (kept + spare)[:size]
-        rewards = [reward for _, _, group in chosen for reward in group]
-        advantages = group_advantages(
-            torch.tensor([reward.total for reward in rewards]),
-            g,
-            baseline=config.advantage.baseline,
-            scale=config.advantage.scale,
-            eps=config.advantage.eps,
-        )
-        return Episode(
-            [self.examples[index] for index, _, _ in chosen],
-            join([rollout for _, rollout, _ in chosen], self.engine.tokenizer.pad_token_id),
-            rewards,
-            advantages,
-            signal,
-        )
-
-    def update(self, episode: Episode) -> dict[str, Any]:
-        """The gradient steps of one episode."""
-        config, g = self.config, self.config.group_size
-        whole = episode.batch(self.engine.tokenizer.pad_token_id, g)
-        total = config.steps * config.gradient_steps
-        share = config.prompts_per_step // config.gradient_steps
-        size = min(config.micro_batch_prompts, share)
-        metrics: dict[str, Any] = {}
-        old = self._old_logprobs(whole, episode, size)
-        self.telemetry.start()
-        trained: list[Batch] = []
-        for gradient_step in range(config.gradient_steps):
-            start, stop = gradient_step * share, (gradient_step + 1) * share
-            starts = list(range(start, stop, size))
-            batches = [whole.slice(i, min(i + size, stop)) for i in starts]
-            rate = learning_rate(
-                self.step * config.gradient_steps + gradient_step, total, config.optimizer
-            )
-            metrics = self._gradient_step(batches, starts, episode, old, share * g, rate)
-            trained += batches
-        return {**metrics, **self.telemetry.finish(trained)}
-
-    def _old_logprobs(self, whole: Batch, episode: Episode, size: int) -> Tensor | None:
-        """The old policy's log-probs [P * G, R]; None: the current ones, detached."""
-        if self.config.loss.old_logprobs == "rollout":
-            return episode.rollout.logprobs
-        if self.config.gradient_steps == 1:
-            return None
-        old = torch.zeros(whole.response_ids.shape)
-        g = self.config.group_size
-        starts = range(0, len(whole.prompt_ids), size)
-        found = self.engine.evaluate([whole.slice(i, i + size) for i in starts])
-        for i, (logprobs, _) in zip(starts, found, strict=True):
-            old[i * g : i * g + len(logprobs), : logprobs.shape[1]] = logprobs
-        return old
-
-    def _gradient_step(
-        self,
-        batches: list[Batch],
-        starts: list[int],
-        episode: Episode,
-        old: Tensor | None,
-        sequences: int,
-        rate: float,
-    ) -> dict[str, Any]:
-        """One optimizer step over micro-batches; skipped when no reward differs in its group."""
-        g = self.config.group_size
-        references: list[Tensor | None] = [None] * len(batches)
-        if self.reference is not None:
-            references = [logprobs for logprobs, _ in self.reference.evaluate(batches)]
-        targets = [
-            Targets.of(batch, start * g, episode.advantages, episode.rollout, old, reference)
-            for batch, start, reference in zip(batches, starts, references, strict=True)
-        ]
-        loss = PolicyLossFn(
-            self.config.loss,
-            targets,
-            normalizer(self.config.loss, batches, sequences, self.config.decoding.max_tokens),
-        )
-        own = episode.advantages[starts[0] * g : starts[0] * g + sequences]
-        if float(own.abs().sum()) == 0 and self.reference is None:
-            found = self.engine.evaluate(batches)
-            outputs = [loss.metrics(*values, i) for i, values in enumerate(found)]
-            zeros = {f"grad_norm_{part}": 0.0 for part in PARTS}
-            step = {"loss": 0.0, "learning_rate": rate, "grad_norm": 0.0, **zeros}
-        else:
-            step, outputs = self.engine.train_step(batches, loss, learning_rate=rate)
-        self.monitor.reset()
-        for batch, output in zip(batches, outputs, strict=True):
-            self.monitor.update(batch.response_ids, output["token_entropy"], batch.loss_mask)
-        return {
-            **step,
-            **combine(targets, outputs, self.config.loss.importance_cap),
-            **self.monitor.result(),
-        }
-
-    def validate(self) -> dict[str, Any]:
-        """Accuracy on the validation questions, by sampling as in training."""
-        config = self.config
-        with self.sampling():
-            correct, tokens = self.policy.grade(
-                self.validation,
-                Sampling(config.decoding.temperature, self.max_tokens()),
-                samples_each=config.validation_samples,
-                generator=torch_stream(config.seed, "validation"),
-            )
-        result = score_interval(correct, tokens)
-        return {
-            "validation_accuracy": result.accuracy,
-            "validation_low": result.low,
-            "validation_high": result.high,
-        }
-
-    def take_step(self) -> dict[str, Any]:
-        """Sample, reward and update once; the step's metrics."""
-        started = time.perf_counter()
-        failures = self._verifier_failures()
-        with self.sampling():
-            episode = self.episode()
-        sampled = time.perf_counter()
-        metrics = self.update(episode)
-        self.step += 1
-        n = len(episode.rewards)
-        lengths = episode.rollout.mask.sum(1).float()
-        return {
-            "reward": sum(r.total for r in episode.rewards) / n,
-            "accuracy": sum(r.accuracy for r in episode.rewards) / n,
-            "format": sum(r.format for r in episode.rewards) / n,
-            "response_length": float(lengths.mean()),
-            "truncated": float((~episode.rollout.finished).float().mean()),
-            "groups_kept": episode.groups_kept,
-            "verifier_failures": self._verifier_failures() - failures,
-            **metrics,
-            "seconds_rollout": sampled - started,
-            "seconds": time.perf_counter() - started,
-        }
-
-    def _verifier_failures(self) -> int:
-        """Answers left without a verdict so far in this process."""
-        return 0 if self.verifier is None else self.verifier.failures.total()
-
-    def state(self) -> dict[str, Any]:
-        """See `loop.Steps.state`: everything follows from the step."""
-        return {}
-
-    def loop(self) -> None:
-        """Train to the last step; all checkpoints are kept, to select from."""
-        run_steps(
-            self,
-            validate_every=self.config.validate_every,
-            checkpoint_every=self.config.checkpoint_every,
-            keep=None,
-            shown=_SHOWN,
-        )
-
-
-def _has_signal(rewards: list[Reward]) -> bool:
-    return len({reward.total for reward in rewards}) > 1
-
-
 def train(config: GRPO, *, resuming: bool = False) -> Path:
-    """Run the stage; returns the model folder `<run>/models/grpo` of the last step."""
+    """Run the stage; return the model folder `<run>/models/grpo` of the last step."""
     final = Path(config.run) / "models" / "grpo"
     if resuming and final.exists():
         return final

@@ -6,7 +6,7 @@ from r1v3.config import Optimizer
 
 
 def learning_rate(step: int, total: int, config: Optimizer) -> float:
-    """Learning rate of a step (from 0): linear warm-up, then cosine to zero, or constant."""
+    """Return the rate of a step (from 0): linear warm-up, then cosine to zero, or constant."""
     warmup = max(1, round(config.warmup_ratio * total))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

@@ -7,5 +7,5 @@ from r1v3.trainer import supervised
 
 
 def train(config: SFT, *, resuming: bool = False) -> Path:
-    """Run the stage; returns the model folder `<run>/models/sft`."""
+    """Run the stage; return the model folder `<run>/models/sft`."""
     return supervised.train("sft", config, resuming=resuming)

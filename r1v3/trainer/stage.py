@@ -1,11 +1,10 @@
-"""What all training stages share: the run folder, resuming, schedules and stateless randomness."""
+"""The run folder of a training stage: opened, resumed from, and published to."""
 
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import SafetensorError
 
@@ -21,18 +20,14 @@ from r1v3.files import (
     write_text,
 )
 from r1v3.ranks import Ranks
-from r1v3.trainer.checkpoint import (
-    Loaded,
-    latest_checkpoint,
-    load_checkpoint,
-)
+from r1v3.trainer.checkpoint import Loaded, latest_checkpoint, load_checkpoint
 
 
 def require_fresh(name: str, run: Path, resuming: bool) -> None:
-    """Refuse to start a stage over what an earlier run of it left, before anything is written.
+    """Refuse to start a stage over the files of an earlier run of it, before anything is written.
 
     Raises:
-        ValueError: there are checkpoints or a model of the stage and `resuming` is False.
+        ValueError: the stage has checkpoints or a model and `resuming` is False.
     """
     left = [run / "models" / name, run / "checkpoints" / name]
     if not resuming and any(path.exists() for path in left):
@@ -42,9 +37,9 @@ def require_fresh(name: str, run: Path, resuming: bool) -> None:
 
 
 def begin(name: str, config: Section, run: Path) -> None:
-    """Write the resolved configuration and the environment into the run folder, first of all.
+    """Write the resolved configuration and the environment into the run folder.
 
-    What differs from the configuration of an earlier start of the stage is named in a warning.
+    A warning names every value that differs from an earlier start of the stage.
     """
     file = run / "config" / f"{name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -73,14 +68,12 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def set_threads(threads: int | None) -> None:
-    """Use this many CPU threads; the count is part of what a run must repeat to get its bits."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
 def open_stage(name: str, config: Stage, *, resuming: bool) -> Ranks:
-    """Connect the ranks, refuse to start over an earlier run, and begin the run folder."""
+    """Connect the ranks and begin the run folder; return the ranks.
+
+    Raises:
+        ValueError: as `connect` and `require_fresh`.
+    """
     ranks = connect(config)
 
     def first() -> None:
@@ -88,22 +81,22 @@ def open_stage(name: str, config: Stage, *, resuming: bool) -> Ranks:
         begin(name, config, Path(config.run))
 
     ranks.on_main(first)
-    set_threads(config.threads)
     return ranks
 
 
 def resume(name: str, run: Path, engine: Engine, wanted: bool) -> Loaded | None:
-    """Load the newest intact checkpoint of a stage into the engine, if resuming was asked for.
+    """Load the newest intact checkpoint of a stage into the engine, if `wanted`.
 
-    None: there is none yet, and the stage starts from its beginning.
+    Returns:
+        The checkpoint, or None where the stage starts from its beginning.
 
     Raises:
-        CheckpointError: there are checkpoints and all are broken; names a file of the newest.
+        CheckpointError: all checkpoints are broken; names a file of the newest.
     """
     root = run / "checkpoints" / name
     if not wanted or not root.exists():
         return None
-    # What a kill left half written or half deleted; nothing else would remove it after the end.
+    # Half-written or half-deleted folders of a killed run; nothing else would remove them.
     engine.ranks.on_main(lambda: remove_leftovers(root, ".step-*.tmp"))
     path = latest_checkpoint(root, engine.ranks)
     if path is None:
@@ -117,10 +110,10 @@ def resume(name: str, run: Path, engine: Engine, wanted: bool) -> Loaded | None:
 
 
 def publish(engine: Engine, folder: Path) -> None:
-    """Write the engine's model folder in one move, replacing what was there.
+    """Write the engine's weights as a model folder, replacing an earlier one in one move.
 
     Raises:
-        OSError: it cannot be written; what was there before is as it was.
+        OSError: it cannot be written; an earlier folder is unchanged.
     """
 
     def prepare() -> Path:

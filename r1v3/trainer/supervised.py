@@ -1,4 +1,4 @@
-"""The supervised loop that cold-start SFT, connector-only tuning and pre-training share."""
+"""Supervised training on responses: cold-start SFT, connector-only tuning and pre-training."""
 
 import math
 import time
@@ -16,7 +16,7 @@ from r1v3.data.encoding import Example, collate, encode_sample, in_row, model_im
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import SYSTEM_PROMPT, THINK_OPEN, train_tokenizer
 from r1v3.data.words import expand_words
-from r1v3.engine.build import build_engine
+from r1v3.engine.build import Training, build_engine
 from r1v3.engine.contract import Engine
 from r1v3.engine.head import Head
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
@@ -31,14 +31,14 @@ _SHOWN = ("loss", "validation_loss", "grad_norm")
 
 @dataclass
 class Best:
-    """The best validation so far; `stale` counts validations since."""
+    """The best validation so far; `stale` counts the validations since."""
 
     loss: float | None = None
     step: int = 0
     stale: int = 0
 
     def update(self, loss: float, step: int) -> bool:
-        """Note a validation; True if it is the best."""
+        """Record a validation; return whether it is the best so far."""
         if self.loss is None or loss < self.loss:
             self.loss, self.step, self.stale = loss, step, 0
             return True
@@ -51,11 +51,11 @@ def load_examples(
 ) -> list[Example]:
     """Encode the samples of a file, each in the template (thinking or not) it was written for.
 
-    Those of more than `max_length` tokens, prompt and response together, are left out, and their
-    number is told.
+    Samples of more than `max_length` tokens, prompt and response together, are left out, and
+    their number is printed.
 
     Raises:
-        ValueError: a sample has no response to learn, named by file and row; or none is left.
+        ValueError: a sample has no response (named by file and row), or no sample is left.
     """
     shape = model_image_shape(engine.config, max_tiles)
     examples, too_long = [], 0
@@ -81,17 +81,17 @@ def load_examples(
 
 
 def sum_loss(logprobs: Tensor, tokens: int) -> Tensor:
-    """Cross-entropy: minus the mean log-prob over the `tokens` response tokens of the batch."""
+    """Return the cross-entropy: minus the summed log-probs over the `tokens` of the whole batch."""
     return -logprobs.sum() / tokens
 
 
 def micro_batches(examples: list[Example], size: int, pad: int) -> list[Batch]:
-    """Batches of at most `size` examples."""
+    """Collate examples into batches of at most `size`."""
     return [collate(examples[i : i + size], pad) for i in range(0, len(examples), size)]
 
 
 def validation_loss(engine: Engine, examples: list[Example], size: int) -> float:
-    """Mean cross-entropy per response token, in nats."""
+    """Return the mean cross-entropy per response token, in nats."""
     batches = micro_batches(examples, size, engine.tokenizer.pad_token_id)
     total = sum(float(logprobs.sum()) for logprobs, _ in engine.evaluate(batches))
     tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
@@ -99,7 +99,7 @@ def validation_loss(engine: Engine, examples: list[Example], size: int) -> float
 
 
 class SupervisedTrainer:
-    """One supervised stage, step by step."""
+    """A supervised stage, one step at a time; see `loop.Steps`."""
 
     def __init__(self, name: str, config: Supervised, *, resuming: bool) -> None:
         self.name, self.config, self.run = name, config, Path(config.run)
@@ -111,9 +111,8 @@ class SupervisedTrainer:
             )
         self.engine = build_engine(
             config,
-            config.modules.model_dump(),
-            config.optimizer,
             ranks,
+            Training(config.modules, config.optimizer),
             architecture=config.architecture,
             tokenizer=tokenizer,
         )
@@ -138,16 +137,16 @@ class SupervisedTrainer:
         if loaded is not None:
             self.step = loaded.step
             self.best = Best(**loaded.state["best"])
-        self.resume_after = loaded.step if loaded is not None else (0 if resuming else None)
+        self.resume_after = self.step if resuming else None
 
     @property
     def finished(self) -> bool:
-        """The last step was taken, or validation has stopped improving."""
+        """Whether the last step was taken, or validation has stopped improving."""
         patience = self.config.early_stopping
         return self.step >= self.total or (patience is not None and self.best.stale >= patience)
 
     def take_step(self) -> dict[str, Any]:
-        """One optimizer step; its metrics."""
+        """Take one optimizer step; return its metrics."""
         config, started = self.config, time.perf_counter()
         size = config.batch_size
         chosen = order(len(self.train), self.step * size, size, config.seed, self.name, "order")
@@ -178,7 +177,11 @@ class SupervisedTrainer:
         }
 
     def validate(self) -> dict[str, float]:
-        """Validation loss; the weights are kept aside when it is the best so far."""
+        """Return the validation loss; publish the weights when it is the best so far.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
         loss = validation_loss(self.engine, self.validation, self.config.micro_batch_size)
         if not math.isfinite(loss):
             raise FloatingPointError(f"validation loss is {loss} at step {self.step}")
@@ -209,7 +212,7 @@ class SupervisedTrainer:
 
 
 def corpus(files: Sequence[Path]) -> list[str]:
-    """The texts that a vocabulary is learned from: prompts, responses and the chat's own words."""
+    """Return the texts that a vocabulary is learned from: prompts, responses and chat markup."""
     samples = [sample for file in files for sample in load_samples(file)]
     prompts = [message["content"] for sample in samples for message in sample.prompt]
     chat = [f"system\n{SYSTEM_PROMPT}", "user\n", f"assistant\n{THINK_OPEN}\n"]
@@ -217,7 +220,7 @@ def corpus(files: Sequence[Path]) -> list[str]:
 
 
 def train(name: str, config: Supervised, *, resuming: bool = False) -> Path:
-    """Run a supervised stage; returns the folder of the weights with the best validation loss."""
+    """Run a supervised stage; return the model folder with the best validation loss."""
     final = Path(config.run) / "models" / name
     if resuming and final.exists():
         return final

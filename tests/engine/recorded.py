@@ -14,7 +14,7 @@ from r1v3.data.encoding import Example, collate
 from r1v3.engine.contract import Engine, LossFn
 from r1v3.rollout.contract import Request, Sampling, TokenRules
 from r1v3.rollout.local import LocalSampler
-from r1v3.trainer.policy_loss import PolicyLossFn, Targets, normalizer
+from r1v3.trainer.policy_loss import PolicyLossFn, Targets
 from tests import tiny
 
 GROUP = 2
@@ -68,7 +68,7 @@ def write_rollout(engine: Engine, file: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     found: dict[str, Tensor] = {"advantages": torch.randn(len(LENGTHS), generator=generator)}
     for index, (logprobs, _) in enumerate(engine.evaluate(micro_batches())):
-        for name in ("behaviour", "reference"):
+        for name in ("rollout", "reference"):
             noise = 0.3 * torch.randn(logprobs.shape, generator=generator)
             found[f"{index}.{name}"] = logprobs + noise * (logprobs != 0)
     save_file(found, file)
@@ -81,14 +81,14 @@ def losses(file: Path, config: PolicyLoss) -> LossFn:
         Targets(
             batch.loss_mask,
             recorded["advantages"][start * GROUP : stop * GROUP],
-            recorded[f"{index}.behaviour"],
+            recorded[f"{index}.rollout"],
             batch.loss_mask,
-            recorded[f"{index}.behaviour"],
+            recorded[f"{index}.rollout"],
             recorded[f"{index}.reference"],
         )
         for index, (batch, (start, stop)) in enumerate(zip(batches, MICRO_BATCHES, strict=True))
     ]
-    return PolicyLossFn(config, targets, normalizer(config, batches, len(LENGTHS), 0))
+    return PolicyLossFn(config, targets, 0)
 
 
 @dataclass

@@ -12,10 +12,11 @@ from r1v3.data.sample import make_sample
 from r1v3.data.schema import write_samples
 from r1v3.data.words import expand_words
 from r1v3.evaluation import evaluate as benchmark
-from r1v3.evaluation.evaluate import evaluate, load_policy, mode_sampling, run_mode
-from r1v3.evaluation.sampling import Policy
+from r1v3.evaluation.evaluate import evaluate, run_mode
+from r1v3.evaluation.policy import Policy, load_policy, mode_sampling
 from tests import tiny
 
+WORDS = Monitor().words
 QUESTIONS = tiny.some_questions(6)
 
 
@@ -61,9 +62,9 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_modes_decode_as_the_report_says(home: Path, policy: Policy, tmp_path: Path) -> None:
-    settings = config(home, tmp_path, decoding=Decoding(temperature=0.7, max_tokens=8))
-    words = tuple(expand_words(policy.tokenizer, Monitor().words))
+def test_modes_decode_as_the_report_says(policy: Policy) -> None:
+    decoding = Decoding(temperature=0.7, max_tokens=8)
+    words = tuple(expand_words(policy.tokenizer, WORDS))
     wanted = {
         "slow": ((), None, True),
         "nothink": ((), None, False),
@@ -71,13 +72,13 @@ def test_modes_decode_as_the_report_says(home: Path, policy: Policy, tmp_path: P
         "budget-16": ((), 16, True),
     }
     for mode, (banned, budget, thinking) in wanted.items():
-        sampling, opens = mode_sampling(settings, policy, mode)
+        sampling, opens = mode_sampling(decoding, WORDS, policy.tokenizer, mode)
         assert (sampling.banned, sampling.budget, opens) == (banned, budget, thinking)
         assert (sampling.temperature, sampling.max_tokens) == (0.7, 8)
 
 
-def test_nowait_bans_every_form_of_every_word(home: Path, policy: Policy, tmp_path: Path) -> None:
-    sampling, _ = mode_sampling(config(home, tmp_path), policy, "nowait")
+def test_nowait_bans_every_form_of_every_word(policy: Policy) -> None:
+    sampling, _ = mode_sampling(Decoding(), WORDS, policy.tokenizer, "nowait")
     texts = [policy.tokenizer.decode([i]).strip(" .,").lower() for i in sampling.banned]
     assert set(texts) == {"wait", "hmm", "alternatively"}
     for text in (" Wait", " Hmm", " Alternatively"):
@@ -86,9 +87,9 @@ def test_nowait_bans_every_form_of_every_word(home: Path, policy: Policy, tmp_pa
 
 
 @pytest.mark.parametrize("mode", ["fast", "", "budget", "budget-x", "budget--3"])
-def test_an_unknown_mode_is_refused(home: Path, policy: Policy, tmp_path: Path, mode: str) -> None:
+def test_an_unknown_mode_is_refused(policy: Policy, mode: str) -> None:
     with pytest.raises(ValueError, match="is not slow, nothink, nowait or budget-N"):
-        mode_sampling(config(home, tmp_path), policy, mode)
+        mode_sampling(Decoding(), WORDS, policy.tokenizer, mode)
 
 
 def test_a_mode_gives_the_same_score_again(home: Path, policy: Policy, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from r1v3.data.tokenizer import SPECIAL_TOKENS
 from r1v3.evaluation.generate import answer_about_image, model_folder
-from r1v3.evaluation.sampling import Answers, Policy
+from r1v3.evaluation.policy import Answers, Policy
 from tests import tiny
 
 

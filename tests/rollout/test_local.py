@@ -15,8 +15,8 @@ from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END
 from r1v3.engine.hf.decoder import DecodeCache, HFDecoder, prefill
 from r1v3.engine.hf.engine import HFEngine, response_hidden
 from r1v3.rollout import local
-from r1v3.rollout.contract import Rollout, Sampling, ThoughtClosing
-from r1v3.rollout.local import decode_texts, draw, generate
+from r1v3.rollout.contract import Rollout, Sampling, ThoughtClosing, decode_texts
+from r1v3.rollout.local import draw, generate
 from tests import tiny
 
 WORDS = tiny.tokenizer()

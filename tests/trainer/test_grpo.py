@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from r1v3.config import GRPO, load
+from r1v3.data.batch import Batch
 from r1v3.engine.hf.engine import response_hidden
 from r1v3.kernels import reference
 from r1v3.rewards import score
-from r1v3.rollout.contract import Rollout, TokenRules
-from r1v3.rollout.local import decode_texts
-from r1v3.trainer.grpo import Episode, GRPOTrainer
+from r1v3.rollout.contract import Rollout, TokenRules, decode_texts, join
+from r1v3.trainer.episode import Episode
+from r1v3.trainer.grpo import GRPOTrainer
 from r1v3.trainer.metrics import read_metrics
 from tests.rewards.judge_server import Answer, says, send, serving
 from tests.tiny_run import (
@@ -79,10 +80,22 @@ def test_the_tiny_run_learns_from_something() -> None:
     assert all(line["ratio_max"] == 1 == line["ratio_mean"] for line in lines)
 
 
+def sampled_episode(made: GRPOTrainer) -> Episode:
+    """The episode that a step of the trainer samples and rewards."""
+    return made.with_advantages(made.sample_groups())
+
+
+def whole_batch(made: GRPOTrainer, episode: Episode) -> Batch:
+    """All prompts of an episode with all their completions."""
+    pad = made.engine.tokenizer.pad_token_id
+    [[(batch, _)]] = episode.micro_batches(1, len(episode.examples), pad)
+    return batch
+
+
 def double_logprobs(made: GRPOTrainer, episode: Episode) -> tuple[Any, Any, Tensor]:
     """(model, batch, log-probs with gradient) of an episode in float64, by plain PyTorch."""
     model = copy.deepcopy(made.engine.model).double()
-    batch = episode.batch(made.engine.tokenizer.pad_token_id, made.config.group_size)
+    batch = whole_batch(made, episode)
     assert batch.pixel_values is not None
     batch = replace(batch, pixel_values=batch.pixel_values.double())
     logits = model.lm_head(response_hidden(model, batch)) / made.engine.temperature
@@ -94,7 +107,7 @@ def double_logprobs(made: GRPOTrainer, episode: Episode) -> tuple[Any, Any, Tens
 def test_a_step_is_the_public_reference_in_float64(tmp_path: Path, aggregation: str) -> None:
     """Otherwise what trains would not be what the kernels document (eq. 4 to 7)."""
     made = trainer(tmp_path, f"loss.aggregation={aggregation}")
-    episode = made.episode()
+    episode = sampled_episode(made)
     rewards = torch.tensor([r.total for r in episode.rewards], dtype=torch.float64)
     n, g = len(rewards), made.config.group_size
     offsets = torch.arange(0, n + 1, g)
@@ -131,10 +144,11 @@ def test_a_step_is_the_public_reference_in_float64(tmp_path: Path, aggregation: 
 def test_recorded_rewards_are_the_public_rewards_of_the_texts(tmp_path: Path) -> None:
     """Otherwise the reward that trains would differ from `r1v3.rewards.score`."""
     made = trainer(tmp_path)
-    rollout, rewards = made.sample_group([0, 1], 0)
+    groups = made.sample_and_reward([0, 1], 0)
+    rollout = join([group.rollout for group in groups], made.engine.tokenizer.pad_token_id)
     texts = decode_texts(made.engine.tokenizer, rollout, made.policy.stop_id)
     asked = [made.samples[i] for i in (0, 0, 0, 0, 1, 1, 1, 1)]
-    assert score(texts, asked, weight=0.8) == rewards
+    assert score(texts, asked, weight=0.8) == [r for group in groups for r in group.rewards]
 
 
 def test_micro_batches_do_not_change_a_step(tmp_path: Path) -> None:
@@ -149,9 +163,9 @@ def test_micro_batches_do_not_change_a_step(tmp_path: Path) -> None:
 def test_the_second_gradient_step_is_off_policy(tmp_path: Path) -> None:
     """Otherwise clipping would be inert however many steps an episode takes."""
     made = trainer(tmp_path, "gradient_steps=2", "optimizer.learning_rate=0.1")
-    drawn = made.episode()
+    drawn = sampled_episode(made)
     advantages = torch.tensor([1.0, -1.0] * 8)
-    metrics = made.update(Episode(drawn.examples, drawn.rollout, drawn.rewards, advantages, 4))
+    metrics = made.update(replace(drawn, advantages=advantages))
     assert abs(metrics["ratio_max"] - 1) > 1e-3
     assert metrics["clip_low_fraction"] + metrics["clip_high_fraction"] > 0
 
@@ -161,17 +175,16 @@ def test_a_gradient_step_without_signal_is_skipped_whatever_the_others_hold(
 ) -> None:
     """Otherwise the optimizer's momentum would move the weights on prompts that teach nothing."""
     made = trainer(tmp_path, "gradient_steps=2")
-    episode = made.episode()
+    episode = sampled_episode(made)
     quiet = torch.ones(16)
     quiet[:8] = 0.0
-    signal_last = Episode(
-        episode.examples, episode.rollout, episode.rewards, episode.advantages * 0 + quiet, 2
-    )
-    whole = signal_last.batch(made.engine.tokenizer.pad_token_id, 4)
+    signal_last = replace(episode, advantages=episode.advantages * 0 + quiet)
+    pad = made.engine.tokenizer.pad_token_id
+    without_signal, with_signal = signal_last.micro_batches(2, 2, pad)
     before = weights(made)
-    made._gradient_step([whole.slice(0, 2)], [0], signal_last, None, 8, 0.01)
+    made.gradient_step(without_signal, 0.01)
     assert same(before, made)
-    made._gradient_step([whole.slice(2, 4)], [2], signal_last, None, 8, 0.01)
+    made.gradient_step(with_signal, 0.01)
     assert not same(before, made)
 
 
@@ -218,11 +231,11 @@ def test_strange_answers_are_rewarded_and_trained_on(tmp_path: Path) -> None:
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     zeros = torch.zeros(mask.shape)
     rollout = Rollout(ids, mask, zeros, zeros, mask, torch.ones(4, dtype=torch.bool))
-    reference = torch.tensor([r.total for r in rewards])
-    advantages = reference.group_advantages(reference, torch.arange(4), torch.tensor([0, 4]))
-    episode = Episode([made.examples[0]], rollout, rewards, advantages, 1)
-    batch = episode.batch(made.engine.tokenizer.pad_token_id, 4)
-    metrics = made._gradient_step([batch], [0], episode, None, 4, 1e-4)
+    totals = torch.tensor([r.total for r in rewards])
+    advantages = reference.group_advantages(totals, torch.arange(4), torch.tensor([0, 4]))
+    episode = Episode([made.examples[0]], rollout, rewards, advantages)
+    [micro_batches] = episode.micro_batches(1, 1, made.engine.tokenizer.pad_token_id)
+    metrics = made.gradient_step(micro_batches, 1e-4)
     assert metrics["nonfinite"] == 0 and 0 < metrics["grad_norm"] < float("inf")
 
 
@@ -230,12 +243,13 @@ def test_dynamic_sampling_replaces_groups_without_signal(tmp_path: Path) -> None
     """Otherwise the filter of DAPO would train on fewer groups than it was asked for."""
     overrides = ["group_size=2", "dynamic_sampling.enabled=true", "dynamic_sampling.rounds=4"]
     made = trainer(tmp_path, *overrides)
-    episode = made.episode()
+    episode = sampled_episode(made)
     totals = [[r.total for r in episode.rewards[i : i + 2]] for i in range(0, 8, 2)]
     signal_first = [a != b for a, b in totals]
-    assert signal_first == [True] * episode.groups_kept + [False] * (4 - episode.groups_kept)
-    plain = trainer(tmp_path, "group_size=2").episode()
-    assert plain.groups_kept < episode.groups_kept
+    kept = episode.metrics()["groups_kept"]
+    assert signal_first == [True] * kept + [False] * (4 - kept)
+    plain = sampled_episode(trainer(tmp_path, "group_size=2"))
+    assert plain.metrics()["groups_kept"] < kept
     widths = {episode.rollout.response_ids.shape[0], episode.rollout.mask.shape[0]}
     assert widths == {8} and len(episode.examples) == 4
     assert not episode.rollout.mask.all(1).all() or episode.rollout.mask.shape[1] == 24
@@ -244,9 +258,9 @@ def test_dynamic_sampling_replaces_groups_without_signal(tmp_path: Path) -> None
 def test_responses_may_grow_during_training(tmp_path: Path) -> None:
     """Otherwise progressive response lengths would be read and ignored."""
     made = trainer(tmp_path, "lengths=[{step: 0, max_tokens: 3}, {step: 1, max_tokens: 7}]")
-    assert made.episode().rollout.mask.shape[1] == 3
+    assert sampled_episode(made).rollout.mask.shape[1] == 3
     made.step = 1
-    assert 3 < made.episode().rollout.mask.shape[1] <= 7
+    assert 3 < sampled_episode(made).rollout.mask.shape[1] <= 7
 
 
 def test_the_reference_kl_enters_the_loss(tmp_path: Path) -> None:
@@ -272,8 +286,8 @@ def test_rollout_logprobs_can_be_the_old_policy(tmp_path: Path) -> None:
     their probability; nothing else may differ.
     """
     made = trainer(tmp_path, "loss.old_logprobs=rollout")
-    episode = made.episode()
-    batch = episode.batch(made.engine.tokenizer.pad_token_id, 4)
+    episode = sampled_episode(made)
+    batch = whole_batch(made, episode)
     with torch.no_grad():
         probabilities = made.engine.model.lm_head(
             response_hidden(made.engine.model, batch)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from r1v3.config import Optimizer, Select, load
 from r1v3.data.encoding import in_row
+from r1v3.engine.build import set_threads
 from r1v3.trainer.randomness import order, stream, torch_stream
 from r1v3.trainer.schedule import learning_rate
-from r1v3.trainer.stage import begin, require_fresh, set_threads
+from r1v3.trainer.stage import begin, require_fresh
 
 KEYS = st.lists(st.one_of(st.integers(0, 2**31), st.text(min_size=1, max_size=8)), min_size=1)
 FAST = settings(max_examples=60, deadline=None)

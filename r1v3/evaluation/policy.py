@@ -1,0 +1,144 @@
+"""A policy that answers questions: samples in, graded completions out, in every decoding mode."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from r1v3.config import Decoding
+from r1v3.data.encoding import ImageShape, encode_sample, model_image_shape
+from r1v3.data.sample import Sample
+from r1v3.data.tokenizer import TURN_END, load_tokenizer, token_id
+from r1v3.data.words import expand_words
+from r1v3.engine.hf.decoder import HFDecoder
+from r1v3.model.internvl import load_model
+from r1v3.rewards import accuracy_reward
+from r1v3.rollout.contract import Request, Rollout, Sampler, Sampling, TokenRules, decode_texts
+from r1v3.rollout.local import LocalSampler
+
+
+def mode_sampling(
+    decoding: Decoding, words: Sequence[str], tokenizer: PreTrainedTokenizerFast, mode: str
+) -> tuple[Sampling, bool]:
+    """Return the sampling of a mode, and whether its template opens a thought.
+
+    As in the report, section 6.2. slow: the thinking template. nothink: the template without
+    `<think>`. nowait: slow, with every surface form of `words` banned. budget-N: slow, with the
+    thought closed after N tokens.
+
+    Raises:
+        ValueError: the mode is none of these.
+    """
+    banned: tuple[int, ...] = ()
+    budget = None
+    if mode == "nowait":
+        banned = tuple(expand_words(tokenizer, words))
+    elif mode.startswith("budget-") and mode.removeprefix("budget-").isdecimal():
+        budget = int(mode.removeprefix("budget-"))
+    elif mode not in ("slow", "nothink"):
+        raise ValueError(f"mode {mode!r} is not slow, nothink, nowait or budget-N")
+    sampling = Sampling(decoding.temperature, decoding.max_tokens, banned, budget)
+    return sampling, mode != "nothink"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """S completions of each of Q questions, question by question.
+
+    Attributes:
+        rollouts: Q rollouts of S rows.
+        texts: Q * S completions.
+        correct: float64 [Q, S], 1 where the answer is right, else 0.
+        tokens: int64 [Q, S], lengths in tokens.
+    """
+
+    rollouts: list[Rollout]
+    texts: list[str]
+    correct: np.ndarray
+    tokens: np.ndarray
+
+
+class Policy:
+    """A sampler with its tokenizer, ready to answer and to be graded.
+
+    Args:
+        shape: how images become tiles.
+    """
+
+    def __init__(
+        self, sampler: Sampler, tokenizer: PreTrainedTokenizerFast, shape: ImageShape
+    ) -> None:
+        self.sampler, self.tokenizer, self.shape = sampler, tokenizer, shape
+        self.stop_id = token_id(tokenizer, TURN_END)
+
+    def complete(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        generator: torch.Generator,
+        group_size: int = 1,
+    ) -> tuple[Rollout, list[str]]:
+        """Sample `group_size` completions of each prompt; return the rollout and its texts."""
+        rollout = self.sampler.complete(
+            requests, sampling, group_size=group_size, generator=generator
+        )
+        return rollout, decode_texts(self.tokenizer, rollout, self.stop_id)
+
+    def answer(
+        self,
+        samples: Sequence[Sample],
+        sampling: Sampling,
+        *,
+        generator: torch.Generator,
+        repeats: int = 1,
+        thinking: bool = True,
+        batch_prompts: int = 64,
+    ) -> Answers:
+        """Complete and grade every sample `repeats` times.
+
+        Prompts are batched in order of their length; the answers come in the order of `samples`.
+        """
+        requests = [
+            Request(
+                encode_sample(sample, self.tokenizer, self.shape, thinking=thinking),
+                sample,
+                thinking,
+            )
+            for sample in samples
+        ]
+        by_length = sorted(range(len(samples)), key=lambda i: len(requests[i].example.prompt_ids))
+        texts: list[str] = [""] * (len(samples) * repeats)
+        tokens = np.zeros((len(samples), repeats), dtype=np.int64)
+        rollouts: list[Rollout | None] = [None] * len(samples)
+        for start in range(0, len(samples), batch_prompts):
+            chosen = by_length[start : start + batch_prompts]
+            rollout, completed = self.complete(
+                [requests[i] for i in chosen], sampling, generator=generator, group_size=repeats
+            )
+            lengths = rollout.mask.sum(1).view(-1, repeats).numpy()
+            for position, i in enumerate(chosen):
+                rows = slice(position * repeats, (position + 1) * repeats)
+                texts[i * repeats : (i + 1) * repeats] = completed[rows]
+                tokens[i] = lengths[position]
+                rollouts[i] = rollout.rows(rows.start, rows.stop)
+        correct = np.array(
+            [
+                accuracy_reward(
+                    text, samples[n // repeats].ground_truth, options=samples[n // repeats].options
+                )
+                for n, text in enumerate(texts)
+            ]
+        ).reshape(len(samples), repeats)
+        return Answers([r for r in rollouts if r is not None], texts, correct, tokens)
+
+
+def load_policy(folder: Path) -> Policy:
+    """Load a model folder on the CPU, ready to answer; images are one tile each."""
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder)
+    sampler = LocalSampler(HFDecoder(model), TokenRules.of(tokenizer))
+    return Policy(sampler, tokenizer, model_image_shape(model.config, 1))

@@ -1,0 +1,100 @@
+"""The completions of one GRPO step, and the micro-batches they are trained in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from r1v3.data.batch import Batch
+from r1v3.data.encoding import Example, collate
+from r1v3.rewards import Reward
+from r1v3.rollout.contract import Rollout
+from r1v3.trainer.policy_loss import Targets
+
+MicroBatch = tuple[Batch, Targets]
+
+
+def has_signal(rewards: Sequence[Reward]) -> bool:
+    """Whether the rewards of a group differ; where they are equal, advantages are zero."""
+    return len({reward.total for reward in rewards}) > 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with G completions and their rewards."""
+
+    example: Example
+    rollout: Rollout
+    rewards: list[Reward]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """P groups of G completions: row p * G + g belongs to prompt p.
+
+    Attributes:
+        examples: the P prompts.
+        rollout: the P * G completions.
+        rewards: P * G.
+        advantages: float32 [P * G].
+    """
+
+    examples: list[Example]
+    rollout: Rollout
+    rewards: list[Reward]
+    advantages: Tensor
+
+    @property
+    def group_size(self) -> int:
+        """G, the completions of one prompt."""
+        return len(self.rewards) // len(self.examples)
+
+    def micro_batches(self, gradient_steps: int, size: int, pad_id: int) -> list[list[MicroBatch]]:
+        """Return the micro-batches of each gradient step.
+
+        Args:
+            gradient_steps: equal parts that the prompts are divided into, in order; divides P.
+            size: most prompts of a micro-batch, each with all its completions.
+            pad_id: token that prompts are padded with.
+        """
+        whole = replace(
+            collate(self.examples, pad_id),
+            response_ids=self.rollout.response_ids,
+            loss_mask=self.rollout.mask,
+            group_size=self.group_size,
+        )
+        prompts = len(self.examples) // gradient_steps
+        return [
+            [
+                self._micro_batch(whole, start, min(start + size, first + prompts))
+                for start in range(first, first + prompts, size)
+            ]
+            for first in range(0, len(self.examples), prompts)
+        ]
+
+    def _micro_batch(self, whole: Batch, start: int, stop: int) -> MicroBatch:
+        """Prompts `start` to `stop`, without the columns that are padding in all their rows."""
+        batch = whole.slice(start, stop)
+        rows = slice(start * self.group_size, stop * self.group_size)
+        width = batch.response_ids.shape[1]
+        targets = Targets(
+            loss_mask=batch.loss_mask,
+            advantages=self.advantages[rows],
+            rollout_logprobs=self.rollout.logprobs[rows, :width],
+            sampled=batch.loss_mask & self.rollout.sampled[rows, :width],
+        )
+        return batch, targets
+
+    def metrics(self) -> dict[str, Any]:
+        """Return mean rewards, mean length in tokens, and the share of completions cut short."""
+        rewards, g = self.rewards, self.group_size
+        groups = [rewards[i : i + g] for i in range(0, len(rewards), g)]
+        return {
+            "reward": sum(reward.total for reward in rewards) / len(rewards),
+            "accuracy": sum(reward.accuracy for reward in rewards) / len(rewards),
+            "format": sum(reward.format for reward in rewards) / len(rewards),
+            "response_length": float(self.rollout.mask.sum(1).float().mean()),
+            "truncated": float((~self.rollout.finished).float().mean()),
+            "groups_kept": sum(has_signal(group) for group in groups),
+        }
