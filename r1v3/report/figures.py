@@ -100,7 +100,7 @@ def _draw_selection(run: RunFolder, figure: Figure) -> bool:
     top, bottom = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
     steps = [c.step for c in found]
     top.plot(steps, [100 * c.accuracy for c in found], "o-", color=STAGE_COLORS["grpo"], ms=5)
-    top.set(title="Course over GRPO steps", ylabel="Accuracy (%)")
+    top.set(title="Over GRPO steps", ylabel="Accuracy (%)")
     bottom.plot(steps, [c.entropy for c in found], "o-", color=INK, ms=5, label="at the token")
     after = [(c.step, c.entropy_after) for c in found if c.entropy_after is not None]
     if after:
@@ -238,7 +238,7 @@ def _draw_modes(run: RunFolder, figure: Figure) -> bool:
     grid[0].set_ylabel("Accuracy (%)")
     grid[0].set_ylim(bottom=min(-3.0, grid[0].get_ylim()[0]))
     figure.suptitle(
-        f"What thinking costs and buys: {STAGE_NAMES.get(stage, stage)}",
+        f"Accuracy against response length: {STAGE_NAMES.get(stage, stage)}",
         x=0.015,
         ha="left",
         fontsize=12.5,

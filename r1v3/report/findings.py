@@ -323,9 +323,9 @@ def summing_up(found: list[Finding]) -> str:
     counts = {v: sum(f.verdict == v for f in found) for v in (SAME, OPPOSITE, UNCLEAR)}
     other = len(found) - sum(counts.values())
     return (
-        f"{len(found)} statements of the report: same direction in this run {counts[SAME]},"
-        f" opposite {counts[OPPOSITE]}, not separated from no effect {counts[UNCLEAR]},"
-        f" mixed or not comparable {other}."
+        f"Statements of the report: {len(found)}. In this run, {counts[SAME]} went in the same"
+        f" direction and {counts[OPPOSITE]} in the opposite one; {counts[UNCLEAR]} could not be"
+        f" separated from no effect, and {other} were mixed or not comparable."
     )
 
 

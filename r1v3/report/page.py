@@ -1,6 +1,7 @@
 """The report of a run: one HTML file that needs nothing else, not the network and not a script."""
 
 import base64
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -119,7 +120,13 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["unbroken"] = _unbroken
     return environment.get_template("report.html.j2")
+
+
+def _unbroken(text: str) -> str:
+    """Keep percent signs and units of seconds on the line of their number."""
+    return re.sub(r"(?<=\d) (?=%|s\b)", "\N{NO-BREAK SPACE}", text)
 
 
 def _content(run: RunFolder, pictures: list[Picture], absent: list[str]) -> dict[str, Any]:

@@ -426,3 +426,9 @@ def test_wrong_types_anywhere_never_end_the_report(
 
 def test_style_uses_only_settings_that_matplotlib_has() -> None:
     assert set(STYLE) <= set(rcParams)
+
+
+def test_a_percent_sign_stays_on_the_line_of_its_number(example_run: Path) -> None:
+    """Narrow columns once began lines with "%"."""
+    text = page_without_figures(example_run)
+    assert "SFT 65.4\N{NO-BREAK SPACE}%" in text and "202\N{NO-BREAK SPACE}s." in text
