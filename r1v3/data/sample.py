@@ -38,6 +38,7 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 from r1v3.data.images import MAX_FILE_BYTES, check_image_header
+from r1v3.rewards.choices import option_texts
 
 IMAGE_PLACEHOLDER = "<image>"
 OPTIONAL_KEYS = ("domain", "options", "question", "answer", "response")
@@ -203,8 +204,8 @@ def make_sample(
     r"""Make a sample from its parts.
 
     A question without `<image>` gets one per image in front (`<image>\n`, as InternVL does), and
-    options are listed below it as `A. ...`. Further keywords go into `extra_info`, such as
-    `domain`, `split` ("train" by default) or `answer` (`ground_truth` by default).
+    options are listed below it as `A. ...`, once if they carry their letters. Further keywords go
+    into `extra_info`, such as `domain`, `split` ("train" by default) or `answer` (`ground_truth` by default).
 
     Raises:
         ValueError: as `Sample`.
@@ -213,7 +214,8 @@ def make_sample(
     if IMAGE_PLACEHOLDER not in question:
         shown = f"{IMAGE_PLACEHOLDER}\n" * len(images) + question
     if options is not None:
-        lines = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+        texts = option_texts(options)
+        lines = [f"{chr(ord('A') + i)}. {text}" for i, text in enumerate(texts)]
         shown = "\n".join([shown, "Options:", *lines])
     prompt = [] if system is None else [{"role": "system", "content": system}]
     prompt.append({"role": "user", "content": shown})

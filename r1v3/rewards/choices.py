@@ -1,7 +1,6 @@
-r"""Multiple-choice answers: which option does a short answer name?
+r"""Multiple-choice answers: which options does a short answer name?
 
-Letters are decided here and never by math-verify, whose string extraction reads the answer
-"B is wrong, C" as B and does not see a letter inside `\boxed{}`.
+Letters are decided here and never by the reader of formulas, to which `AC` is a product.
 """
 
 from __future__ import annotations
@@ -10,36 +9,61 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_MARKUP = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|rm)\s{0,4}\{([^{}]{0,1000})\}")
-_SPACE = re.compile(r"\s+|~|\\[,;:! ]|\\q?quad")
+from r1v3.rewards.notation import tidy, unwrap_text
+
+_LEAD = (
+    r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:options?|choices?|answers?)\s*(?:is\s+|are\s+|:\s*)?"
+    r"|(?:故|应|因此)?选项?|答案[是为选]?:?)?\s*"
+)
 _CHOICE = re.compile(
-    r"(?:(?:option|choice)\s+)?"
-    r"(?:[(\[（【]\s*([A-Za-z])\s*[)\]）】]\s*[.:：、]?"  # (B)  (B) 12  (B). 12
-    r"|([A-Za-z])\s*[.:：、)）](?![a-z])"  # B.  B) 12  B: 12
-    r"|([A-Za-z])\Z)"  # B
-    r"\s*(.*)",
+    rf"{_LEAD}(?:[(\[]\s*(?P<bracketed>[A-Za-z])\s*[)\]]\s*(?:[.:]|,(?=\s*[^A-Z(\[\s]))?"  # (B)  (B) 12  (B). 12
+    r"|(?P<delimited>[A-Za-z])\s*(?:[.:)](?![a-z])|,(?=[^\W\d_a-zA-Z])|\s-(?=\s)|-(?=\s))"  # B. B: B -
+    r"|(?P<bare>[A-Za-z])\Z|(?P<spaced>[A-Z])(?=\s))"  # B  B twelve
+    r"\s*(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_HEDGE = re.compile(r"(?:\b(?:or|and)\b|[,;/&、或和])\s*[(\[（【]?\s*([A-Z])(?![A-Za-z])")
+_LETTER = r"[(\[]?\s*([A-Z])\s*[)\]]?(?![A-Za-z])\s*\.?"
+_JOINED = r"\s*(?:[,;/&+]\s*(?:and\s+)?|\band\b|[和与及]|以及)?\s*"
+_LETTERS = re.compile(
+    rf"{_LEAD}(?:{_LETTER}(?:{_JOINED}{_LETTER})+|(?P<run>[A-Z]{{2,8}})\.?)", re.DOTALL
+)
+_ENUMERATED = re.compile(r"\A(\s*[A-Z])\s*、")
+_ONE_LETTER = re.compile(r"[A-Z]")
+_SPLIT = re.compile(r"\s*(?:[,;\n]|\band\b)\s*(?=\(?[A-Z]\s*[).:])")
+_HEDGE = re.compile(
+    r"(?:\b(?:or|and)\b|[,;/&或和])\s*[(\[]?\s*([A-Z])(?![A-Za-z])|^[(\[]?\s*[A-Z]\s*[)\].]?\s*$"
+)
+_DENIAL = re.compile(
+    r"\b(?:is|are|was|be)\s+(?:not|wrong|incorrect|false|never)\b|\bisn't\b|\b(?:wrong|incorrect)\b"
+    r"|^\s*(?:not\b|or\b)|错|不对|不是|不正确|排除",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(r"\s*(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[.:)])[.:]?\s*(?=\S)")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Option `index` (0 = A), named by its letter or by its text."""
+    """Option `index` (0 = A), named by its letter or by its text; `rest` is what follows it."""
 
     index: int
     by_text: bool
+    rest: str = ""
 
 
 def plain_text(answer: str) -> str:
-    r"""Answer without `$`, `**`, `\text{}`-like wrappers and repeated or LaTeX spacing."""
-    text = answer.replace("$", "").replace("**", "")
-    for _ in range(4):
-        unwrapped = _MARKUP.sub(r"\1", text)
-        if unwrapped == text:
-            break
-        text = unwrapped
-    return _SPACE.sub(" ", text).strip()
+    r"""Answer in one notation (`notation.tidy`), without `\text{}`-like wrappers."""
+    return unwrap_text(tidy(answer)).strip()
+
+
+def option_texts(options: Sequence[str]) -> list[str]:
+    """Options without their labels, if every one carries its own letter (`A. 12`, `(B) 14`)."""
+    texts = []
+    for i, option in enumerate(options):
+        match = _LABEL.match(option.replace("．", ".").replace("：", ":").replace("、", "."))
+        if match is None or ord(match[1] or match[2]) != ord("A") + i:
+            return list(options)
+        texts.append(option[match.end() :])
+    return texts
 
 
 def option_key(text: str) -> str:
@@ -47,13 +71,38 @@ def option_key(text: str) -> str:
     return plain_text(text).rstrip(".。").replace(" ", "").casefold()
 
 
-def letter_choice(answer: str) -> tuple[str, str] | None:
-    """(letter as written, text after it) for "B", "(B)", "B.", "(B) 12", "option B", else None."""
-    match = _CHOICE.fullmatch(plain_text(answer))
+def letter_choice(answer: str) -> tuple[str, str, bool] | None:
+    """(letter as written, text after it, whether only a space parts them), else None.
+
+    For "B", "(B)", "B.", "(B) 12", "B - 12", "B twelve", "option B".
+    """
+    match = _CHOICE.fullmatch(plain_text(_ENUMERATED.sub(r"\1. ", answer)))
     if match is None:
         return None
-    bracketed, delimited, bare, rest = match.groups()
-    return bracketed or delimited or bare, rest.strip()
+    letter = match["bracketed"] or match["delimited"] or match["bare"] or match["spaced"]
+    return letter, match["rest"].strip(), match["spaced"] is not None
+
+
+def find_letters(answer: str) -> frozenset[str] | None:
+    """Several capital letters that an answer names, in any order: `AC`, `C, A`, `A and C`, `A、C`.
+
+    None if it names one or none, names one twice, or says anything else ("A or C").
+    """
+    text = plain_text(answer)
+    if len(text) > 2 and text[0] + text[-1] in ("()", "[]") and text.count(text[0]) == 1:
+        text = text[1:-1]
+    text = text.removeprefix("\\{").removesuffix("\\}").strip()
+    match = _LETTERS.fullmatch(text)
+    if match is None:
+        return None
+    found = _ONE_LETTER.findall(match["run"] or text[_lead_length(text) :])
+    letters = frozenset(found)
+    return letters if 1 < len(letters) == len(found) else None
+
+
+def _lead_length(text: str) -> int:
+    lead = re.match(_LEAD, text)
+    return lead.end() if lead else 0
 
 
 def find_choice(answer: str, options: Sequence[str]) -> Choice | None:
@@ -61,27 +110,43 @@ def find_choice(answer: str, options: Sequence[str]) -> Choice | None:
 
     A letter wins over an option whose text happens to be that letter. Text after the letter may
     be the option's own text or a remark, but not another option's text and not a second letter
-    ("B or C", "B. 12, C. 13").
+    ("B or C", "B. 12, C. 13"). Without a sign between them it must be the option's own text.
     """
     keys = [option_key(option) for option in options]
+    key = option_key(answer)
     named = letter_choice(answer)
     if named is not None:
-        letter, rest = named
+        letter, rest, spaced = named
         index = ord(letter.upper()) - ord("A")
+        rest_key = option_key(rest)
         if index < len(options):
-            rest_key = option_key(rest)
             if not rest_key or rest_key == keys[index]:
                 return Choice(index, by_text=False)
-            if rest_key in keys or _HEDGE.search(rest):
-                return None
-            return Choice(index, by_text=False)
-    key = option_key(answer)
+            if not spaced:
+                hedged = rest_key in keys or _HEDGE.search(rest) or _DENIAL.search(rest)
+                return None if hedged else Choice(index, by_text=False, rest=rest)
     return Choice(keys.index(key), by_text=True) if key and key in keys else None
+
+
+def find_choices(answer: str, options: Sequence[str]) -> frozenset[int] | None:
+    """Several options that `answer` names, by letters alone or by letters with their texts."""
+    letters = find_letters(answer)
+    if letters is not None:
+        indices = frozenset(ord(letter) - ord("A") for letter in letters)
+        return indices if max(indices) < len(options) else None
+    parts = _SPLIT.split(plain_text(answer))
+    choices = [find_choice(part, options) for part in parts] if len(parts) > 1 else [None]
+    found = [c.index for c in choices if c is not None and not c.rest]
+    return frozenset(found) if len(set(found)) == len(parts) else None
 
 
 def find_letter(answer: str) -> str | None:
     """The capital letter that `answer` names when the options are not known, else None."""
     named = letter_choice(answer)
-    if named is None or not named[0].isupper() or _HEDGE.search(named[1]):
+    if named is None or not named[0].isupper():
         return None
-    return named[0]
+    letter, rest, spaced = named
+    if _HEDGE.search(rest) or _DENIAL.search(rest):
+        return None
+    # "A dog" and "I think" begin with words, not with letters of options.
+    return None if spaced and letter in "AI" and rest[:1].islower() else letter

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from r1v3.rewards.choices import option_texts
 from r1v3.rewards.extract import extract_answer
 from r1v3.rewards.format import format_reward
-from r1v3.rewards.rules import answers_match
+from r1v3.rewards.rules import Judgement, judge
 from r1v3.rewards.verifier import LLMVerifier
 
 
@@ -39,6 +40,8 @@ class Reward:
         rule: 1.0 if the rule accepts.
         verifier: 1.0 or 0.0 as the judge said; None if it was not asked or gave no verdict.
         extracted: the final answer found in the completion, if any.
+        refused: the rule could not decide (an answer or ground truth that it cannot read, numbers
+            too large, no proof within its limits), so that it did not accept.
     """
 
     total: float
@@ -47,6 +50,7 @@ class Reward:
     rule: float
     verifier: float | None
     extracted: str | None
+    refused: bool = False
 
 
 def total_reward(accuracy: float, format: float, weight: float = 0.8) -> float:
@@ -80,7 +84,7 @@ def score(
 
     Raises:
         ValueError: the two lists differ in length, or weight is not in [0, 1].
-        RuntimeError: math-verify cannot be run.
+        RuntimeError: sympy cannot be run.
     """
     if len(completions) != len(samples):
         raise ValueError(
@@ -88,35 +92,38 @@ def score(
             "there must be one sample per completion"
         )
     total_reward(0.0, 0.0, weight)
-    answers = [extract_answer(completion) for completion in completions]
-    rules: list[float] = []
+    answers = [extract_answer(completion, thinking=thinking) for completion in completions]
+    judgements: list[Judgement] = []
     questions: list[tuple[str, str]] = []
     for answer, sample in zip(answers, samples, strict=True):
         if isinstance(sample, str):
             question, ground_truth, options = "", sample, None
         else:
             question, ground_truth, options = sample.question, sample.ground_truth, sample.options
-        accepted = answer is not None and answers_match(answer, ground_truth, options=options)
-        rules.append(float(accepted))
+        judgements.append(
+            Judgement(False) if answer is None else judge(answer, ground_truth, options=options)
+        )
         questions.append((_with_options(question, options), ground_truth))
 
     judged: dict[int, float | None] = {}
     if verifier is not None:
-        open_rows = [i for i, answer in enumerate(answers) if answer and rules[i] == 0.0]
+        open_rows = [i for i, answer in enumerate(answers) if answer and not judgements[i].correct]
         verdicts = verifier.verify_answers([(*questions[i], answers[i]) for i in open_rows])
         for i, verdict in zip(open_rows, verdicts, strict=True):
             judged[i] = None if verdict.correct is None else float(verdict.correct)
 
     rewards = []
     for i, completion in enumerate(completions):
-        opinion = judged.get(i)
-        accuracy = max(rules[i], opinion or 0.0)
+        opinion, rule = judged.get(i), float(judgements[i].correct)
+        accuracy = max(rule, opinion or 0.0)
         form = format_reward(completion, thinking=thinking)
         total = total_reward(accuracy, form, weight)
-        rewards.append(Reward(total, accuracy, form, rules[i], opinion, answers[i]))
+        refused = judgements[i].refused
+        rewards.append(Reward(total, accuracy, form, rule, opinion, answers[i], refused))
     return rewards
 
 
 def _with_options(question: str, options: Sequence[str] | None) -> str:
-    lines = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options or ())]
+    texts = option_texts(options or ())
+    lines = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(texts)]
     return "\n".join([question, *lines])

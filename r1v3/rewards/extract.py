@@ -8,16 +8,43 @@ from __future__ import annotations
 
 import re
 
+from r1v3.rewards.notation import is_blank
+
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 MAX_ANSWER_CHARS = 1000
 
 # "\\" before "boxed" is kept out of the escapes so that a doubled backslash still opens a box.
 _BRACE_TOKEN = re.compile(r"\\boxed\s{0,8}\{|\\\\(?!boxed)|\\[{}]|[{}]")
-_ANSWER_PHRASE = re.compile(
-    r"(?:\banswer\**[ \t]{0,4}(?:is\b|[:=：])|答案(?:是|为|[:：]))[ \t*:：]{0,8}", re.IGNORECASE
+_LETTERS = (
+    r"[(\[（]?[A-Z][)\]）]?(?:[ \t]{0,4}(?:[,、，&]|\band\b|和)?[ \t]{0,4}[(\[（]?[A-Z][)\]）]?(?![A-Za-z])){0,8}"
 )
-_BARE_ANSWER = re.compile(r"\(?[A-Z]\)?[.)]?|[-+]?\d{1,30}(?:\.\d{1,30})?")
+_STATED = re.compile(
+    # "Answer: ...", "the answer is ...": whatever follows, up to the end of the line
+    r"(?P<answer>(?:\banswer\**[ \t]{0,4}(?:is\b|[:=：])|答案(?:是|为|选|[:：]))[ \t*:：]{0,8})"
+    # "the correct option is (B)", "I choose B", "故选B": letters only
+    r"|(?:\b(?:option|choice)\**[ \t]{0,4}(?:is\b|would be\b|should be\b|[:：])"
+    r"|\b(?:I|we)(?:'d|'ll|[ \t]would|[ \t]will)?[ \t](?:choose|chose|pick|select|go[ \t]with)"
+    r"(?:[ \t](?:the[ \t])?(?:option|choice|answer))?\b"
+    r"|[故应]选|(?<!不)选择?(?:项|[:：])?)[ \t*:：]{0,8}"
+    rf"(?P<chosen>{_LETTERS})(?![A-Za-z]|[ \t]{{0,4}}[?？])"
+    # "Option B is correct"
+    rf"|\b(?:option|choice|answer)[ \t](?P<correct>{_LETTERS})[ \t]is[ \t](?:the[ \t])?"
+    r"(?:correct|right|best)\b"
+    # "**B**", "**(B) 12**"
+    r"|\*\*[ \t]{0,4}(?P<bold>[(（]?[A-Z](?:[)）][.:]?|[.:]|(?=[ \t]{0,4}\*\*))[^*\n]{0,200})\*\*(?!\w)",
+    re.IGNORECASE,
+)
+_ONLY_LETTERS = re.compile(
+    rf"(?P<letters>{_LETTERS})(?![A-Za-z\d])[*]{{0,2}}[ \t]{{0,4}}"
+    r"(?=[.。,，;；!]|\*|\Z|because\b|since\b|as\b|for\b|因为)"
+)
+_DOUBT = re.compile(r"\b(?:or|maybe|perhaps|possibly|either|could)\b|或", re.IGNORECASE)
+_BARE_ANSWER = re.compile(
+    r"\(?[A-Z]\)?[.)]?|[-+]?\d{1,30}(?:\.\d{1,30})?|(?:\([A-Z]\)|[A-Z][.)])[ \t][^\n]{1,200}"
+)
+_LAST_LETTER = re.compile(r"\(?[A-Z]\)?[.)]?")
+_CLOSING_MARKS = frozenset(" \t\n\r.。!*$)]}\\")
 
 
 def find_boxed(text: str) -> list[str]:
@@ -26,7 +53,12 @@ def find_boxed(text: str) -> list[str]:
     Escaped braces (`\{`, `\}`) do not count. A box that is never closed is left out. Of nested
     boxes both are returned, the inner one first.
     """
-    found: list[str] = []
+    return [content for content, _ in _boxes(text)]
+
+
+def _boxes(text: str) -> list[tuple[str, int]]:
+    """Contents of the boxes and where each one ends."""
+    found: list[tuple[str, int]] = []
     open_braces: list[int | None] = []
     for token in _BRACE_TOKEN.finditer(text):
         kind = token.group()
@@ -37,13 +69,17 @@ def find_boxed(text: str) -> list[str]:
         elif kind == "}" and open_braces:
             start = open_braces.pop()
             if start is not None:
-                found.append(text[start : token.start()])
+                found.append((text[start : token.start()], token.end()))
     return found
 
 
 def final_text(completion: str) -> str:
-    """The text after the last `</think>`; the whole completion if there is none."""
-    return completion.rpartition(THINK_CLOSE)[2]
+    """The text after the last `</think>`; the whole completion if there is none.
+
+    Nothing if a thought is opened after that and never closed: what stands in it is a draft.
+    """
+    text = completion.rpartition(THINK_CLOSE)[2]
+    return "" if THINK_OPEN in text else text
 
 
 def unwrap_boxed(answer: str) -> str:
@@ -58,31 +94,65 @@ def unwrap_boxed(answer: str) -> str:
 
 
 def _clean(answer: str) -> str | None:
-    answer = answer.replace("**", "").strip().rstrip(".。").strip()
-    return answer if 0 < len(answer) <= MAX_ANSWER_CHARS else None
+    answer = answer.removeprefix("**").removesuffix("**").strip().rstrip(".。").strip()
+    answer = answer.removesuffix("**").strip()
+    return None if is_blank(answer) or len(answer) > MAX_ANSWER_CHARS else answer
 
 
-def extract_answer(completion: str) -> str | None:
+def _stated(text: str) -> str | None:
+    """The last answer that a sentence states, or None."""
+    last = None
+    for last in _STATED.finditer(text):
+        pass
+    if last is None:
+        return None
+    rest = text[last.end() :].partition("\n")[0]
+    if last["answer"] is not None:
+        letters = _ONLY_LETTERS.match(rest)
+        if letters is not None and letters["letters"].strip("()[]（） ,").isupper():
+            if not _DOUBT.search(re.split(r"[.。](?:\s|\Z)", rest[letters.end() :], maxsplit=1)[0]):
+                return letters["letters"].strip()
+        return _clean(rest)
+    letters = last["chosen"] or last["correct"] or last["bold"]
+    if not letters.lstrip("([（")[:1].isupper() or _DOUBT.match(rest.lstrip(" \t,，*")):
+        return None
+    return _clean(letters)
+
+
+def extract_answer(completion: str, *, thinking: bool = False) -> str | None:
     r"""The final answer of a completion, or None if it holds none.
 
     Looked for in the text after the last `</think>` (the whole text if that tag is missing), in
-    this order: the last balanced, non-empty `\boxed{...}`; the last `<answer>...</answer>`; the
-    last "answer: ..." or "the answer is ..." up to the end of its line; the whole text if it is
-    nothing but one capital letter or one number. NUL bytes are dropped. An answer longer than
-    1,000 characters counts as none.
+    this order: the last balanced `\boxed{...}` with something to see in it; the last
+    `<answer>...</answer>`; the last sentence that states an answer ("answer: ..." or "the answer is
+    ..." up to the end of its line, "the correct option is (B)", "I choose B", "**B**"); the last
+    line if it is a letter; the whole text if it is nothing but a letter, a letter with its text, or
+    a number. NUL bytes are dropped. An answer longer than 1,000 characters counts as none.
+
+    A thought that is opened in the completion and never closed holds no answer.
+
+    Args:
+        thinking: the prompt has opened a thought. A completion that never closes it is all thought,
+            and holds an answer only if it ends in one; a draft inside it does not count.
     """
     text = final_text(completion).replace("\x00", "")
-    for boxed in reversed(find_boxed(text)):
+    unclosed = thinking and THINK_CLOSE not in completion
+    for boxed, end in reversed(_boxes(text)):
         answer = unwrap_boxed(boxed)
-        if answer:
+        if not is_blank(answer):
+            if unclosed and not _CLOSING_MARKS.issuperset(text[end:]):
+                return None
             return answer if len(answer) <= MAX_ANSWER_CHARS else None
+    if unclosed:
+        text = text.strip().rpartition("\n")[2]
     tagged, _, _ = text.rpartition("</answer>")
     if "<answer>" in tagged:
         return _clean(tagged.rpartition("<answer>")[2])
-    phrase_end = None
-    for phrase in _ANSWER_PHRASE.finditer(text):
-        phrase_end = phrase.end()
-    if phrase_end is not None:
-        return _clean(text[phrase_end:].partition("\n")[0])
+    stated = _stated(text)
+    if stated is not None:
+        return stated
     bare = text.strip()
-    return bare if _BARE_ANSWER.fullmatch(bare) else None
+    if _BARE_ANSWER.fullmatch(bare):
+        return bare
+    last_line = bare.rpartition("\n")[2].strip()
+    return last_line if _LAST_LETTER.fullmatch(last_line) else None

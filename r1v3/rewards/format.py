@@ -8,8 +8,9 @@ usually starts inside the thought; a completion that repeats the opening tag is 
     [whitespace <think>] thought </think> answer
 
 - exactly one `</think>`; at most one `<think>`, with only whitespace before it;
-- the thought holds more than whitespace (boxes inside it are allowed and ignored);
-- the answer holds `\boxed` exactly once, with balanced braces and more than whitespace inside.
+- the thought holds something to see (boxes inside it are allowed and ignored);
+- the answer holds `\boxed` exactly once, with balanced braces and something to see inside:
+  spaces, zero-width characters, `\,` and `\text{}` are not an answer.
   Other text may stand before and after the box.
 
 NoThink template (`thinking=False`): neither tag anywhere, and the same rule for the answer.
@@ -18,11 +19,12 @@ NoThink template (`thinking=False`): neither tag anywhere, and the same rule for
 from __future__ import annotations
 
 from r1v3.rewards.extract import THINK_CLOSE, THINK_OPEN, find_boxed
+from r1v3.rewards.notation import is_blank, visible
 
 
 def _has_one_box(answer: str) -> bool:
     boxes = find_boxed(answer)
-    return answer.count("\\boxed") == 1 and len(boxes) == 1 and bool(boxes[0].strip())
+    return answer.count("\\boxed") == 1 and len(boxes) == 1 and not is_blank(boxes[0])
 
 
 def format_reward(completion: str, *, thinking: bool = True) -> float:
@@ -43,4 +45,4 @@ def format_reward(completion: str, *, thinking: bool = True) -> float:
         if not thought.startswith(THINK_OPEN):
             return 0.0
         thought = thought.removeprefix(THINK_OPEN).strip()
-    return float(bool(thought) and _has_one_box(answer))
+    return float(bool(visible(thought).strip()) and _has_one_box(answer))

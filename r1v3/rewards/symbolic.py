@@ -1,9 +1,9 @@
-r"""Symbolic equality of two short LaTeX expressions, with hard limits.
+r"""Proofs that two formulas are equal, or not, in a child process with hard limits.
 
-sympy can take hours or all memory on one line of text, inside C code that neither a signal handler
-nor a thread can stop. So text is screened first, and what passes is compared in a child process
-that the kernel ends after 2 CPU seconds (`symbolic_worker`). CPU time, not wall time, so that a
-busy machine does not change a reward. Works from any thread.
+sympy can take hours or all memory on one formula, inside C code that neither a signal handler nor
+a thread can stop. So the work is done in a process that the kernel ends after 2 CPU seconds
+(`symbolic_worker`). CPU time, not wall time, so that a busy machine does not change a reward. What
+is sent are trees (`formula`), never text. Works from any thread.
 """
 
 from __future__ import annotations
@@ -11,68 +11,25 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import re
 import select
 import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-MAX_CHARS = 200
-MAX_DEPTH = 8
 START_SECONDS = 120.0
 REPLY_SECONDS = 60.0
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
-_COMMANDS = frozenset(
-    r"""frac dfrac tfrac sqrt pi cdot times div pm mp left right circ infty degree
-    leq geq le ge lt gt neq ne in cup cap emptyset varnothing mathbb mathrm text
-    sin cos tan cot sec csc arcsin arccos arctan ln log exp lg
-    alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi omega Delta Omega
-    begin end quad qquad""".split()
-)
-_COMMAND = re.compile(r"\\([A-Za-z]+)")
-_WORD = re.compile(r"[^\W\d_]{3,}")
-_FUNCTION_WORDS = frozenset("sqrt sin cos tan log exp matrix pmatrix bmatrix vmatrix".split())
-_POWER = re.compile(r"\^|\*\*")
-_SMALL = r"[+-]?(?:\d{1,2}[A-Za-z]?|[A-Za-z])"
-_SIMPLE_EXPONENT = re.compile(
-    rf"\s*(?:\d(?!\d)|[A-Za-z]|\\circ(?![A-Za-z])|\\prime(?![A-Za-z])|\{{\s*(?:\\circ|{_SMALL}"
-    rf"(?:/\d{{1,2}})?|[+-]?\\[dt]?frac\{{{_SMALL}\}}\{{\d{{1,2}}\}})\s*\}}"
-    rf"|\({_SMALL}(?:/\d{{1,2}})?\))(?!\s*(?:\^|\*\*))"
-)
-_POWER_OF_GROUP = re.compile(r"[)\]}]\s*(?:\^|\*\*)\s*[{(]?\s*[+-]?\d\d")
-_LONG_NUMBER = re.compile(r"\d{16}")
+Tree = tuple[Any, ...]
 
 
-def is_tame(text: str) -> bool:
-    """True if `text` looks like a formula that sympy reads quickly.
-
-    Refused: more than 200 characters, 16-digit numbers, factorials, exponents other than two
-    digits (one on a bracket), a letter or a small fraction, towers of powers, brackets deeper than
-    8, LaTeX commands outside a short list, and prose (letters alone, or a run of three letters
-    that is no function name; sympy would read "rat" and "tar" as the same product).
-    """
-    if not text or len(text) > MAX_CHARS or "!" in text.replace("\\!", ""):
-        return False
-    if _LONG_NUMBER.search(text.replace(",", "")) or _POWER_OF_GROUP.search(text):
-        return False
-    if any(name not in _COMMANDS for name in _COMMAND.findall(text)):
-        return False
-    if text.isalpha() and len(text) > 1:
-        return False
-    words = _WORD.findall(_COMMAND.sub(" ", text))
-    if any(word not in _FUNCTION_WORDS for word in words):
-        return False
-    if any(not _SIMPLE_EXPONENT.match(text, power.end()) for power in _POWER.finditer(text)):
-        return False
-    depth = 0
-    for character in text:
-        depth += (character in "({[") - (character in ")}]")
-        if depth > MAX_DEPTH:
-            return False
-    return True
+class Undecided(Exception):
+    """Neither equality nor inequality could be shown within the limits."""
 
 
 class _Worker:
@@ -84,14 +41,15 @@ class _Worker:
         self.buffer = b""
 
     def start(self) -> None:
-        script = Path(__file__).with_name("symbolic_worker.py")
         self.buffer = b""
+        paths = [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(script)],
+            [sys.executable, "-P", "-m", "r1v3.rewards.symbolic_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             # torchrun sends SIGTERM to the process group; the step under way is still scored.
             start_new_session=True,
         )
@@ -99,8 +57,8 @@ class _Worker:
         if reply != "ready":
             self.stop()
             raise RuntimeError(
-                f"the process that runs math-verify did not start ({reply or 'no reply'}); "
-                "check that math-verify is installed and that memory is free"
+                f"the process that runs sympy did not start ({reply or 'no reply'}); "
+                "check that sympy is installed and that memory is free"
             )
 
     def stop(self) -> None:
@@ -131,7 +89,8 @@ class _Worker:
         line, _, self.buffer = self.buffer.partition(b"\n")
         return line.decode("utf-8", "replace")
 
-    def ask(self, request: bytes) -> bool:
+    def ask(self, request: bytes) -> str | None:
+        """The child's reply to one line; None if it was ended by a limit."""
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self.stop()
@@ -144,7 +103,7 @@ class _Worker:
                 reply = None
             if reply is None:
                 self.stop()
-            return reply == "1"
+            return reply
 
 
 _worker = _Worker()
@@ -161,14 +120,33 @@ atexit.register(lambda: _worker.stop())
 
 
 @lru_cache(maxsize=65536)
-def symbolically_equal(gold: str, answer: str, relative_tolerance: float) -> bool:
-    """True if math-verify shows `answer` equal to `gold`; False if not, or not within 2 CPU s.
+def _asked(question: str, first: Tree, second: Tree) -> bool | None:
+    reply = _worker.ask(json.dumps([question, first, second]).encode() + b"\n")
+    return {"1": True, "0": False}.get(reply or "")
 
-    Two real numbers also count as equal within `relative_tolerance`, unless gold is an integer.
+
+def _decided(question: str, first: Tree, second: Tree) -> bool:
+    answer = _asked(question, first, second)
+    if answer is None:
+        raise Undecided(question)
+    return answer
+
+
+def proved_equal(first: Tree, second: Tree) -> bool:
+    """True if two formulas are shown to be equal, False if shown not to be.
 
     Raises:
-        RuntimeError: math-verify cannot be run at all (not installed, no memory).
+        Undecided: neither was shown within 2 CPU seconds.
+        RuntimeError: sympy cannot be run at all (not installed, no memory).
     """
-    if not is_tame(gold) or not is_tame(answer):
-        return False
-    return _worker.ask(json.dumps([gold, answer, relative_tolerance]).encode() + b"\n")
+    return _decided("equal", first, second)
+
+
+def proved_within(tree: Tree, center: Fraction, distance: Fraction) -> bool:
+    """Whether the real number `tree` lies within `distance` of `center`; raises as above."""
+    return _decided("within", tree, ("within", str(center), str(distance)))
+
+
+def proved_proportional(first: Tree, second: Tree) -> bool:
+    """Whether two formulas differ by a constant factor that is not zero; raises as above."""
+    return _decided("proportional", first, second)
