@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TextIO
 
-PINNED = ("torch", "triton", "transformers", "numpy", "pydantic", "math-verify", "scikit-learn")
+PINNED = ("torch", "triton", "transformers", "numpy", "pydantic", "sympy", "scikit-learn")
 OPTIONAL = {
     "megatron-core": "training at scale",
     "transformer-engine": "faster layers in megatron-core",

@@ -205,7 +205,8 @@ def make_sample(
 
     A question without `<image>` gets one per image in front (`<image>\n`, as InternVL does), and
     options are listed below it as `A. ...`, once if they carry their letters. Further keywords go
-    into `extra_info`, such as `domain`, `split` ("train" by default) or `answer` (`ground_truth` by default).
+    into `extra_info`, such as `domain`, `split` ("train" by default) or `answer` (`ground_truth` by
+    default).
 
     Raises:
         ValueError: as `Sample`.

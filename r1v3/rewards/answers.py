@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from r1v3.rewards.formula import (
     Token,
@@ -18,7 +18,6 @@ from r1v3.rewards.formula import (
     Unreadable,
     free_symbols,
     negative,
-    number,
     parse_formula,
     tokenize,
 )
@@ -344,9 +343,7 @@ def _bounds(values: list[Value], signs: list[str], i: int) -> tuple[Interval, ..
     return None
 
 
-def _matched(
-    gold: Sequence[object], answer: Sequence[object], agree: Callable[..., bool]
-) -> bool:
+def _matched(gold: Sequence[object], answer: Sequence[object], agree: Callable[..., bool]) -> bool:
     """Whether the items pair off, whatever their order."""
     if len(gold) != len(answer):
         return False

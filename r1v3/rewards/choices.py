@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from r1v3.rewards.notation import tidy, unwrap_text
 
 _LEAD = (
-    r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:options?|choices?|answers?)\s*(?:is\s+|are\s+|:\s*)?"
+    r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?"
+    r"(?:options?|choices?|answers?)\s*(?:is\s+|are\s+|:\s*)?"
     r"|(?:故|应|因此)?选项?|答案[是为选]?:?)?\s*"
 )
 _CHOICE = re.compile(
-    rf"{_LEAD}(?:[(\[]\s*(?P<bracketed>[A-Za-z])\s*[)\]]\s*(?:[.:]|,(?=\s*[^A-Z(\[\s]))?"  # (B)  (B) 12  (B). 12
-    r"|(?P<delimited>[A-Za-z])\s*(?:[.:)](?![a-z])|,(?=[^\W\d_a-zA-Z])|\s-(?=\s)|-(?=\s))"  # B. B: B -
+    # (B)  (B) 12  (B). 12
+    rf"{_LEAD}(?:[(\[]\s*(?P<bracketed>[A-Za-z])\s*[)\]]\s*(?:[.:]|,(?=\s*[^A-Z(\[\s]))?"
+    # B.  B) 12  B: 12  B - 12
+    r"|(?P<delimited>[A-Za-z])\s*(?:[.:)](?![a-z])|,(?=[^\W\d_a-zA-Z])|-(?=\s))"
     r"|(?P<bare>[A-Za-z])\Z|(?P<spaced>[A-Z])(?=\s))"  # B  B twelve
     r"\s*(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,

@@ -232,9 +232,9 @@ def _size(tree: Tree, roots: dict[str, int]) -> tuple[float, float] | None:
 def zero_bits(tree: Tree) -> int | None:
     """b such that a number made by + - * / and roots is 0 if it is below 2^-b in size.
 
-    The bound of Burnikel, Funke, Mehlhorn, Schirra and Schmitt (2001): |E| >= 1 / (u^(D-1) l) unless
-    E = 0, with D the product of the degrees of the distinct radicals. None for other numbers, or if
-    b exceeds 40,000.
+    The bound of Burnikel, Funke, Mehlhorn, Schirra and Schmitt (2001): |E| >= 1 / (u^(D-1) l)
+    unless E = 0, with D the product of the degrees of the distinct radicals. None for other
+    numbers, or if b exceeds 40,000.
     """
     roots: dict[str, int] = {}
     size = _size(tree, roots)

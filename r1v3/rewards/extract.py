@@ -16,8 +16,9 @@ MAX_ANSWER_CHARS = 1000
 
 # "\\" before "boxed" is kept out of the escapes so that a doubled backslash still opens a box.
 _BRACE_TOKEN = re.compile(r"\\boxed\s{0,8}\{|\\\\(?!boxed)|\\[{}]|[{}]")
+_LETTER = r"[(\[（]?[A-Z][)\]）]?"
 _LETTERS = (
-    r"[(\[（]?[A-Z][)\]）]?(?:[ \t]{0,4}(?:[,、，&]|\band\b|和)?[ \t]{0,4}[(\[（]?[A-Z][)\]）]?(?![A-Za-z])){0,8}"
+    rf"{_LETTER}(?:[ \t]{{0,4}}(?:[,、，&]|\band\b|和)?[ \t]{{0,4}}{_LETTER}(?![A-Za-z])){{0,8}}"
 )
 _STATED = re.compile(
     # "Answer: ...", "the answer is ...": whatever follows, up to the end of the line
@@ -32,7 +33,8 @@ _STATED = re.compile(
     rf"|\b(?:option|choice|answer)[ \t](?P<correct>{_LETTERS})[ \t]is[ \t](?:the[ \t])?"
     r"(?:correct|right|best)\b"
     # "**B**", "**(B) 12**"
-    r"|\*\*[ \t]{0,4}(?P<bold>[(（]?[A-Z](?:[)）][.:]?|[.:]|(?=[ \t]{0,4}\*\*))[^*\n]{0,200})\*\*(?!\w)",
+    r"|\*\*[ \t]{0,4}(?P<bold>[(（]?[A-Z](?:[)）][.:]?|[.:]|(?=[ \t]{0,4}\*\*))[^*\n]{0,200})"
+    r"\*\*(?!\w)",
     re.IGNORECASE,
 )
 _ONLY_LETTERS = re.compile(
@@ -102,8 +104,8 @@ def _clean(answer: str) -> str | None:
 def _stated(text: str) -> str | None:
     """The last answer that a sentence states, or None."""
     last = None
-    for last in _STATED.finditer(text):
-        pass
+    for statement in _STATED.finditer(text):
+        last = statement
     if last is None:
         return None
     rest = text[last.end() :].partition("\n")[0]
@@ -113,10 +115,10 @@ def _stated(text: str) -> str | None:
             if not _DOUBT.search(re.split(r"[.。](?:\s|\Z)", rest[letters.end() :], maxsplit=1)[0]):
                 return letters["letters"].strip()
         return _clean(rest)
-    letters = last["chosen"] or last["correct"] or last["bold"]
-    if not letters.lstrip("([（")[:1].isupper() or _DOUBT.match(rest.lstrip(" \t,，*")):
+    chosen = last["chosen"] or last["correct"] or last["bold"]
+    if not chosen.lstrip("([（")[:1].isupper() or _DOUBT.match(rest.lstrip(" \t,，*")):
         return None
-    return _clean(letters)
+    return _clean(chosen)
 
 
 def extract_answer(completion: str, *, thinking: bool = False) -> str | None:

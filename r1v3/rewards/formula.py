@@ -263,7 +263,7 @@ class _Parser:
         return ("^", base, power)
 
     def exponent(self) -> Any:
-        """The exponent behind `^`: a group, a letter, or a digit in LaTeX; "degree" for a degree."""
+        """The exponent behind `^`: a group, a letter or a number; "degree" for a degree sign."""
         python = self.take().value == "**"
         if self.accept("cmd", "circ"):
             return "degree"
@@ -556,8 +556,8 @@ class _Parser:
 
 
 _ENDS_FACTOR = frozenset(
-    "cdot times ast div pm mp rvert vert | } end \\ le leq ge geq lt gt ne neq in notin cup cap lor "
-    "land quad approx to mid".split()
+    "cdot times ast div pm mp rvert vert | } end \\ le leq ge geq lt gt ne neq in notin cup cap "
+    "lor land quad approx to mid".split()
 )
 
 

@@ -30,7 +30,7 @@ _TEMPERATURE = re.compile(
 )
 _INVISIBLE = re.compile(
     "[\\s~{}$*\u00ad\u115f\u1160\u17b4\u17b5\u180e\u2800\u3164\uffa0\ufe00-\ufe0f]"
-    rf"|\\[,;:! ]|\\(?:{_FONTS}|q?quad|thinspace|enspace|displaystyle|left\.|right\.)(?![A-Za-z])|\\\Z"
+    rf"|\\[,;:! ]|\\(?:{_FONTS}|q?quad|thinspace|enspace|displaystyle)(?![A-Za-z])|\\\Z"
 )
 
 _NAMES = {
@@ -39,11 +39,14 @@ _NAMES = {
     "√": "\\surd ", "∛": "\\cbrt ", "°º˚": "^\\circ ", "±": "\\pm ", "∓": "\\mp ",
     "∪⋃": "\\cup ", "∩⋂": "\\cap ", "∈": "\\in ", "∅Ø": "\\emptyset ", "ℝ": "\\mathbb{R}",
     "∠": "\\angle ", "△": "\\triangle ", "∨": "\\lor ", "∧": "\\land ", "→": "\\to ",
-    "‘’′": "'", "【〔": "(", "】〕": ")", "“”": '"', "、": ",", "：": ":", "℃": "\\celsius ", "℉": "\\fahrenheit ",
+    "‘’′": "'", "【〔": "(", "】〕": ")", "“”": '"', "、": ",",
+    "：": ":", "℃": "\\celsius ", "℉": "\\fahrenheit ",
     "￥¥": "\\yuan ", "€": "\\euro ", "£": "\\pound ", "￠¢": "\\cent ",
-    "㎝": "cm", "㎞": "km", "㎜": "mm", "㎏": "kg", "㎡": "m^2", "㎥": "m^3", "㎎": "mg", "㎖": "mL",
+    "㎝": "cm", "㎞": "km", "㎜": "mm", "㎏": "kg", "㎡": "m^2", "㎥": "m^3", "㎎": "mg",
+    "㎖": "mL",
     "µ": "\\mu ", "Ω": "\\Omega ",
-    "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000": " ",
+    "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008": " ",
+    "\u2009\u200a\u202f\u205f\u3000": " ",
 }  # fmt: skip
 _GREEK = {
     "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta",

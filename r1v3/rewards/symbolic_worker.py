@@ -109,8 +109,8 @@ def _expression(tree: Tree) -> Any:
     if kind in ("pi", "e", "i"):
         return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I}[kind]
     if kind == "fun":
-        name = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "ln": "log"}
-        return getattr(sympy, name.get(tree[1], tree[1]))(_expression(tree[2]))
+        names = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "ln": "log"}
+        return getattr(sympy, names.get(tree[1], str(tree[1])))(_expression(tree[2]))
     parts = [_expression(part) for part in tree[1:]]
     if kind in ("+", "*"):
         return sympy.Add(*parts) if kind == "+" else sympy.Mul(*parts)
@@ -121,7 +121,9 @@ def _expression(tree: Tree) -> Any:
             raise OverflowError
         return parts[0] ** parts[1]
     if kind == "root":
-        return sympy.real_root(parts[1], parts[0]) if parts[1].is_real else parts[1] ** (1 / parts[0])
+        return (
+            sympy.real_root(parts[1], parts[0]) if parts[1].is_real else parts[1] ** (1 / parts[0])
+        )
     if kind == "log":
         return sympy.log(parts[1]) / sympy.log(parts[0])
     if kind == "abs":

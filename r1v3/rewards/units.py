@@ -252,6 +252,10 @@ def parse_unit(text: str) -> Unit | None:
 
 def _squared_units(words: list[str]) -> Unit | None:
     """`square units`: says nothing that could differ."""
-    if len(words) == 2 and words[0].lower() in _POWER_WORDS and words[1].lower() in ("unit", "units"):
+    if (
+        len(words) == 2
+        and words[0].lower() in _POWER_WORDS
+        and words[1].lower() in ("unit", "units")
+    ):
         return ONE
     return None

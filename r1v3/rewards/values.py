@@ -286,7 +286,9 @@ def values_agree(gold: Value, answer: Value) -> bool:
         return _agree(plain[0], plain[1].scaled(hundredth))
     if unit == DEGREE:
         degrees, other = plain if gold.unit is not None else (plain[1], plain[0])
-        if rational(degrees.tree) is None or (rational(other.tree) is not None and not other.digits):
+        if rational(degrees.tree) is None or (
+            rational(other.tree) is not None and not other.digits
+        ):
             return False
         return _agree(degrees.scaled(Fraction(1), _RADIAN), other)
     return False

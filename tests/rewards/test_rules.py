@@ -123,7 +123,7 @@ def test_options_with_the_same_text_are_the_same_answer() -> None:
 
 
 def test_letter_ground_truth_without_options() -> None:
-    """A reader of formulas cannot grade these: it reads "B is wrong, C" as B and sees no letter in a box."""
+    """A reader of formulas cannot grade these: to it a letter is a variable."""
     for good in ["B", "(B)", "B.", "\\text{B}", "B. 12", "$B$", "(B) 12 cm"]:
         assert accuracy_reward(f"\\boxed{{{good}}}", "B") == 1.0
     for bad in [

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from r1v3.rewards import accuracy_reward, extract_answer, format_reward, score
 
 BLANK = [
-    "", " ", "\\,", "\\text{}", "\\text{ }", "\u200b", "\u200b\u200d\ufeff", "\\;\\!", "{}", "~", "\\quad", "$ $",
+    "", " ", "\\,", "\\text{}", "\\text{ }", "\u200b", "\u200b\u200d\ufeff", "\\;\\!", "{}", "~",
+    "\\quad", "$ $",
     "\\mathrm{}", "\\textbf{\\text{}}", "\u00a0", "\u3164", "\\ ", "\u2060\\,\\text{\u200b}", "**",
 ]  # fmt: skip
 
@@ -30,9 +31,12 @@ def test_a_thought_that_cannot_be_seen_is_no_thought(thought: str) -> None:
 
 DRAFTS = [
     "Maybe \\boxed{4}? Let me check again", "<think>It could be \\boxed{4}", "<think>\\boxed{4}",
-    "First \\boxed{4}, then I go on and on", "The answer is 4.\nBut wait, let me", "**4**\nHmm, so then",
-    "\\boxed{4}\n\nWait, that is not", "a</think>b<think>\\boxed{4}", "a</think>\\boxed{5}<think>\\boxed{4}",
-    "so \\boxed{4} is a candidate; next", "<think>The answer is 4", "a</think>x <think> the answer is 4",
+    "First \\boxed{4}, then I go on and on", "The answer is 4.\nBut wait, let me",
+    "**4**\nHmm, so then",
+    "\\boxed{4}\n\nWait, that is not", "a</think>b<think>\\boxed{4}",
+    "a</think>\\boxed{5}<think>\\boxed{4}",
+    "so \\boxed{4} is a candidate; next", "<think>The answer is 4",
+    "a</think>x <think> the answer is 4",
 ]  # fmt: skip
 
 
@@ -55,7 +59,12 @@ def test_a_draft_before_the_answer_does_not_matter() -> None:
 @settings(max_examples=200, deadline=None)
 def test_form_and_extraction_never_raise(text: str, thinking: bool) -> None:
     """Any Unicode text, also with parts of tags and boxes in it."""
-    for completion in (text, f"<think>{text}</think>\\boxed{{{text}}}", f"\\boxed{{{text}", f"</thi{text}nk>"):
+    for completion in (
+        text,
+        f"<think>{text}</think>\\boxed{{{text}}}",
+        f"\\boxed{{{text}",
+        f"</thi{text}nk>",
+    ):
         assert format_reward(completion, thinking=thinking) in (0.0, 1.0)
         found = extract_answer(completion, thinking=thinking)
         assert found is None or found.strip()
