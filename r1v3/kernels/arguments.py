@@ -23,19 +23,19 @@ METRICS = (
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
-    """Raises ValueError unless value is one of allowed."""
+    """Raise ValueError unless value is one of allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless tensor has exactly this shape."""
+    """Raise ValueError unless tensor has exactly this shape."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def check_logits(logits: Tensor, temperature: float, vocab_size: int | None) -> None:
-    """Raises ValueError for logits, a temperature or a vocab_size no kernel can work with."""
+    """Raise ValueError for logits, a temperature or a vocab_size that no kernel takes."""
     if logits.dim() == 0 or not logits.is_floating_point():
         raise ValueError(
             f"logits must be a floating-point tensor [..., V], got {logits.dtype} "
@@ -52,14 +52,14 @@ def check_logits(logits: Tensor, temperature: float, vocab_size: int | None) -> 
 
 
 def check_token_ids(token_ids: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless token_ids are integers of this shape."""
+    """Raise ValueError unless token_ids are integers of this shape."""
     check_shape("token_ids", token_ids, shape)
     if token_ids.is_floating_point() or token_ids.is_complex():
         raise ValueError(f"token_ids must be integers, got {token_ids.dtype}")
 
 
 def check_rows(rows: Tensor | None) -> None:
-    """Raises ValueError unless rows are int64 [n] or None."""
+    """Raise ValueError unless rows are int64 [n] or None."""
     if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
         raise ValueError(f"rows must be int64 [n], got {rows.dtype} of shape {list(rows.shape)}")
 

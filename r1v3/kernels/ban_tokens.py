@@ -16,14 +16,15 @@ def ban_tokens_(
         logits: [..., V] floating point, any strides; may be one shard of the vocabulary.
         token_ids: [K] integers, ids of the whole vocabulary; those outside this shard are
             ignored, repetitions are harmless.
-        enabled: [...], not 0 where the ban holds; None bans in every row.
+        enabled: [...], nonzero where the ban holds; None bans in every row.
         vocab_start: id of this shard's first column.
 
     Returns:
         logits, the same tensor.
 
     Raises:
-        ValueError: for a shape or dtype that makes no sense.
+        ValueError: if logits are not floating point, token_ids are not integers [K], or the shape
+            of enabled is not that of the rows.
     """
     if logits.dim() == 0 or not logits.is_floating_point():
         raise ValueError(

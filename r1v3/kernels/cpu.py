@@ -39,7 +39,7 @@ def _address(tensor: Tensor | None) -> int:
 def row_statistics(
     x: Tensor, rows: Tensor | None, token_ids: Tensor | None, temperature: float, stats: Tensor
 ) -> None:
-    """Writes (m, s, w, t) of the rows of x [*, vocab] (any row stride) to stats [n, 4]."""
+    """Write (m, s, w, t) of the rows of x [*, vocab] (any row stride) to stats [n, 4]."""
     _C.row_statistics(
         x.data_ptr(), DTYPE_CODES[x.dtype], stats.shape[0], x.stride(0), x.shape[1],
         _address(rows), _address(token_ids), temperature, stats.data_ptr(),
@@ -56,7 +56,7 @@ def logprobs_and_entropy(
     entropy: Tensor | None,
     saved: Tensor,
 ) -> None:
-    """Writes the results [n] of the rows of x [*, vocab], and (m, log s, entropy) to saved [n, 3].
+    """Write the results [n] of the rows of x [*, vocab], and (m, log s, entropy) to saved [n, 3].
 
     Without `entropy`, the cheaper sums for the log-probabilities alone. A token id outside
     [0, vocab) gives 0.
@@ -78,7 +78,7 @@ def row_gradient(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> None:
-    """Writes the gradient of the rows of x [*, vocab] to the same rows of out; saved is [n, 3]."""
+    """Write the gradient of the rows of x [*, vocab] to the same rows of out; saved is [n, 3]."""
     _C.row_gradient(
         x.data_ptr(), DTYPE_CODES[x.dtype], saved.shape[0], x.stride(0), x.shape[1],
         _address(rows), _address(token_ids), temperature, saved.data_ptr(),
@@ -165,7 +165,7 @@ def ban_tokens(logits: Tensor, token_ids: Tensor, enabled: Tensor | None, vocab_
 
 
 def prefer_huge_pages(x: Tensor) -> None:
-    """Asks for huge pages under a CPU tensor that has not been written yet.
+    """Ask for huge pages under a CPU tensor that has not been written yet.
 
     Without them, the system's page faults take longer than the product of a row or two with it.
     """

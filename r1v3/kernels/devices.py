@@ -10,12 +10,12 @@ _tickets: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """CUDA tensors of up to 32 bits run Triton; everything else the host kernels or reference."""
+    """Whether Triton kernels take this tensor: on CUDA, and of up to 32 bits."""
     return tensor.is_cuda and tensor.dtype in HALF_OR_SINGLE
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device the current one, on which Triton launches."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device_of(tensor)
 
 

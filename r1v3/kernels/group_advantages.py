@@ -25,7 +25,7 @@ def group_advantages(
     """Advantage of each sample over its group: (r - mean) / (std + eps) by default.
 
     The standard deviation is the unbiased sample one (ddof=1) with eps added. A group without
-    variance gives exactly 0 wherever it would be scaled or centred. NaN stays inside its group.
+    variance gives exactly 0 wherever it would be scaled or centered. NaN stays inside its group.
 
     Args:
         rewards: [N] float.
@@ -35,14 +35,15 @@ def group_advantages(
         scale: "group", "batch" (std of all rewards) or "none" (Dr.GRPO).
         ddof: 0 or 1, subtracted from the count under the variance.
         eps: >= 0, added to the standard deviation.
-        singleton: what a group of one sample gets where its mean or std would be needed:
-            "zero", or "raw" for its reward.
+        singleton: advantage of a group of one sample where its mean or standard deviation would
+            be needed: "zero", or "raw" for its reward.
 
     Returns:
         [N] float32 (float64 for float64 rewards), detached.
 
     Raises:
-        ValueError: for a shape, name or group length that makes no sense.
+        ValueError: if rewards are not floating point [N], a name is not known, ddof or eps is out
+            of range, or groups do not divide the rewards.
     """
     check_choice("baseline", baseline, BASELINES)
     check_choice("scale", scale, SCALES)

@@ -42,7 +42,7 @@ def grpo_loss(
         logprobs: [B, T], or [N] with cu_seqlens; the only input that gets a gradient.
         old_logprobs: the same shape, or None when the policy is the one that sampled.
         advantages: [B] (packed [S]) or per token. Packed with S == N is read per token.
-        loss_mask: the shape of logprobs, not 0 where a token counts.
+        loss_mask: the shape of logprobs, nonzero where a token counts.
         ref_logprobs: the shape of logprobs, or None for no KL term.
         clip_low, clip_high: distances of the clip range from 1.
         dual_clip: > 1, or None.
@@ -52,10 +52,10 @@ def grpo_loss(
             sequences), "token-mean" (DAPO), "sequence-sum" (sums, then mean over sequences)
             or "constant" (sum / normalizer, Dr.GRPO).
         cu_seqlens: [S + 1] int offsets of packed sequences, from 0 to at most N.
-        normalizer: > 0, what the sum is divided by. None counts this call's sequences with a
+        normalizer: > 0, the divisor of the sum. None counts this call's sequences with a
             valid token ("sequence-mean", "sequence-sum") or its valid tokens ("token-mean").
             To split a batch exactly, pass the same global number to every part: sequences,
-            tokens or the constant. A 0-d tensor avoids a host synchronisation.
+            tokens or the constant. A 0-d tensor avoids a host synchronization.
         weights: truncated importance weights of the policy term, [B] ([S]) or per token.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Terms of the GRPO loss: its options, its inputs, and what they come to for each token."""
+"""Terms of the GRPO loss: its options, its checked arguments, and both for each token."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,7 +66,7 @@ class GrpoOptions:
 
 @dataclass(frozen=True)
 class GrpoInputs:
-    """What `grpo_loss` is given besides log-probabilities, checked, flat and without gradient.
+    """Arguments of `grpo_loss` besides log-probabilities, checked, flat and without gradient.
 
     Attributes:
         shape: of the tokens, of which there are N; dtype: of the terms.
@@ -131,7 +131,7 @@ class GrpoInputs:
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """What is known of each token [n] before its log-probability.
+    """Terms of the loss of each token [n] that are known before its log-probability.
 
     Attributes:
         loss_scale: the factor of the token's loss in the total; zero where the mask is False.

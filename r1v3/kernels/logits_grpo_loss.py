@@ -1,6 +1,6 @@
 """The GRPO loss of logits, and its gradient in the same pass over them.
 
-What a token's loss counts in the total is known before its log-probability, and the rest of its
+The factor of a token's loss in the total is known before its log-probability, and the rest of its
 gradient depends on no other token. So a row's gradient follows at once from its statistics.
 """
 
@@ -56,7 +56,7 @@ def logits_grpo_loss(
         logits: [B, T, V], or [N, V] with cu_seqlens; float32, bfloat16, float16 or float64, any
             strides.
         token_ids: [B, T] or [N] integers in [0, vocabulary) or -100, whose log-probability is 0
-            and whose logits get no gradient. Labels that do not count may be anything.
+            and whose logits get no gradient. Labels of masked tokens may be anything.
         old_logprobs ... weights: as in `grpo_loss`.
         temperature, vocab_size, group: as in `logprobs_and_entropy`. With `group`, all ranks pass
             the same tokens and get the same loss; there is one collective.
@@ -66,11 +66,13 @@ def logits_grpo_loss(
 
     Returns:
         loss and metrics of `grpo_loss`, and besides, detached: "entropy", the mean over valid
-        tokens, and "token_entropy" and "token_logprobs", both the shape of token_ids and 0
-        where the mask or the label -100 is.
+        tokens, and "token_entropy" and "token_logprobs", both of the shape of token_ids and zero
+        where the mask is False or the label is -100.
 
     Raises:
-        ValueError: for a shape, dtype or value that makes no sense.
+        ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
+            vocab_size exceeds the columns, an option is one that `grpo_loss` refuses, or, on
+            the CPU, a label is out of range.
     """
     check_logits(logits, temperature, vocab_size if group is None else None)
     shape = tuple(logits.shape[:-1])

@@ -58,7 +58,8 @@ def logprobs_and_entropy(
         logprobs and entropy, [...] or [n], float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: for a shape, dtype or value that makes no sense.
+        ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
+            vocab_size exceeds the columns, or, on the CPU, a label or row is out of range.
     """
     check_token_ids(token_ids, tuple(logits.shape[:-1]))
     logprobs, entropy = _results(
@@ -84,7 +85,8 @@ def entropy_from_logits(
         [...] (or [len(rows)]) float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: for a shape, dtype or value that makes no sense.
+        ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
+            vocab_size exceeds the columns, or, on the CPU, a label or row is out of range.
     """
     return _results(logits, None, rows, temperature, vocab_size, group, False, True)[1]
 
@@ -107,7 +109,8 @@ def selective_log_softmax(
         [...] (or [len(rows)]) float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: for a shape, dtype or value that makes no sense.
+        ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
+            vocab_size exceeds the columns, or, on the CPU, a label or row is out of range.
     """
     check_token_ids(token_ids, tuple(logits.shape[:-1]))
     return _results(logits, token_ids, rows, temperature, vocab_size, group, False, False)[0]

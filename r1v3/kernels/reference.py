@@ -113,7 +113,7 @@ def _softmax_parts(x: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tenso
 
 
 def row_statistics(x: Tensor, token_ids: Tensor | None, temperature: float) -> Tensor:
-    """What a shard of the vocabulary must tell the others: [n, 4] = (m, s, w, t) per row.
+    """Softmax statistics of a shard of the vocabulary: [n, 4] = (m, s, w, t) per row.
 
     m = max x and t = x[token], or 0 when the id is outside this shard, are logits: divided by a
     small temperature they would lose digits. With d = (x - m) / T, s = sum exp(d) and
@@ -307,24 +307,24 @@ def group_advantages(
             out[members] = group if singleton == "raw" else _zero_like(group)
             continue
         shifted = group - group[0]
-        centred = shifted - shifted.mean()
+        centered = shifted - shifted.mean()
         if baseline == "none":
-            centred = group
+            centered = group
         elif baseline == "leave_one_out":
-            centred = centred * (n / (n - 1))
+            centered = centered * (n / (n - 1))
         if scale != "none":
             std = standard_deviation(group, ddof) if scale == "group" else batch_std
             # std is NaN, not 0, when a reward is: NaN must not turn into a plausible 0.
-            centred = torch.where(std == 0, _zero_like(centred), centred / (std + eps))
-        out[members] = centred
+            centered = torch.where(std == 0, _zero_like(centered), centered / (std + eps))
+        out[members] = centered
     return out
 
 
 def standard_deviation(r: Tensor, ddof: int) -> Tensor:
-    """0-d standard deviation of r [N], N >= 1, exactly 0 where all are equal."""
+    """0-d standard deviation of r [N], N >= 1, exactly 0 if all are equal."""
     shifted = r - r[0]
-    centred = shifted - shifted.mean()
-    return (centred.square().sum() / max(r.numel() - ddof, 1)).sqrt()
+    centered = shifted - shifted.mean()
+    return (centered.square().sum() / max(r.numel() - ddof, 1)).sqrt()
 
 
 def _zero_like(r: Tensor) -> Tensor:

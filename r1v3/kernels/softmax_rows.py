@@ -74,7 +74,7 @@ def backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> None:
-    """Writes the gradient of all rows of logits [..., V] to out, which may be the logits.
+    """Write the gradient of all rows of logits [..., V] to out, which may be the logits.
 
     Rows outside `rows` and columns outside the vocabulary get 0.
     """
@@ -302,7 +302,7 @@ def _zero_rest(target: Tensor, rows: Tensor | None, vocab: int) -> None:
     if rows is not None:
         unselected = torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
         unselected[rows] = False
-        if target.is_cuda:  # where counting them would be a synchronisation
+        if target.is_cuda:  # where counting them would be a synchronization
             target.masked_fill_(unselected[:, None], 0)
         else:  # filling under a mask would read and write every row
             target.index_fill_(0, unselected.nonzero().squeeze(-1), 0)

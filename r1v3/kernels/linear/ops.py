@@ -54,9 +54,9 @@ def linear_logprobs_and_entropy(
         token_ids: [...] integers in [0, vocabulary) or -100.
         bias: [V] or None.
         temperature, vocab_size, group: as in `logprobs_and_entropy`.
-        loss_mask: [...], not 0 where a row counts, or None. A row that does not count, or has
+        loss_mask: [...], nonzero where a row counts, or None. A row that does not count, or has
             label -100, gives 0 for both results and no gradient. On CUDA, finding the rows is one
-            synchronisation with the host; with `rows` there is none.
+            synchronization with the host; with `rows` there is none.
         rows: int64 [n] into the flattened leading dimensions, without repetition, instead of a
             loss_mask: only these rows are computed, and the results are [n].
         sequence_parallel: with `group` of k ranks: hidden holds this rank's 1/k of the flattened
@@ -78,7 +78,8 @@ def linear_logprobs_and_entropy(
         in hidden, weight and bias. Run to run the bits are equal, and equal on all ranks.
 
     Raises:
-        ValueError: for a shape, dtype or value that makes no sense.
+        ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
+            vocab_size exceeds V, or, on the CPU, a label or row is out of range.
     """
     shape = _check_head(hidden, weight, token_ids, group, sequence_parallel, reduce_hidden_grad)
     check_logits(weight.T, temperature, None if group else vocab_size)
@@ -146,7 +147,7 @@ def linear_grpo_loss(
     their logits where the weight's gradient will be.
 
     If that is more than one chunk, the gradient of a 16-bit weight is summed in a float32 [V, H]
-    of its own, unless there is a weight_grad_accumulator. On the host the logits are then computed
+    of its own, unless there is a weight_grad_accumulator. On the CPU the logits are then computed
     twice instead.
 
     Args:
@@ -155,18 +156,20 @@ def linear_grpo_loss(
             row_tile: as in `linear_logprobs_and_entropy`.
         old_logprobs ... weights: as in `grpo_loss`. Without old_logprobs the policy is the one
             that sampled, and its own log-probabilities take their place, detached.
-        rows: int64 [n], where the flattened loss_mask is not 0, to spare CUDA a synchronisation.
+        rows: int64 [n], where the flattened loss_mask is nonzero, to spare CUDA a synchronization.
         weight_grad_accumulator: as in `linear_logprobs_and_entropy`, but added to right away, in
             this call; the upstream gradient of the loss must then be 1, else the backward raises.
-            What the loss has to be scaled with belongs into normalizer.
+            Scale the loss by normalizer instead.
 
     Returns:
         loss and metrics of `grpo_loss`, and besides, detached: "entropy", the mean over valid
-        tokens, and "token_entropy" and "token_logprobs", both the shape of token_ids and 0
-        where the mask is.
+        tokens, and "token_entropy" and "token_logprobs", both of the shape of token_ids and zero
+        where the mask is False.
 
     Raises:
-        ValueError: for a shape, dtype or value that makes no sense.
+        ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
+            vocab_size exceeds V, an option is one that `grpo_loss` refuses, or, on the CPU, a
+            label is out of range or rows are not those of the mask.
     """
     shape = _check_head(hidden, weight, token_ids, group, sequence_parallel, reduce_hidden_grad)
     check_logits(weight.T, temperature, None if group else vocab_size)

@@ -55,8 +55,8 @@ def _group_advantages_kernel(
             inside = start + lanes < n
             member = _member(order_ptr, begin + start + lanes, inside, HAS_ORDER)
             r = tl.load(rewards_ptr + member, mask=inside, other=0.0)
-            centred = tl.where(inside, (r - first) - mean, 0.0)
-            squares += centred * centred
+            centered = tl.where(inside, (r - first) - mean, 0.0)
+            squares += centered * centered
         std = tl.sqrt(tl.sum(squares, axis=0) / tl.maximum(n - DDOF, 1))
         if SCALE == 1:
             std = tl.load(batch_std_ptr)

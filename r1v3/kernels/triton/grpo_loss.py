@@ -257,7 +257,7 @@ def _total(
     HAS_NORMALIZER: tl.constexpr,
     AGGREGATION: tl.constexpr,
 ):
-    """Adds the programs' sums in order: metrics 0 to 8, 9 the loss, 10 sequences that count."""
+    """Add the programs' sums in order: metrics 0 to 8, 9 the loss, 10 sequences that count."""
     k = tl.arange(0, 16)
     rows = tl.arange(0, 32)
     totals = tl.zeros([32, 16], tl.float64)

@@ -155,7 +155,7 @@ def row_gradient(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> None:
-    """Writes the gradient of every row into `out` (shaped like logits; may be logits).
+    """Write the gradient of every row into `out` (shaped like logits; may be logits).
 
     Rows that `rows` does not name, rows without upstream gradient and columns from `vocab` on
     get exactly 0. `rows` must not repeat.

@@ -12,7 +12,7 @@ else. (To sum in an order counted from the row's start, every thread would have 
 of the aligned vectors: twice the load instructions, for rows that are aligned alike anyway where V
 is a multiple of 8.)
 
-Numbers that change from batch to batch are not specialised on: no batch waits for a compilation.
+Numbers that change from batch to batch are not specialized on: no batch waits for a compilation.
 """
 # mypy: allow-untyped-defs, allow-untyped-calls
 
