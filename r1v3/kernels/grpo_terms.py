@@ -69,15 +69,14 @@ class GrpoInputs:
     """Arguments of `grpo_loss` besides log-probabilities, checked, flat and without gradient.
 
     Attributes:
-        shape: of the tokens, of which there are N; dtype: of the terms.
-        mask: bool [N].
+        dtype: of the terms.
+        mask: bool [N], which tokens count.
         terms: advantages [N] or [S], old log-probabilities [N] or None, reference
             log-probabilities [N] or None, importance weights [N], [S] or None.
         offsets: int64 [S + 1] of packed sequences, or None for sequences of `length` tokens.
         normalizer: 0-d or None.
     """
 
-    shape: tuple[int, ...]
     dtype: torch.dtype
     mask: Tensor
     terms: list[Tensor | None]
@@ -115,7 +114,6 @@ class GrpoInputs:
                 _check_per_sequence_or_token(name, tensor, shape, sequences)
         mask = loss_mask if loss_mask.dtype == torch.bool else loss_mask != 0
         return cls(
-            shape,
             dtype,
             mask.reshape(-1).contiguous(),
             [
