@@ -94,7 +94,7 @@ _CLOSING = frozenset([("op", ")"), ("op", "]"), ("op", "}"), ("cmd", "}")])
 
 
 def _depths(tokens: Sequence[Token]) -> list[int]:
-    """How many brackets enclose each token; a bracket counts as inside itself."""
+    """The number of brackets around each token; a bracket counts as inside itself."""
     depth, found = 0, []
     for token in tokens:
         depth += token[:2] in _OPENING
@@ -324,7 +324,7 @@ def _read_inequality(parts: Sequence[Sequence[Token]], signs: list[str]) -> Answ
 
 
 def _bounds(values: list[Value], signs: list[str], i: int) -> tuple[Interval, ...] | None:
-    """What `values[i]` may be, from the relations beside it."""
+    """The intervals that `values[i]` may lie in, from the relations beside it."""
     if len(values) == 2:
         sign, end = (signs[0], values[1]) if i == 0 else (_MIRRORED[signs[0]], values[0])
         if sign == "!=":

@@ -179,7 +179,7 @@ def multiplier(word: str) -> int | None:
 
 
 def _counted(words: list[str]) -> Unit | None:
-    """What is counted, by one or two nouns ("apples", "red balls"), as a dimension of its own."""
+    """One or two nouns of things that are counted ("apples", "red balls") as a dimension."""
     if words == ["units"] or "".join(words) in _MEASURE_WORDS:
         return ONE
     if not 1 <= len(words) <= 2:

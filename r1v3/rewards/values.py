@@ -38,7 +38,7 @@ _MINUS_INFINITE = ("*", ("num", "-1"), ("inf",))
 
 @dataclass(frozen=True)
 class Digits:
-    """What a decimal shows: a unit in its last place, and how many digits."""
+    """The precision of a decimal: a unit in its last place, and the number of its digits."""
 
     step: Fraction
     shown: int
