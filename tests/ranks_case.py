@@ -53,9 +53,10 @@ def run(folder: Path, name: str) -> dict[str, Any]:
             save_file({"x": value}, directory / f"{ranks.rank}-{number}.safetensors")
 
     def save(step: int, keep: int = 2, write: Any = write_model) -> Path:
-        return checkpoint.save_checkpoint(
+        pending = checkpoint.start_checkpoint(
             root, step, tensors={}, state={"n": 1}, write_model=write, keep=keep, ranks=ranks
         )
+        return pending.finish()
 
     path = save(1)
     report["hashed"] = sorted(hashed)
@@ -91,7 +92,7 @@ def disk_full(root: Path, ranks: Ranks) -> str:
 
     checkpoint.require_free_space = none_left
     try:
-        checkpoint.save_checkpoint(
+        checkpoint.start_checkpoint(
             root, 4, tensors={}, state={}, write_model=lambda directory: None, ranks=ranks
         )
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The sampler of a stage, as its configuration says."""
+"""The sampler that a stage's configuration names."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,11 @@ from r1v3.engine.contract import Decoder
 from r1v3.ranks import Ranks
 from r1v3.rollout.contract import Sampler, TokenRules
 from r1v3.rollout.local import LocalSampler
+from r1v3.rollout.server_pool import ServerLimits
 from r1v3.rollout.vllm_colocated import ColocatedVLLM
 from r1v3.rollout.vllm_server import VLLMServers
 
-# Published weights of a run lie here, unless the configuration says where.
+# Folder below the run for published weights, unless the configuration names another.
 WEIGHTS = "rollout-weights"
 
 
@@ -26,12 +27,12 @@ def build_sampler(
     max_length: int,
     local: Callable[[], tuple[Decoder, Ranks]],
 ) -> Sampler:
-    """What completes the prompts of a stage.
+    """Build the sampler of a stage.
 
     Args:
         ranks: all processes of the job.
         max_length: longest prompt and completion together, in tokens.
-        local: the live weights and their replicas, asked for only where they sample.
+        local: returns the live decoder and its replicas; called only for engine local.
     """
     rules = TokenRules.of(tokenizer)
     if config.engine == "local":
@@ -56,7 +57,5 @@ def build_sampler(
         weights_folder=config.weights_folder or stage.run / WEIGHTS,
         ranks=ranks,
         dtype=getattr(torch, stage.dtype),
-        timeout_seconds=config.timeout_seconds,
-        retries=config.retries,
-        concurrency=config.concurrency,
+        limits=ServerLimits(config.timeout_seconds, config.retries, config.concurrency),
     )

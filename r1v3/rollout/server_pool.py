@@ -1,9 +1,9 @@
-"""Requests spread over servers that fail: every one is answered once, or the reasons are named.
+"""Requests to servers that may fail: every request is answered once, or the reasons are named.
 
 A server whose request fails is taken out and tried again later, with growing pauses; the request
 goes to another one. A request that runs much longer than the others is also sent to a second
-server, and the first valid answer wins. Nothing waits for ever: an attempt has a time limit, a
-request a number of attempts, and a pool without a live server a patience.
+server, and the first valid answer wins. Nothing waits forever: an attempt has a time limit, a
+request a number of attempts, and a pool without a live server a limit on waiting for one.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from r1v3.http import RequestFailed, backoff
+from r1v3.http import RequestFailed, backoff, check_limits
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
@@ -26,18 +26,52 @@ _GRACE_SECONDS = 2.0
 _TICK = 0.02
 
 
+@dataclass(frozen=True)
+class ServerLimits:
+    """Limits on time, attempts and requests.
+
+    Attributes:
+        timeout_seconds: of one attempt at one request.
+        retries: further attempts at a request after the first, on another server if there is one.
+        concurrency: requests under way at a time, over all servers.
+        patience_seconds: longest wait while no server is live; a server that restarts must need
+            less, loading weights included.
+        update_seconds: longest time for a server to load weights.
+        pause_seconds: before a failed server is checked again; doubles each time, at most 8 s.
+
+    Raises:
+        ValueError: retries or patience_seconds below 0, or another value not above 0.
+    """
+
+    timeout_seconds: float = 600.0
+    retries: int = 3
+    concurrency: int = 64
+    patience_seconds: float = 600.0
+    update_seconds: float = 1800.0
+    pause_seconds: float = 0.5
+
+    def __post_init__(self) -> None:
+        not_negative = {"retries": self.retries, "patience_seconds": self.patience_seconds}
+        above_zero = {k: v for k, v in vars(self).items() if k not in not_negative}
+        check_limits(above_zero=above_zero, not_negative=not_negative)
+
+
+DEFAULT_LIMITS = ServerLimits()
+
+
 @dataclass
 class Server:
-    """One server and what is known of it.
+    """One server and its state.
 
     Attributes:
         live: it has passed its check and has not failed since.
-        name: of the model it serves.
-        step: training step of the weights it answers with; None if unknown.
-        retry_at: when to check it again (monotonic seconds).
+        name: the name of the model it serves.
+        step: training step of its weights; None if unknown.
+        retry_at: time of the next check (monotonic seconds).
         failures: failed checks and attempts in a row.
-        trouble: the last failure, in words.
-        running: attempts under way. checking: its check is under way.
+        trouble: description of the last failure.
+        running: attempts under way.
+        checking: whether its check is under way.
     """
 
     url: str
@@ -51,9 +85,9 @@ class Server:
     checking: bool = False
 
     def fail(self, reason: str, pause_seconds: float) -> None:
-        """Take it out for a while that grows with its failures in a row.
+        """Take the server out for a time that grows with its failures in a row.
 
-        When it goes down, all requests under way on it fail; that is one failure.
+        When it goes down, all requests under way on it fail; they count as one failure.
         """
         self.trouble = reason
         if not (self.live or self.checking):
@@ -68,21 +102,19 @@ class NoServers(RuntimeError):
 
 
 def no_servers(what: str, servers: Sequence[Server]) -> NoServers:
+    """Build the error for unanswered requests."""
     lines = "; ".join(f"{s.url}: {s.trouble}" for s in servers)
     return NoServers(f"{what}. Servers and their last failures: {lines}")
 
 
 @dataclass
 class Pool(Generic[Task, Answer]):
-    """Runs tasks on servers, at most `concurrency` of them at a time.
+    """A pool of servers that runs tasks, at most `limits.concurrency` of them at a time.
 
     Attributes:
-        ask: does one task on one server.
-        check: finds out whether a server can be used again, and readies it.
-            Both raise RequestFailed when they fail; what else they raise ends the run.
-        retries: further attempts at a task after the first.
-        patience_seconds: longest time without any live server; a server that restarts needs less.
-        pause_seconds: before a failed server is checked again; doubles each time, at most 8 s.
+        ask: does one task on one server. Like `check`, it raises RequestFailed when it fails; any
+            other error ends the run.
+        check: checks whether a server can be used, and prepares it.
         failed: attempts that failed so far.
         resent: tasks that were sent to a second server so far, because they were late.
     """
@@ -90,17 +122,14 @@ class Pool(Generic[Task, Answer]):
     servers: Sequence[Server]
     ask: Callable[[Server, Task], Awaitable[Answer]]
     check: Callable[[Server], Awaitable[None]]
-    concurrency: int
-    retries: int
-    patience_seconds: float
-    pause_seconds: float = 0.5
+    limits: ServerLimits
     failed: int = field(default=0, init=False)
     resent: int = field(default=0, init=False)
     _durations: list[float] = field(default_factory=list, init=False)
     _open: int = field(default=0, init=False)
 
     async def run(self, tasks: Sequence[Task]) -> list[Answer]:
-        """Answers of all tasks, in order.
+        """Run all tasks; return their answers in order.
 
         Raises:
             NoServers: a task failed on every attempt, or no server was live for too long.
@@ -108,7 +137,7 @@ class Pool(Generic[Task, Answer]):
         self._durations, self._open = [], len(tasks)
         for server in self.servers:
             server.retry_at = 0.0  # much may have happened since the last run
-        slots = asyncio.Semaphore(self.concurrency)
+        slots = asyncio.Semaphore(self.limits.concurrency)
 
         async def one(task: Task) -> Answer:
             async with slots:
@@ -135,10 +164,10 @@ class Pool(Generic[Task, Answer]):
             await asyncio.gather(watch, work, return_exceptions=True)
 
     async def ready(self) -> None:
-        """Check every server that is out, and go on until one is live.
+        """Check every server that is out, until one is live.
 
         Raises:
-            NoServers: none was for `patience_seconds` after the first round.
+            NoServers: none was live for `patience_seconds` after the first round of checks.
         """
         since: float | None = None
         while True:
@@ -147,13 +176,13 @@ class Pool(Generic[Task, Answer]):
             if any(server.live for server in self.servers):
                 return
             since = time.monotonic() if since is None else since
-            if time.monotonic() - since > self.patience_seconds:
-                what = f"no server was live for {self.patience_seconds:g} s"
+            if time.monotonic() - since > self.limits.patience_seconds:
+                what = f"no server was live for {self.limits.patience_seconds:g} s"
                 raise no_servers(what, self.servers)
             await asyncio.sleep(_TICK)
 
     async def _settle(self) -> None:
-        """Wait until every server is live or out; not long once one is live."""
+        """Wait until every server is live or out; once one is live, for a short time only."""
         since = time.monotonic()
         while any(
             not s.live and (s.checking or time.monotonic() >= s.retry_at) for s in self.servers
@@ -161,12 +190,12 @@ class Pool(Generic[Task, Answer]):
             late = time.monotonic() - since > _GRACE_SECONDS
             if late and any(server.live for server in self.servers):
                 return
-            if time.monotonic() - since > self.patience_seconds:
+            if time.monotonic() - since > self.limits.patience_seconds:
                 return
             await asyncio.sleep(_TICK)
 
     async def _watch(self) -> None:
-        """Check servers that are out, when their time has come."""
+        """Check servers that are out, each when its pause is over."""
         checks: dict[str, asyncio.Task[None]] = {}
         try:
             while True:
@@ -189,7 +218,7 @@ class Pool(Generic[Task, Answer]):
         try:
             await self.check(server)
         except RequestFailed as failure:
-            server.fail(failure.reason, self.pause_seconds)
+            server.fail(failure.reason, self.limits.pause_seconds)
         else:
             server.live, server.failures = True, 0
         finally:
@@ -198,7 +227,7 @@ class Pool(Generic[Task, Answer]):
     async def _answer(self, task: Task) -> Answer:
         reasons: list[str] = []
         tried: set[str] = set()
-        while len(reasons) <= self.retries:
+        while len(reasons) <= self.limits.retries:
             server = await self._free(tried)
             tried.add(server.url)
             try:
@@ -214,17 +243,17 @@ class Pool(Generic[Task, Answer]):
         raise no_servers(f"a request failed after {count} ({'; '.join(reasons)})", self.servers)
 
     async def _free(self, avoid: set[str]) -> Server:
-        """The live server with the least to do, one not in `avoid` if there is one."""
+        """Return the live server with the fewest attempts, not one of `avoid` if possible."""
         since = time.monotonic()
         while not (live := [s for s in self.servers if s.live]):
-            if time.monotonic() - since > self.patience_seconds:
-                what = f"no server was live for {self.patience_seconds:g} s"
+            if time.monotonic() - since > self.limits.patience_seconds:
+                what = f"no server was live for {self.limits.patience_seconds:g} s"
                 raise no_servers(f"{what}, {self._open} requests are unanswered", self.servers)
             await asyncio.sleep(_TICK)
         return min(live, key=lambda server: (server.url in avoid, server.running))
 
     async def _attempt(self, task: Task, server: Server) -> Answer:
-        """Ask a server, and a second one if the first is late; the first valid answer."""
+        """Ask a server, and a second one if it is late; return the first valid answer."""
         began = time.monotonic()
         asked = [server]
         attempts = {self._start(server, task)}
@@ -256,7 +285,7 @@ class Pool(Generic[Task, Answer]):
         raise failure
 
     def _start(self, server: Server, task: Task) -> asyncio.Task[Answer]:
-        """Begin an attempt; the server counts as busier at once, before the attempt runs."""
+        """Start an attempt; the server counts as busier at once, before the attempt runs."""
 
         def ended(_: object) -> None:
             server.running -= 1
@@ -272,7 +301,7 @@ class Pool(Generic[Task, Answer]):
         except RequestFailed as failure:
             self.failed += 1
             if failure.retry:
-                server.fail(failure.reason, self.pause_seconds)
+                server.fail(failure.reason, self.limits.pause_seconds)
             else:
                 server.trouble = failure.reason
             raise
@@ -286,7 +315,7 @@ class Pool(Generic[Task, Answer]):
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What ended a group of tasks: a fault of the set-up before one of the servers."""
+    """Return the error that ended a group of tasks; an error of the set-up before NoServers."""
     flat: list[BaseException] = []
     for error in group.exceptions:
         flat.append(_first(error) if isinstance(error, BaseExceptionGroup) else error)

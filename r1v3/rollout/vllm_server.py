@@ -33,14 +33,13 @@ from r1v3.http import (
     IDENTITY,
     RequestFailed,
     check_address,
-    check_limits,
     exchange,
     require_httpx,
 )
 from r1v3.ranks import ALONE, Ranks
 from r1v3.rollout.completions import Completion, assemble, close_thoughts
 from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
-from r1v3.rollout.server_pool import Pool, Server
+from r1v3.rollout.server_pool import DEFAULT_LIMITS, Pool, Server, ServerLimits
 from r1v3.rollout.vllm_protocol import (
     Call,
     chat_call,
@@ -61,26 +60,20 @@ Result = TypeVar("Result")
 
 
 class VLLMServers:
-    """`Sampler` on servers.
+    """A `contract.Sampler` over vLLM servers.
 
     Args:
-        urls: of the servers, without `/v1`; a trailing `/v1` is taken off.
+        urls: of the servers; a trailing `/v1` is dropped.
         rules: of the tokenizer of the model they serve.
-        model_folder: the model in the layout that the servers serve it in; configuration and
-            tokenizer of what is published are its.
-        weights_folder: what weights are published to; None for servers whose weights stay.
+        model_folder: the model in the layout that the servers serve; the configuration and the
+            tokenizer of published weights are copied from it.
+        weights_folder: where weights are published; None for servers whose weights stay.
         ranks: processes that make every call together; the first one talks to the servers.
-        dtype: that weights are published in; None leaves them as they come.
-        api_key: sent as a bearer token; never logged.
-        timeout_seconds: of one attempt at one request.
-        retries: further attempts at a request after the first, on another server if there is one.
-        concurrency: requests under way at a time, over all servers.
-        patience_seconds: longest time to wait when no server is live; a server that restarts
-            needs less, loading weights included.
-        update_seconds: longest time for a server to load weights.
-        pause_seconds: before a failed server is checked again; doubles each time, at most 8 s.
+        dtype: of published weights; None leaves theirs.
+
     Raises:
-        ValueError: an argument is out of range. ImportError: httpx is not installed.
+        ValueError: no URL, or one that is not an http address.
+        ImportError: httpx is not installed.
     """
 
     def __init__(
@@ -92,27 +85,12 @@ class VLLMServers:
         weights_folder: Path | None = None,
         ranks: Ranks = ALONE,
         dtype: torch.dtype | None = None,
-        api_key: str | None = None,
-        timeout_seconds: float = 600.0,
-        retries: int = 3,
-        concurrency: int = 64,
-        patience_seconds: float = 600.0,
-        update_seconds: float = 1800.0,
-        pause_seconds: float = 0.5,
+        limits: ServerLimits = DEFAULT_LIMITS,
     ) -> None:
         if not urls:
             raise ValueError("urls () must name at least one server")
         for url in urls:
             check_address("urls", url)
-        check_limits(
-            above_zero={
-                "timeout_seconds": timeout_seconds,
-                "concurrency": concurrency,
-                "update_seconds": update_seconds,
-                "pause_seconds": pause_seconds,
-            },
-            not_negative={"retries": retries, "patience_seconds": patience_seconds},
-        )
         require_httpx("sampling from vLLM servers")
         plain = dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in urls)
         self.servers = [Server(url) for url in plain]
@@ -122,19 +100,8 @@ class VLLMServers:
         self._model_folder, self._weights_folder = model_folder, weights_folder
         self._placeholder = placeholder_of(model_folder)
         self._dtype = dtype
-        self._headers = dict(IDENTITY)
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self._timeout, self._update_seconds = timeout_seconds, update_seconds
-        self._pool = Pool(
-            self.servers,
-            self._ask,
-            self._check,
-            concurrency=concurrency,
-            retries=retries,
-            patience_seconds=patience_seconds,
-            pause_seconds=pause_seconds,
-        )
+        self._limits = limits
+        self._pool = Pool(self.servers, self._ask, self._check, limits)
         self._client: httpx.AsyncClient | None = None
         # Not an end of turn, not banned: any ordinary token serves for the probe.
         special = {rules.stop_id, rules.pad_id, *rules.never}
@@ -293,14 +260,14 @@ class VLLMServers:
         async def with_client() -> Result:
             limits = httpx.Limits(max_connections=None)
             async with httpx.AsyncClient(
-                headers=self._headers, limits=limits, **CLIENT_OPTIONS
+                headers=IDENTITY, limits=limits, **CLIENT_OPTIONS
             ) as self._client:
                 return await work
 
         return asyncio.run(with_client())
 
     async def _ask(self, server: Server, call: Call) -> list[Completion]:
-        reply = await self._post(server, call, self._timeout)
+        reply = await self._post(server, call, self._limits.timeout_seconds)
         return read_answer(call, reply, self.rules, server.url)
 
     async def _post(self, server: Server, call: Call, seconds: float) -> bytes:
@@ -321,14 +288,14 @@ class VLLMServers:
         if self.step is not None and server.step != self.step:
             await self._load_weights(server)
         call = probe_call(self.rules, self._probe_token)
-        reply = await self._post(server, call, max(_CHECK_SECONDS, self._timeout))
+        reply = await self._post(server, call, max(_CHECK_SECONDS, self._limits.timeout_seconds))
         read_probe(call, reply, self.rules, self._probe_token, server.url)
 
     async def _load_weights(self, server: Server) -> None:
         step, server.step = self.step, None
         reload = json.dumps({"method": "reload_weights"}).encode()
         await self._control(server, "/pause?mode=abort")
-        await self._control(server, "/collective_rpc", reload, self._update_seconds)
+        await self._control(server, "/collective_rpc", reload, self._limits.update_seconds)
         await self._control(server, "/reset_prefix_cache")
         await self._control(server, "/resume")
         server.step = step

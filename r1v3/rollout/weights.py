@@ -20,7 +20,11 @@ _STEP = "step-"
 def buckets(
     tensors: Iterable[tuple[str, Tensor]], max_bytes: int
 ) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive tensors in lists of at most `max_bytes`; a larger tensor is alone in its own."""
+    """Group consecutive tensors into lists of at most `max_bytes`; a larger one stands alone.
+
+    Raises:
+        ValueError: max_bytes < 1.
+    """
     if max_bytes < 1:
         raise ValueError(f"max_bytes {max_bytes} must be at least 1")
     bucket: list[tuple[str, Tensor]] = []
@@ -39,9 +43,9 @@ def buckets(
 def in_layout(
     tensors: Iterable[tuple[str, Tensor]], model_folder: Path
 ) -> Iterator[tuple[str, Tensor]]:
-    """HF-native weights under the names of a model folder's own layout, native or original.
+    """Rename HF-native weights to the names of a model folder's layout, native or original.
 
-    Parts of a tensor that is one in the original layout (the vision tower's q, k and v) are held
+    The parts of a tensor that the original layout fuses (q, k and v of the vision tower) are held
     until all have come.
 
     Raises:
@@ -91,20 +95,20 @@ def publish(
 ) -> Path:
     """Write a model folder `step-N` and point the link `current` at it, in one step.
 
-    A reader of `current` sees the whole old folder or the whole new one. The folder before is
-    kept for readers that are still at it; older ones are deleted.
+    A reader of `current` sees the whole old folder or the whole new one. The previous folder is
+    kept for servers that are still reading it; older ones are deleted.
 
     Args:
-        folder: where the step folders are, on a file system that the servers see as well.
-        model_folder: gives configuration, tokenizer and everything else that is not weights.
-        tensors: weights by HF-native name; read one shard at a time. They are stored under the
-            names of the layout that `model_folder` has.
-        dtype: that floating-point weights are stored in; None leaves them.
+        folder: the parent of the step folders, on a file system that the servers share.
+        model_folder: source of the configuration, the tokenizer and all other files but weights.
+        tensors: weights by HF-native name, read one shard at a time; stored under the names of
+            `model_folder`'s layout.
+        dtype: to store floating-point weights in; None leaves theirs.
     Returns:
         The path of `current`.
     Raises:
         ValueError: as `in_layout`.
-        OSError: writing failed; `current` is as it was.
+        OSError: writing failed; `current` is unchanged.
     """
     read_config(model_folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +135,7 @@ def publish(
 
 
 def _copy_rest(source: Path, target: Path) -> None:
-    """Every small file of a model folder: what is not weights."""
+    """Copy every file of a model folder except the weights."""
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json")):
             shutil.copyfile(path, target / path.name)
@@ -140,7 +144,7 @@ def _copy_rest(source: Path, target: Path) -> None:
 def _write_shards(
     target: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int
 ) -> None:
-    """Safetensors files and the index that says which tensor is in which."""
+    """Write safetensors files and the index from tensor to file."""
     places: dict[str, str] = {}
     total = 0
     for number, bucket in enumerate(buckets(tensors, shard_bytes)):
@@ -158,11 +162,3 @@ def _write_shards(
         target / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": places},
     )
-
-
-def published_step(folder: Path) -> int | None:
-    """The step that `current` points at; None when nothing has been published."""
-    current = folder / CURRENT
-    if not current.is_symlink():
-        return None
-    return int(Path(os.readlink(current)).name.removeprefix(_STEP))

@@ -4,9 +4,8 @@
 are), `trainer.safetensors` (optimizer moments and other tensors), `trainer.json` (seeds, counters)
 and `manifest.json`, which lists every other file with its size and SHA-256. A save fills a hidden
 temporary directory, writes the manifest last, fsyncs and renames, so kill -9 at any moment leaves
-the checkpoints that were there before. Nothing is ever unpickled. One job saves into a root: with
-several ranks, all of them call what is here, all see the same file system, and each hashes its
-share of the files.
+the earlier checkpoints intact. Nothing is ever unpickled. One job saves into a root: its ranks call
+these functions together, see the same file system, and each hashes a part of the files.
 """
 
 import errno
@@ -16,7 +15,7 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +43,12 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is incomplete or altered; the message names the file and what is wrong."""
+    """A checkpoint is incomplete or altered; the message names the file and the damage."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A verified checkpoint: `tensors` own their memory, `state` is what JSON made of it."""
+    """A verified checkpoint; `tensors` own their memory, `state` has been through JSON."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -62,34 +61,6 @@ def checkpoint_path(root: Path, step: int) -> Path:
     return Path(root) / f"step-{step:06d}"
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
-    *,
-    tensors: Mapping[str, Tensor],
-    state: dict[str, Any],
-    write_model: Callable[[Path], Writing | None],
-    keep: int | None = 2,
-    protect: Collection[int] = (),
-    ranks: Ranks = ALONE,
-) -> Path:
-    """`start_checkpoint`, finished at once.
-
-    Returns:
-        The directory. An existing checkpoint of the same step is replaced in one move.
-    """
-    return start_checkpoint(
-        root,
-        step,
-        tensors=tensors,
-        state=state,
-        write_model=write_model,
-        keep=keep,
-        protect=protect,
-        ranks=ranks,
-    ).finish()
-
-
 def start_checkpoint(
     root: Path,
     step: int,
@@ -98,24 +69,22 @@ def start_checkpoint(
     state: dict[str, Any],
     write_model: Callable[[Path], Writing | None],
     keep: int | None = 2,
-    protect: Collection[int] = (),
     ranks: Ranks = ALONE,
 ) -> "PendingCheckpoint":
-    """Save step `step` below `root`; `finish` then moves it into place.
+    """Start to save step `step` below `root`; `PendingCheckpoint.finish` moves it into place.
 
     `finish` also removes checkpoints beyond the newest `keep`.
 
     Args:
-        tensors: any device and layout; stored on its own, bit by bit, by the first rank.
+        tensors: of any device and layout; the first rank stores each one on its own, bit for bit.
         state: JSON values with string keys and finite numbers (tuples come back as lists).
-        write_model: fills the directory it is given with the model's files, or goes on doing so
-            in the background and returns what to wait for.
-        keep: intact checkpoints to keep, the new one among them; None keeps all. There must be
-            room for one more while saving: old ones go only after the new one is in place.
-        protect: steps that are never removed.
+        write_model: fills the directory it is given with the model's files; or starts to, and
+            returns the writing to wait for.
+        keep: intact checkpoints to keep, the new one included; None keeps all. The disk needs
+            room for one more, because old ones go only after the new one is in place.
         ranks: the processes that save together.
     Raises:
-        ValueError: a bad step, keep or state; nothing was written.
+        ValueError: step < 0, keep < 1, or a state that JSON would change; nothing was written.
         OSError: no room (ENOSPC, found before or while writing); earlier checkpoints are intact.
     """
     if step < 0 or (keep is not None and keep < 1):
@@ -132,7 +101,7 @@ def start_checkpoint(
         temporary.mkdir()
         return temporary
 
-    pending = PendingCheckpoint(root, step, ranks.on_main(prepare), needed, keep, protect, ranks)
+    pending = PendingCheckpoint(root, step, ranks.on_main(prepare), needed, keep, ranks)
     with pending.cleaned_up():
         pending.writing = write_model(pending.temporary)
         ranks.on_main(lambda: _write_own_files(pending.temporary, step, tensors, state))
@@ -148,21 +117,23 @@ class PendingCheckpoint:
     temporary: Path
     needed: int
     keep: int | None
-    protect: Collection[int]
     ranks: Ranks
     writing: Writing | None = None
 
     def written(self) -> bool:
-        """Whether `finish` would not have to wait; the same on every rank."""
+        """Whether all files are written, so that `finish` need not wait; the same on every rank."""
         return self.writing is None or self.writing.done()
 
     def finish(self) -> Path:
-        """Wait for the files, write the manifest and move the checkpoint into place."""
+        """Wait for the files, write the manifest, move the checkpoint into place; return its path.
+
+        A checkpoint of the same step is replaced in one move.
+        """
         final = checkpoint_path(self.root, self.step)
 
         def place() -> None:
             replace_directory(self.temporary, final)
-            _remove_old(self.root, self.step, self.keep, self.protect)
+            _remove_old(self.root, self.step, self.keep)
 
         with self.cleaned_up():
             if self.writing is not None:
@@ -174,7 +145,7 @@ class PendingCheckpoint:
 
     @contextmanager
     def cleaned_up(self) -> Iterator[None]:
-        """Remove what was written if it cannot become a checkpoint; say so if the disk is full."""
+        """On an error, remove the files; a full disk becomes an OSError that says so."""
         try:
             yield
         except BaseException as error:
@@ -192,7 +163,7 @@ class PendingCheckpoint:
 
 
 def load_checkpoint(path: Path, ranks: Ranks = ALONE) -> Loaded:
-    """Verify every file of the checkpoint directory `path` against its manifest and read it.
+    """Verify every file of the checkpoint `path` against its manifest, and read it.
 
     Raises:
         CheckpointError: a file is missing, cut short or altered (named, with the expected and
@@ -206,9 +177,9 @@ def load_checkpoint(path: Path, ranks: Ranks = ALONE) -> Loaded:
 
 
 def latest_checkpoint(root: Path, ranks: Ranks = ALONE) -> Path | None:
-    """The newest checkpoint below `root` whose every file is intact, or None.
+    """Return the newest checkpoint below `root` that is intact, or None.
 
-    Broken newer ones are named in a warning each and left where they are.
+    A broken newer one is named in a warning and left where it is.
     """
     for _, path in sorted(_checkpoints(Path(root)), reverse=True):
         try:
@@ -231,7 +202,7 @@ def _write_own_files(
 
 
 def _write_manifest(directory: Path, step: int, ranks: Ranks) -> None:
-    """Sizes and digests of all files, each rank's share hashed by it."""
+    """Write sizes and digests of all files; each rank hashes a part of them."""
     mode = (directory / STATE).stat().st_mode & 0o777
     names = sorted(
         file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()
@@ -242,13 +213,13 @@ def _write_manifest(directory: Path, step: int, ranks: Ranks) -> None:
         (directory / name).chmod(mode)
         size, digest = (directory / name).stat().st_size, _sha256(directory / name)
         found[name] = {"size": size, "sha256": digest}
-    files = dict(sorted(item for share in ranks.gather(found) for item in share.items()))
+    files = dict(sorted(item for part in ranks.gather(found) for item in part.items()))
     document = {"format": _FORMAT, "step": step, "files": files}
     ranks.on_main(lambda: write_json(directory / MANIFEST, document))
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CPU, contiguous, and no two in one storage, which safetensors refuses."""
+    """Tensors as safetensors takes them: on the CPU, contiguous, no two in one storage."""
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -279,7 +250,7 @@ def _check_state(where: str, value: Any) -> None:
 
 
 def _estimate_bytes(root: Path, tensors: Mapping[str, Tensor]) -> int:
-    """The new tensors plus what else the newest earlier checkpoint held (the model)."""
+    """Bytes of the new tensors and of the model in the newest earlier checkpoint."""
     own = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     for _, path in sorted(_checkpoints(root), reverse=True):
         try:
@@ -292,7 +263,7 @@ def _estimate_bytes(root: Path, tensors: Mapping[str, Tensor]) -> int:
 
 
 def _disk_full(error: BaseException | None) -> bool:
-    """Whether `error` came of a full disk; safetensors says so only in its message."""
+    """Whether a full disk caused `error`; safetensors says so only in its message."""
     while error is not None:
         code = re.search(r"\(os error (\d+)\)", str(error))
         if getattr(error, "errno", None) in _DISK_FULL or (code and int(code[1]) in _DISK_FULL):
@@ -301,14 +272,14 @@ def _disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def _remove_old(root: Path, step: int, keep: int | None, protect: Collection[int]) -> None:
+def _remove_old(root: Path, step: int, keep: int | None) -> None:
     if keep is None:
         return
     complete = [
         number for number, path in _checkpoints(root) if number != step and _has_all_files(path)
     ]
     kept = sorted(complete, reverse=True)[: keep - 1]
-    for number in set(complete) - {*kept, *protect}:
+    for number in set(complete) - set(kept):
         path = checkpoint_path(root, number)
         # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
         doomed = temporary_sibling(path)
@@ -332,7 +303,7 @@ def _has_all_files(path: Path) -> bool:
 
 
 def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
-    """Step, and size and SHA-256 by file name."""
+    """Read the step, and size and SHA-256 by file name."""
     file = path / MANIFEST
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: {path} is not a complete checkpoint")
@@ -356,7 +327,7 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
 
 
 def _verify(path: Path, ranks: Ranks = ALONE) -> tuple[int, dict[str, Any]]:
-    """Check every file of a checkpoint, each rank its share; its step and state."""
+    """Check every file of a checkpoint, each rank a part; return its step and state."""
     step, files = _read_manifest(path)
     problem = None
     for name in sorted(files)[ranks.rank :: ranks.size]:
@@ -373,7 +344,7 @@ def _verify(path: Path, ranks: Ranks = ALONE) -> tuple[int, dict[str, Any]]:
 
 
 def _problem(file: Path, size: int, digest: str) -> str | None:
-    """What is wrong with a file of a checkpoint."""
+    """Describe the damage of a file of a checkpoint; None where there is none."""
     try:
         if not file.is_file():
             return f"{file} is missing (expected {size} bytes, sha256 {digest})"

@@ -23,27 +23,22 @@ class StopRequest:
                 if stop.requested:
                     save, say how to resume, return
 
-    The handlers that were there come back on exit. A signal that the process ignores (a job
-    started in the background by a shell ignores SIGINT) stays ignored. Off the main thread,
-    where Python installs no handlers, this does nothing and `requested` stays False.
+    The earlier handlers come back on exit. A signal that the process ignores (a background job of
+    a shell ignores SIGINT) stays ignored. Off the main thread, where Python installs no handlers,
+    this does nothing and `requested` stays False.
     """
 
     def __init__(self) -> None:
-        self._signal: int | None = None
+        self._requested = False
         self._previous: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
         """Whether a signal has come since the block was entered."""
-        return self._signal is not None
-
-    @property
-    def signal_name(self) -> str | None:
-        """ "SIGINT" or "SIGTERM", the first that came, or None."""
-        return None if self._signal is None else signal.Signals(self._signal).name
+        return self._requested
 
     def __enter__(self) -> Self:
-        self._signal = None
+        self._requested = False
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 # None: a handler that was not installed from Python and could not be put back.
@@ -62,9 +57,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
+        if self._requested:
             raise KeyboardInterrupt
-        self._signal = number
+        self._requested = True
         name = signal.Signals(number).name
         # Not print: the signal may have come in the middle of one, whose lock is not re-entrant.
         message = f"\n{name}: stopping after this step (once more: stop at once)\n"

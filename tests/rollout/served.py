@@ -1,5 +1,6 @@
 """Prompts, a client with short times, and what its completions must be."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from r1v3.data.encoding import encode_sample
 from r1v3.data.sample import Sample, make_sample
 from r1v3.rollout.contract import Request, Rollout, Sampler, Sampling
+from r1v3.rollout.server_pool import ServerLimits
 from r1v3.rollout.vllm_server import VLLMServers
 from tests import tiny
 from tests.rollout.speaking_server import RULES, SpeakingServer, local
@@ -34,9 +36,12 @@ PICTURES = [request(sample) for sample in tiny.some_questions(3)]
 
 
 def client(servers: list[SpeakingServer], **options: Any) -> VLLMServers:
-    settings = {"timeout_seconds": 20.0, "patience_seconds": 5.0, "pause_seconds": 0.05}
+    limits = {"timeout_seconds": 20.0, "patience_seconds": 5.0, "pause_seconds": 0.05}
+    names = {field.name for field in fields(ServerLimits)}
+    limits |= {name: options.pop(name) for name in names & options.keys()}
     folder = options.pop("model_folder", TINY)
-    return VLLMServers([s.url for s in servers], RULES, folder, **{**settings, **options})
+    urls = [server.url for server in servers]
+    return VLLMServers(urls, RULES, folder, limits=ServerLimits(**limits), **options)
 
 
 def complete(

@@ -10,7 +10,7 @@ import torch
 
 from r1v3.rollout import server_pool
 from r1v3.rollout.contract import Request, Sampling
-from r1v3.rollout.server_pool import NoServers
+from r1v3.rollout.server_pool import NoServers, ServerLimits
 from r1v3.rollout.vllm_server import VLLMServers
 from tests import tiny
 from tests.rollout.served import (
@@ -234,7 +234,7 @@ def test_a_spent_thought_is_closed_and_goes_on(two: list[SpeakingServer]) -> Non
 )
 def test_bad_settings_are_named(urls: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        VLLMServers(urls, RULES, TINY, **options)
+        VLLMServers(urls, RULES, TINY, limits=ServerLimits(**options))
 
 
 def test_settings_that_vllm_would_change_are_refused() -> None:

@@ -14,9 +14,9 @@ from r1v3.engine.hf.engine import HFEngine
 from r1v3.model.conversion import Checkpoint, convert
 from r1v3.ranks import Ranks
 from r1v3.rollout.contract import Request
-from r1v3.rollout.server_pool import NoServers
+from r1v3.rollout.server_pool import NoServers, ServerLimits
 from r1v3.rollout.vllm_server import VLLMServers
-from r1v3.rollout.weights import in_layout, published_step
+from r1v3.rollout.weights import in_layout
 from tests import tiny
 from tests.rollout.served import (
     NET,
@@ -57,7 +57,7 @@ def test_new_weights_reach_every_server_also_one_that_was_away(
     two[0].stop()
     expect(complete(sampler, TEXTS + PICTURES), TEXTS + PICTURES, net=newer)
     assert two[1].controls == names * 2
-    assert published_step(tmp_path / "weights") == 2
+    assert (tmp_path / "weights" / "current").readlink() == Path("step-00000002")
     names_of_pictures = [
         part["uuid"].rpartition("-")
         for server in two
@@ -125,7 +125,7 @@ def test_only_the_first_rank_talks_to_servers_and_all_have_the_outcome(tmp_path:
             base,
             weights_folder=tmp_path / "w",
             ranks=Pair(rank, box),
-            patience_seconds=0.2,
+            limits=ServerLimits(patience_seconds=0.2),
         )
         sampler.update_weights(counted(rank), 1)
         generator = torch.Generator().manual_seed(5)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from r1v3.trainer.checkpoint import save_checkpoint
+from r1v3.trainer.checkpoint import start_checkpoint
 
 
 def write_model(directory: Path) -> None:
@@ -23,7 +23,7 @@ def save(root: Path, step: int, **options: Any) -> Path:
         "write_model": write_model,
         **options,
     }
-    return save_checkpoint(root, step, **arguments)
+    return start_checkpoint(root, step, **arguments).finish()
 
 
 def names(directory: Path) -> list[str]:

@@ -59,7 +59,7 @@ FULL_DISK = """
     import json, os, subprocess, sys
     from pathlib import Path
     import torch
-    from r1v3.trainer.checkpoint import load_checkpoint, save_checkpoint
+    from r1v3.trainer.checkpoint import load_checkpoint, start_checkpoint
 
     root = Path(sys.argv[1])
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(root)]
@@ -70,10 +70,10 @@ FULL_DISK = """
         file.write_bytes(data)
 
     def save(step, model_bytes, numbers):
-        save_checkpoint(
+        start_checkpoint(
             root, step, tensors={"w": torch.full((numbers,), 1.0 * step)}, state={},
             write_model=lambda d: write(d / "model.safetensors", b"x" * model_bytes),
-        )
+        ).finish()
 
     save(1, 300_000, 100_000)
     results = []
@@ -121,7 +121,7 @@ KILLS = """
     import os, random, signal, sys, time, warnings
     from pathlib import Path
     import torch
-    from r1v3.trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+    from r1v3.trainer.checkpoint import latest_checkpoint, load_checkpoint, start_checkpoint
 
     warnings.simplefilter("error")
     torch.set_num_threads(1)
@@ -134,10 +134,10 @@ KILLS = """
         return bytes([step % 256]) * 300_000
 
     def save(step):
-        save_checkpoint(
+        start_checkpoint(
             root, step, tensors={"w": torch.full((100_000,), float(step))}, state={"n": [step]},
             write_model=lambda d: write(d / "model.safetensors", content(step)),
-        )
+        ).finish()
 
     start = time.monotonic()
     save(1)

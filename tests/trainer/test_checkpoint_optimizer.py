@@ -7,7 +7,7 @@ from torch import Tensor
 
 import r1v3
 from r1v3.engine.hf.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from r1v3.trainer.checkpoint import load_checkpoint, save_checkpoint
+from r1v3.trainer.checkpoint import load_checkpoint, start_checkpoint
 
 REPOSITORY = Path(r1v3.__path__[0]).parent
 
@@ -49,13 +49,13 @@ def test_adamw_resumed_from_a_checkpoint_takes_the_same_steps_to_the_bit(tmp_pat
 
     first, optimizer = build(seed=0)
     train(first, optimizer, range(4))
-    path = save_checkpoint(
+    path = start_checkpoint(
         tmp_path,
         4,
         tensors=optimizer_tensors(optimizer, first.named_parameters()),
         state={},
         write_model=lambda d: save_file(first.state_dict(), d / "model.safetensors"),
-    )
+    ).finish()
     train(first, optimizer, range(4, 6))  # must not reach what was saved
 
     second, optimizer = build(seed=1)

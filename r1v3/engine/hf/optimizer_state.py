@@ -14,7 +14,7 @@ NamedParameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, named_parameters: NamedParameters
 ) -> dict[str, Tensor]:
-    """State of an AdamW-like optimizer by parameter name, for `save_checkpoint`.
+    """Return the state of an AdamW-like optimizer by parameter name, for a checkpoint.
 
     Args:
         named_parameters: `model.named_parameters()` or a dict; others than the optimizer's
