@@ -17,7 +17,7 @@ from r1v3.ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class Training:
-    """Which parts of the model an engine trains, and with which optimizer."""
+    """The parts of the model that an engine trains, and the optimizer."""
 
     modules: Modules
     optimizer: Optimizer

@@ -1,4 +1,4 @@
-"""What an engine is: the batch it takes and the calls a trainer makes."""
+"""The interface of an engine to trainers and samplers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ from r1v3.data.batch import Batch
 from r1v3.engine.head import Head
 from r1v3.ranks import Ranks
 
-# loss_fn(head, index of the micro-batch) -> (scalar loss, tensors to hand back). The loss comes
-# divided by the global normaliser, so that micro-batch losses add up to the step's loss.
+# loss_fn(head, index of the micro-batch) -> (scalar loss, tensors to return). The loss comes
+# divided by the normalizer of the whole step, so that micro-batch losses add up to its loss.
 LossFn = Callable[[Head, int], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -23,48 +23,47 @@ class Decoder(Protocol):
     """
 
     def prefill(self, prompts: Batch, group_size: int, capacity: int) -> Tensor:
-        """Forget earlier rows and read prompts; logits of row p * group_size + g for prompt p.
+        """Start anew with these prompts; return the logits, in row p * group_size + g for prompt p.
 
         Args:
-            prompts: a batch whose responses are not looked at.
-            capacity: most tokens that will follow a prompt.
+            prompts: a batch whose responses are ignored.
+            capacity: most tokens that follow a prompt.
         """
         ...
 
     def step(self, token_ids: Tensor) -> Tensor:
-        """Append one token to every row; logits of the next."""
+        """Append one token to every row; return the logits of the next."""
         ...
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
+        """Keep these rows only."""
         ...
 
 
 class Writing(Protocol):
-    """Files being written in the background, by all ranks together."""
+    """Files that all ranks together are writing in the background."""
 
     def done(self) -> bool:
-        """Whether all is written; the same on every rank."""
+        """Return whether all files are written; the same on every rank."""
         ...
 
     def wait(self) -> None:
-        """Return once all is written."""
+        """Wait until all files are written."""
         ...
 
 
 class Engine(Protocol):
-    """One model with its optimizer, wherever it runs.
+    """One model with its optimizer, in one process or over many.
 
-    Every method is collective where the engine spans processes, and takes and gives the same
-    values on each of them.
+    Every method is collective where the engine spans processes, with the same arguments and
+    results on each of them.
 
     Attributes:
-        config: the model's.
+        config: configuration of the model.
         tokenizer: stored beside the weights.
         temperature: of the distributions that log-probs and entropies are of.
         ranks: all processes of the job; the first one writes files.
-        replicas: the processes that hold this rank's part of the weights, each in a replica of
-            the model of its own (data parallelism).
+        replicas: the data-parallel processes that hold the same part of the weights as this rank.
     """
 
     config: InternVLConfig
@@ -74,53 +73,54 @@ class Engine(Protocol):
     replicas: Ranks
 
     def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
-        """Log-probs of the response tokens and entropies of the distributions that emitted them.
+        """Compute log-probs of the response tokens and entropies of their distributions.
 
         Returns:
             (logprobs, entropy) of each micro-batch, float32 [P * G, R] in nats without gradient;
-            0 where the mask is False.
+            zero where the mask is False.
         """
         ...
 
     def train_step(
         self, micro_batches: Sequence[Batch], loss_fn: LossFn, *, learning_rate: float
     ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
-        """One optimizer step.
+        """Take one optimizer step.
 
         Returns:
             metrics: "loss", "learning_rate", "grad_norm" before clipping, "grad_norm_<part>".
-            outputs: what `loss_fn` handed back for each micro-batch, in their order.
+            outputs: the tensors that `loss_fn` returned for each micro-batch, in their order.
         Raises:
-            FloatingPointError: the gradient norm is not finite; the weights are as they were.
+            FloatingPointError: the gradient norm is not finite; the weights are unchanged.
         """
         ...
 
     def decoder(self) -> Decoder:
-        """The weights, as they are at each call, ready to decode."""
+        """Return a decoder over the live weights."""
         ...
 
     def export_hf(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its HF-native name."""
+        """Yield every weight under its HF-native name."""
         ...
 
     def save(self, directory: Path) -> None:
-        """Write a model folder that transformers loads into an existing directory."""
+        """Write model files that transformers loads into an existing directory."""
         ...
 
     def optimizer_tensors(self) -> Mapping[str, Tensor]:
-        """Optimizer state for the checkpoint to store; empty where `save_state` writes it."""
+        """Return the optimizer state for the checkpoint; empty where `save_state` writes it."""
         ...
 
     def save_state(self, directory: Path) -> Writing | None:
-        """Write what `save` does and whatever else `load_state` needs to go on bit for bit.
+        """Write the files of `save`, and all else that `load_state` needs to resume bit for bit.
 
         Returns:
-            None when all is written; otherwise what to wait for. The engine may train meanwhile.
+            None when all files are written; otherwise the writing to wait for, during which the
+            engine may train.
         """
         ...
 
     def load_state(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `save_state` wrote and `optimizer_tensors` gave."""
+        """Resume from the files of `save_state` and the tensors of `optimizer_tensors`."""
         ...
 
     def load_weights(self, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""The language head at the tokens that count: what a loss is made from, without logits."""
+"""The language head at the tokens that count, from which losses are computed without logits."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +18,12 @@ class Head:
         hidden: [M, H], the states that predict the tokens.
         weight: [V, H], or this rank's shard of it.
         token_ids: int64 [M].
-        loss_mask: bool [N, R] with M tokens set, which stand here in row-major order.
-        temperature: of the distributions.
-        vocab_size: the true one, where the weight is padded.
+        loss_mask: bool [N, R], True at M tokens; row-major order is the order of the M rows.
+        temperature: divisor of the logits.
+        vocab_size: number of real rows of `weight`, which may be padded; None for all.
         group: ranks over which V is sharded.
-        reduce_hidden_grad: whether the gradient of `hidden` is to be summed over the group here;
-            False where what produced `hidden` does it.
+        reduce_hidden_grad: whether to sum the gradient of `hidden` over the group; False where
+            the operation that produced `hidden` does.
     """
 
     hidden: Tensor
@@ -36,11 +36,11 @@ class Head:
     reduce_hidden_grad: bool = True
 
     def logprobs_and_entropy(self) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [N, R] in nats, 0 where the mask is False; differentiable."""
+        """Compute log-probs and entropies [N, R] in nats, zero where the mask is False."""
         logprobs, entropy = linear_logprobs_and_entropy(
             self.hidden, self.weight, self.token_ids, **self._sharding()
         )
-        return self._spread(logprobs), self._spread(entropy)
+        return self._scatter(logprobs), self._scatter(entropy)
 
     def grpo_loss(
         self,
@@ -51,15 +51,15 @@ class Head:
         weights: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`r1v3.kernels.linear_grpo_loss` of these tokens.
+        """Compute `r1v3.kernels.linear_grpo_loss` of these tokens.
 
         Args:
             old_logprobs, ref_logprobs, weights: [N, R] or None.
             advantages: [N].
-            options: as `grpo_loss`.
+            options: those of `r1v3.kernels.grpo_loss`.
 
         Returns:
-            loss and metrics; of these, "token_logprobs" and "token_entropy" are [N, R].
+            The loss and its metrics, "token_logprobs" and "token_entropy" [N, R] among them.
         """
         lengths = self.loss_mask.sum(1)
         each = advantages.repeat_interleave(lengths, output_size=len(self.token_ids))
@@ -78,7 +78,7 @@ class Head:
             **options,
         )
         for name in ("token_logprobs", "token_entropy"):
-            metrics[name] = self._spread(metrics[name])
+            metrics[name] = self._scatter(metrics[name])
         return loss, metrics
 
     def _sharding(self) -> dict[str, Any]:
@@ -89,7 +89,6 @@ class Head:
             kwargs["reduce_hidden_grad"] = False
         return kwargs
 
-    def _spread(self, values: Tensor) -> Tensor:
-        """Values [M] at their places in [N, R]."""
-        whole = values.new_zeros(self.loss_mask.shape)
-        return whole.masked_scatter(self.loss_mask, values)
+    def _scatter(self, values: Tensor) -> Tensor:
+        """Scatter values [M] into zeros [N, R]."""
+        return values.new_zeros(self.loss_mask.shape).masked_scatter(self.loss_mask, values)

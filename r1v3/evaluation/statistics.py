@@ -1,4 +1,4 @@
-"""Scores of repeated sampling, with intervals that know the samples of one question are alike.
+"""Scores of repeated sampling, with intervals that are clustered by question.
 
 Q questions, K samples per question. The mean of all Q x K outcomes is Avg@K (Skywork-R1V3 report,
 table 1, uses K = 5). The K samples of one question are correlated, so the question is the unit of
@@ -67,12 +67,12 @@ def _outcomes(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 
 def _quantile(questions: int) -> float:
-    """Student's t for the spread of `questions` means; one question is given the widest, df 1."""
+    """Student's t for the mean over `questions`; one question gets the widest, with df 1."""
     return float(stats.t.ppf(0.5 + CONFIDENCE / 2, max(questions - 1, 1)))
 
 
 def wilson_interval(p: float, n: float, z: float) -> tuple[float, float]:
-    """Wilson's score interval (E. B. Wilson, JASA 22, 1927) for a fraction `p` of `n` trials."""
+    """Return Wilson's interval (E. B. Wilson, JASA 22, 1927) for a fraction `p` of `n` trials."""
     scale = 1 + z * z / n
     center = (p + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -81,7 +81,7 @@ def wilson_interval(p: float, n: float, z: float) -> tuple[float, float]:
 
 
 def score(correct: ArrayLike, tokens: ArrayLike) -> Score:
-    """Avg@K with a 95 % interval clustered by question.
+    """Return Avg@K with a 95 % interval clustered by question.
 
     correct: [Q, K] of 0/1. tokens: [Q, K], tokens in each response.
 
@@ -112,7 +112,7 @@ def score(correct: ArrayLike, tokens: ArrayLike) -> Score:
 
 
 def paired_gain(a: ArrayLike, b: ArrayLike) -> Gain:
-    """Gain of b over a on the same questions: mean over questions of (mean of b - mean of a).
+    """Return the gain of b over a: the mean over questions of (mean of b - mean of a).
 
     a, b: [Q, K_a] and [Q, K_b] of 0/1, row q of both being the same question. The interval is
     Student's t over the Q differences (Miller 2024, section 4.2), cut to [-1, 1]. Where all
@@ -120,7 +120,7 @@ def paired_gain(a: ArrayLike, b: ArrayLike) -> Gain:
     zero events in Q trials, the fraction of questions that may differ although none was seen to.
     `samples` is the smaller of K_a and K_b.
 
-    Raises ValueError for inputs that `score` would refuse or different numbers of questions.
+    Raises ValueError for outcomes that `score` refuses, or different numbers of questions.
     """
     first, second = _outcomes("a", a), _outcomes("b", b)
     if len(first) != len(second):
@@ -140,7 +140,7 @@ def paired_gain(a: ArrayLike, b: ArrayLike) -> Gain:
 
 
 def correlation(x: Sequence[float | None], y: Sequence[float | None]) -> Correlation:
-    """Pearson's r and Spearman's rho of the pairs in which both values are finite numbers.
+    """Return Pearson's r and Spearman's rho of the pairs whose values are both finite.
 
     Up to n = 8 `spearman_p` is exact, over all n! orders; above, by the t approximation.
     Raises ValueError when x and y differ in length.

@@ -1,4 +1,4 @@
-"""The scores of every stage of a run, and what each stage gained, in one file."""
+"""Scores of all stages of a run and the gain of each, in one file."""
 
 import json
 from dataclasses import asdict
@@ -16,7 +16,7 @@ EVALUATED = ("base", "sft", "grpo", "connector", "selected")
 
 
 def summarize(run: Path, seed: int, base: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """Collect the evaluation records of a run into summary.json."""
+    """Collect the evaluation records of a run in summary.json; return its content."""
     records = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in (run / "evaluation").glob("*.json")
@@ -47,7 +47,7 @@ def summarize(run: Path, seed: int, base: Path, seconds: dict[str, float]) -> di
 
 
 def _in_domain_questions(run: Path) -> np.ndarray:
-    """Which questions of the evaluation are in domain: they come first, in file order."""
+    """Mask [Q] of the questions that are in domain: they come first, in file order."""
     counts = json.loads((run / "data" / "statistics.json").read_text(encoding="utf-8"))
     inside = counts["test_in_domain"]["samples"]
     outside = counts.get("test_out_of_domain", {}).get("samples", 0)

@@ -1,4 +1,4 @@
-"""Completions from an engine that is not trusted: checked one by one, then put into tensors."""
+"""Completions of an engine that is not trusted: checked one by one, then made into tensors."""
 
 import math
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ class Completion:
     """One checked completion.
 
     Attributes:
-        token_ids: with the end-of-turn token, if it came.
-        logprobs: of every token, in nats, at the sampling temperature and after bans; 0 for a
-            forced token, which had no alternative.
-        finished: the last token ends the turn.
-        forced: tokens [start, stop) that were not sampled.
+        token_ids: with the end-of-turn token, if it was sampled.
+        logprobs: of every token, in nats, at the sampling temperature and after bans; zero for a
+            forced token.
+        finished: whether the last token ends the turn.
+        forced: range [start, stop) of the tokens that were not sampled.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -31,7 +31,7 @@ class Completion:
     forced: tuple[int, int] = (0, 0)
 
     def followed_by(self, later: "Completion") -> "Completion":
-        """This completion and what was sampled after it, as one."""
+        """Return this completion with its continuation."""
         return Completion(
             self.token_ids + later.token_ids,
             self.logprobs + later.logprobs,
@@ -49,14 +49,14 @@ def check_completion(
     banned: frozenset[int],
     max_tokens: int,
 ) -> Completion:
-    """A completion from what an engine says it sampled.
+    """Check an engine's completion and return it.
 
     Args:
         token_ids, logprobs: equally long lists.
-        finish_reason: "stop" if the end-of-turn token was sampled, "length" if the limit came.
+        finish_reason: "stop" if the end-of-turn token was sampled, "length" at the limit.
         banned: ids that must not have been sampled.
     Raises:
-        ValueError: it cannot be a completion under these settings; says why.
+        ValueError: it is impossible under these settings; gives the reason.
     """
     if not isinstance(token_ids, list) or not isinstance(logprobs, list):
         raise ValueError("token ids and log-probs are not lists")
@@ -83,11 +83,11 @@ def check_completion(
 
 
 def check_prompt(found: object, wanted: Sequence[int], origin: str) -> None:
-    """Check that an engine saw the prompt that the trainer trains on.
+    """Check that an engine completed the prompt that the trainer trains on.
 
     Raises:
-        ValueError: it did not; names the first difference and what to look at. Another engine of
-            the same set-up would not do better.
+        ValueError: it completed another one; names the first difference and the settings to check.
+            Another engine of the same set-up would fail as well.
     """
     if not isinstance(found, list):
         raise ValueError(
@@ -109,10 +109,10 @@ def check_prompt(found: object, wanted: Sequence[int], origin: str) -> None:
 
 
 def ban_list(sampling: Sampling, rules: TokenRules) -> tuple[int, ...]:
-    """Everything that must not be sampled, sorted.
+    """Return the sorted ids that must not be sampled.
 
     Raises:
-        ValueError: there are more than vLLM's model runner V2 takes.
+        ValueError: there are more than the 1,024 of vLLM's model runner V2.
     """
     banned = sorted({*rules.never, *sampling.banned})
     if len(banned) > 1024:
@@ -123,13 +123,12 @@ def ban_list(sampling: Sampling, rules: TokenRules) -> tuple[int, ...]:
 def close_thoughts(
     first: Sequence[Completion], sampling: Sampling, rules: TokenRules
 ) -> dict[int, Completion]:
-    """What of the completions cut at the thought budget goes on, and from where.
+    """Return the completions that continue after the thought budget, by row.
 
     Args:
         first: completions of at most `sampling.budget` tokens.
     Returns:
-        For every row that has not ended: its tokens, and, where the thought is still open, the
-        closing tag that is forced on it.
+        Every row that has not ended, with the forced closing tag where its thought is still open.
     """
     going_on = {}
     for row, completion in enumerate(first):
@@ -151,7 +150,7 @@ def close_thoughts(
 
 
 def assemble(completions: Sequence[Completion], pad_id: int) -> Rollout:
-    """Completions as a `Rollout`. Its entropies are NaN at every token: the engine has none."""
+    """Collect completions in a `Rollout`, with NaN entropies: the engine reports none."""
     rows = len(completions)
     width = max([1, *(len(c.token_ids) for c in completions)])
     ids = torch.full((rows, width), pad_id)

@@ -1,9 +1,9 @@
-"""How far the policy that sampled is from the policy that trains, and a correction for it.
+"""The gap between the policy that sampled and the policy that trains, and a correction for it.
 
-Inference engines round differently from the trainer (other kernels, other batch shapes, weights
-of a step ago), so that the log-probs of the same tokens differ. The metrics say by how much;
-truncated importance weights multiply the loss of a token by how much likelier the trainer finds
-it (Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025).
+Inference engines round differently from the trainer (other kernels, other batch shapes, weights of
+an earlier step), so that the log-probs of the same tokens differ. The metrics measure by how much.
+Truncated importance weights multiply the loss of a token by its probability ratio (Yao et al.,
+"Your efficient RL framework secretly brings you off-policy RL training", 2025).
 """
 
 from dataclasses import dataclass
@@ -32,17 +32,17 @@ def _log_ratio(train: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
 def importance_weights(
     train_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cap: float
 ) -> Tensor:
-    """min(exp(train - rollout), cap) per token, 1 where the mask is False. Carries no gradient.
+    """Return min(exp(train - rollout), cap) per token, one where the mask is False; no gradient.
 
     Args:
         train_logprobs, rollout_logprobs: [...], in nats, of the same tokens.
-        mask: bool [...]: tokens that were sampled and count. A forced token was not drawn from
-            the rollout policy and has no ratio.
+        mask: bool [...], True at tokens that were sampled and count. A forced token was not drawn
+            from the rollout policy and has no ratio.
         cap: at least 1.
     Returns:
         [...] float32, or float64 for float64 input; NaN where a counted log-prob is NaN.
     Raises:
-        ValueError: shapes differ, the mask is not bool, or the cap is below 1.
+        ValueError: shapes differ, the mask is not bool, or cap < 1.
     """
     if not cap >= 1:
         raise ValueError(f"cap {cap!r} must be at least 1, or every token would be weighed down")
@@ -52,11 +52,11 @@ def importance_weights(
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Sums over tokens, so that micro-batches and ranks add up; see `metrics`.
+    """Sums over tokens, which add up over micro-batches; see `metrics`.
 
     Attributes:
-        total: scalars [4]: tokens, and the sums of |d|, of the KL estimate, and of tokens above
-            the cap. d is the training less the rollout log-prob.
+        total: float64 [4], the number of tokens, the sums of |d| and of the KL estimate, and the
+            number of tokens above the cap. d is the training minus the rollout log-prob.
         largest: scalar, the largest |d|.
     """
 
@@ -67,7 +67,7 @@ class Mismatch:
     def of(
         cls, train_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cap: float
     ) -> "Mismatch":
-        """Measured on the tokens of a mask; arguments and errors as `importance_weights`."""
+        """Measure the tokens of a mask; arguments and errors as for `importance_weights`."""
         if not cap >= 1:
             raise ValueError(f"cap {cap!r} must be at least 1")
         ratio = _log_ratio(train_logprobs.double(), rollout_logprobs.double(), mask)
@@ -83,10 +83,10 @@ class Mismatch:
         return Mismatch(self.total + other.total, torch.maximum(self.largest, other.largest))
 
     def metrics(self) -> dict[str, float]:
-        """Means over the tokens counted; zeros when there are none. Synchronises with the device.
+        """Return means over the counted tokens, zero for none; synchronizes with the device.
 
         rollout_gap: mean |d| in nats; rollout_gap_max: the largest; rollout_kl: estimate of
-        KL(rollout || train) in nats; rollout_capped: share of tokens whose weight is cut.
+        KL(rollout || train) in nats; rollout_capped: fraction of tokens whose weight is cut.
         """
         tokens, gap, kl, above = (float(value) for value in self.total)
         count = max(1.0, tokens)

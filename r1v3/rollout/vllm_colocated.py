@@ -1,7 +1,7 @@
 """Rollouts from vLLM in the training processes, asleep while they train.
 
 Every process of the job holds one worker; each `tensor` consecutive ranks hold one copy of the
-model and complete a share of the prompts. The order of a step is
+model and complete a part of the prompts. The order of a step is
 
     update_weights -> wake -> complete ... -> sleep -> train
 
@@ -52,17 +52,17 @@ _BAN = -100.0
 
 
 def load_bucket(worker: Any, tensors: list[tuple[str, Tensor]]) -> None:
-    """Run on a vLLM worker: copy tensors, under their names on disk, into its model's shards."""
+    """Copy tensors, under their names on disk, into the shards of a vLLM worker's model."""
     worker.get_model().load_weights(tensors)
 
 
 def collapse_pictures(
     prompt_ids: Sequence[int], marks: tuple[int, int, int], placeholder: Sequence[int]
 ) -> tuple[list[int], int]:
-    """A prompt with a placeholder for each `<img><IMG_CONTEXT>...</img>`, and their number.
+    """Replace each `<img><IMG_CONTEXT>...</img>` of a prompt by a placeholder; count them.
 
     Args:
-        marks: the ids of those three tokens.
+        marks: ids of `<img>`, `<IMG_CONTEXT>` and `</img>`.
     """
     start, context, end = marks
     collapsed: list[int] = []
@@ -82,23 +82,24 @@ def collapse_pictures(
 
 
 class ColocatedVLLM:
-    """`Sampler` in the training processes.
+    """A `contract.Sampler` by vLLM in the training processes.
 
     Args:
-        model_folder: the model in either layout, with what vLLM needs for pictures beside it.
-        tokenizer: of that folder.
+        model_folder: the model in either layout, with the files that vLLM needs for pictures.
+        tokenizer: that of the folder.
         max_length: longest prompt and completion together, in tokens.
         ranks: all processes of the job, each with an accelerator; they make every call together.
         tensor: ranks that hold one copy; divides their number.
         memory_share: of an accelerator's memory that vLLM may use when awake.
         dtype: of weights and activations.
-        sleep_level: 2 drops the weights, which are then to be updated before every wake; 1 keeps
-            them in host memory.
-        bucket_bytes: of weights that are handed over at a time.
+        sleep_level: 2 drops the weights, which must then be updated before every wake; 1 keeps them
+            in host memory.
+        bucket_bytes: size of the pieces in which weights are handed over.
         trust_remote_code: let vLLM run the folder's own code, which it needs for the configuration
             of the original layout.
     Raises:
-        ImportError: vLLM is not installed. ValueError: an argument is out of range.
+        ImportError: vLLM is not installed.
+        ValueError: tensor does not divide the ranks, or memory_share is not in (0, 1].
     """
 
     def __init__(
@@ -167,7 +168,8 @@ class ColocatedVLLM:
 
         Raises:
             ValueError: a setting vLLM cannot keep, or it completed another prompt than the
-                trainer's. RuntimeError: asleep, or its completions cannot be true.
+                trainer's.
+            RuntimeError: it is asleep, or its completions are impossible.
         """
         if self._state != "awake":
             raise RuntimeError("vLLM is asleep: update_weights and wake come before complete")
@@ -175,7 +177,7 @@ class ColocatedVLLM:
         # The completions of greedy decoding are one, and vLLM wants to be asked for one.
         count = group_size if sampling.temperature > 0 else 1
         seeds = torch.randint(0, 2**48, (len(requests), 1 + count), generator=generator).tolist()
-        # Each copy completes its share; its ranks do so together.
+        # Each copy completes its part of the prompts; its ranks do so together.
         copy, copies = self.ranks.rank // self.tensor, self.ranks.size // self.tensor
         mine = shard_range(len(requests), copy, copies)
         found: list[Completion] = []
@@ -235,7 +237,10 @@ class ColocatedVLLM:
         count: int,
         max_tokens: int | None,
     ) -> list[Completion]:
-        """`count` continuations of every prompt with its beginning; None: all that is left."""
+        """Sample `count` continuations of each prompt and its beginning.
+
+        `max_tokens` None allows all tokens that are left.
+        """
         lengths = [
             max_tokens or sampling.max_tokens - len(begun.token_ids) for _, begun, _ in given
         ]
@@ -345,12 +350,12 @@ class ColocatedVLLM:
         self._state = "awake"
 
     def close(self) -> None:
-        """Let go of the engine; its memory is freed with the process."""
+        """Drop the engine; its memory is freed with the process."""
         self._llm = None
 
 
 def _stand_alone() -> None:
-    """What torchrun would have told a job of one process; vLLM reads it from the environment."""
+    """Set the variables that torchrun sets for a job of one process; vLLM reads them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What is said to a vLLM server and how its answers are read.
+"""Requests to a vLLM server and the reading of its answers.
 
 Read from the documentation of vLLM 0.32 and from its source of September 2026
 (`entrypoints/openai/{completion,chat_completion}/protocol.py`, `entrypoints/chat_utils.py`,
@@ -6,8 +6,8 @@ Read from the documentation of vLLM 0.32 and from its source of September 2026
 
 - A text-only prompt goes to /v1/completions as token ids. A prompt with pictures can only be given
   as a chat (token ids with pictures need the scale-out endpoints, which are off by default), so it
-  goes to /v1/chat/completions: the pictures as PNG data addresses, the text with a placeholder
-  where each one stands. Either way `return_token_ids` brings the prompt's ids back, and they must
+  goes to /v1/chat/completions: the pictures as PNG data URLs, the text with a placeholder for
+  each. Either way `return_token_ids` brings the prompt's ids back, and they must
   be the trainer's.
 - Settings that are not sent are filled in from the model's generation_config.json; all are sent.
   With `ignore_eos`, the end-of-turn token in `stop_token_ids` is the only one that ends a
@@ -50,13 +50,13 @@ _REPLY_BYTES, _REPLY_BYTES_PER_TOKEN = 1 << 20, 2048
 
 @dataclass(frozen=True)
 class Call:
-    """One request to a server and what its answer must look like.
+    """One request to a server and the form of its answer.
 
     Attributes:
         path: of the endpoint, below the server's address.
-        body: without the model's name, which each server has its own of.
-        prompt_ids: what the server must say that it completed.
-        count: completions asked for.
+        body: without the model's name, which differs from server to server.
+        prompt_ids: the prompt that the server must report.
+        count: number of completions.
     """
 
     path: str
@@ -68,13 +68,13 @@ class Call:
 
     @property
     def max_bytes(self) -> int:
-        """Most of an answer that is read."""
+        """Largest answer that is read."""
         tokens = self.count * (self.max_tokens + len(self.prompt_ids))
         return _REPLY_BYTES + _REPLY_BYTES_PER_TOKEN * tokens
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raise ValueError for settings that vLLM would quietly change."""
+    """Raise ValueError for settings that vLLM would change silently."""
     if 0 < sampling.temperature < LOWEST_TEMPERATURE:
         raise ValueError(
             f"temperature {sampling.temperature} is raised to {LOWEST_TEMPERATURE} by vLLM; "
@@ -114,7 +114,7 @@ def completion_call(
     max_tokens: int,
     seed: int,
 ) -> Call:
-    """Completions of token ids without pictures."""
+    """Build the request for completions of token ids, without pictures."""
     body = {
         "prompt": list(prompt_ids),
         "logprobs": 1,
@@ -125,17 +125,17 @@ def completion_call(
 
 
 def placeholder_of(model_folder: Path) -> str:
-    """What stands for a picture in the text that vLLM renders for this model folder."""
+    """Return the placeholder for a picture in the text that vLLM renders for this model folder."""
     return IMAGE_PLACEHOLDER if is_original(read_config(model_folder)) else IMAGE_CONTEXT
 
 
 def picture_name(data: bytes, step: int) -> str:
-    """A name for a picture as the vision tower of this step sees it."""
+    """Return a name for a picture and the vision tower of this step."""
     return f"{hashlib.sha256(data).hexdigest()[:32]}-{step}"
 
 
 def _picture_part(data: bytes, step: int) -> dict[str, Any]:
-    """A picture as the trainer decodes it: losslessly, without transparency or rotation marks."""
+    """A picture as the trainer decodes it: lossless, without transparency or rotation tags."""
     file = io.BytesIO()
     load_image(data).save(file, "PNG", compress_level=1)
     address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
@@ -157,7 +157,7 @@ def chat_call(
     step: int,
     placeholder: str,
 ) -> Call:
-    """Completions of a prompt with pictures, rendered by the server."""
+    """Build the request for completions of a prompt with pictures, rendered by the server."""
     pictures = iter(request.sample.images)
     messages = []
     for message in request.sample.prompt:
@@ -180,10 +180,10 @@ def chat_call(
 
 
 def read_answer(call: Call, reply: bytes, rules: TokenRules, origin: str) -> list[Completion]:
-    """The completions of an answer, in order. Text in it is not looked at, only token ids.
+    """Read the completions of an answer, in order, from its token ids alone.
 
     Raises:
-        RequestFailed: the answer is malformed or cannot be true; another server may do better.
+        RequestFailed: the answer is malformed or impossible; another server may do better.
         ValueError: the server completed another prompt, as `check_prompt`.
     """
     chat = "messages" in call.body
@@ -221,7 +221,7 @@ def read_answer(call: Call, reply: bytes, rules: TokenRules, origin: str) -> lis
 
 
 def _logprobs(given: object, chat: bool) -> object:
-    """Log-probs of the sampled tokens out of either endpoint's structure."""
+    """The log-probs of the sampled tokens, in either endpoint's structure."""
     if not isinstance(given, dict):
         return None
     if not chat:
@@ -233,7 +233,7 @@ def _logprobs(given: object, chat: bool) -> object:
 
 
 def probe_call(rules: TokenRules, token: int) -> Call:
-    """One token, made certain by a bias of 100: its processed log-prob is 0, its raw one is not."""
+    """Build the request for one token with a bias of 100: only its processed log-prob is 0."""
     prompt = (rules.pad_id,)
     settings = _settings(Sampling(1.0, 1), rules, count=1, max_tokens=1, seed=0)
     bias = {"logit_bias": {str(token): 100}}
@@ -246,7 +246,7 @@ def read_probe(call: Call, reply: bytes, rules: TokenRules, token: int, origin: 
 
     Raises:
         RequestFailed: as `read_answer`.
-        ValueError: it does not; says how it must be started.
+        ValueError: it does not; names the flag to start it with.
     """
     (completion,) = read_answer(call, reply, rules, origin)
     if completion.token_ids != (token,):

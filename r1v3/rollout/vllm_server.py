@@ -1,14 +1,14 @@
 """Rollouts from vLLM servers over their OpenAI-compatible API.
 
-The first process of a job talks to the servers and the others are told the outcome; the engines
+The first process of a job talks to the servers and sends the outcome to the others; the engines
 run elsewhere, so nothing here imports vLLM.
 Start each server on the folder that the trainer publishes its weights to:
 
     VLLM_SERVER_DEV_MODE=1 vllm serve WEIGHTS/current --logprobs-mode processed_logprobs
 
 The development mode has the endpoints that change weights; they can run anything on the server,
-so keep its port inside the cluster. How requests look and what was read of vLLM is told in
-`vllm_protocol`, how servers are chosen, retried and given up on in `server_pool`.
+so keep its port inside the cluster. `vllm_protocol` describes the requests, `server_pool` the
+choice of servers, retries and time limits.
 
 Weights go over the file system: a model folder is written, the link `current` is moved to it, and
 each server is told to load what it was started on (`/pause`, `/collective_rpc` with
@@ -185,7 +185,7 @@ class VLLMServers:
         sampling: Sampling,
         seeds: Sequence[int],
     ) -> list[Completion]:
-        """Completions cut at the thought budget, closed and completed."""
+        """Close the completions that were cut at the thought budget, and complete them."""
         begun = close_thoughts(first, sampling, self.rules)
         rows, calls = [], []
         for row, completion in begun.items():
@@ -204,11 +204,12 @@ class VLLMServers:
         return first
 
     def update_weights(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
-        """See `contract.Sampler.update_weights`. Servers that are out load them when they return.
+        """See `contract.Sampler.update_weights`; a server that is out loads them on its return.
 
         Raises:
             ValueError: there is no folder to publish to.
-            OSError: writing failed. NoServers: no server has loaded them.
+            OSError: writing failed.
+            NoServers: no server has loaded the weights.
         """
         failure: Exception | None = None
         if self.ranks.is_main:
@@ -235,16 +236,16 @@ class VLLMServers:
         publish(self._weights_folder, self._model_folder, tensors, step, dtype=self._dtype)
 
     def sleep(self) -> None:
-        """Nothing: servers have accelerators of their own."""
+        """Do nothing: servers have accelerators of their own."""
 
     def wake(self) -> None:
-        """Nothing, as `sleep`."""
+        """Do nothing, as `sleep`."""
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        """Do nothing: nothing is held between calls."""
 
     def counters(self) -> dict[str, int]:
-        """Servers live now, and attempts that failed or were sent twice so far; for a log."""
+        """Return the live servers, and the attempts that failed or were sent twice so far."""
         return {
             "rollout_servers_live": sum(server.live for server in self.servers),
             "rollout_failed_attempts": self._pool.failed,
@@ -275,7 +276,7 @@ class VLLMServers:
         return await self._exchange(server, "POST", call.path, body, seconds, call.max_bytes)
 
     async def _check(self, server: Server) -> None:
-        """Find out what a server serves, bring its weights up to date, and probe it."""
+        """Ask a server for its model, update its weights, and probe it."""
         await self._exchange(server, "GET", "/health")
         models = await self._exchange(server, "GET", "/v1/models")
         try:
@@ -326,5 +327,5 @@ class VLLMServers:
 
 
 def _seeds(count: int, generator: torch.Generator) -> list[int]:
-    """Far enough apart that seed + i of one request is not seed + j of another."""
+    """Seeds far enough apart that seed + i of one request is not seed + j of another."""
     return torch.randint(0, 2**48, (count,), generator=generator).tolist()

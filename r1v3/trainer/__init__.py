@@ -1,1 +1,1 @@
-"""Training stages and what they share: checkpoints, metrics, critical tokens, selection."""
+"""Training stages, and their checkpoints, metrics, critical tokens and selection."""

@@ -1,4 +1,4 @@
-"""Entropy of critical reasoning tokens, by which checkpoints are chosen.
+"""Entropy of critical reasoning tokens, by which checkpoints are selected.
 
 Critical tokens open a new turn of thought ("Wait", "Alternatively", "Hmm"). The Skywork-R1V3
 report (section 5, figure 5) selects the checkpoint that is most uncertain where it emits them:
@@ -8,7 +8,7 @@ with H_t in nats the entropy of the distribution from which token y_t was drawn:
     critical_entropy        mean of H_t over tokens y_t that are critical
     critical_entropy_after  mean of H_s, s the next counted token after such a t
     entropy                 mean of H_t over all counted tokens
-    high_entropy_share      share of counted tokens with H_t > 6.8 (figure 10, there without a unit)
+    high_entropy_share      fraction of counted tokens with H_t > 6.8 (figure 10, without a unit)
 
 Entropy at the token has a floor of ln k where k synonyms are equally good, and falls as the
 model settles on one; entropy after the token shows whether the turn itself is open.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 # Up to ln(vocabulary) = 11.93 nats for 151,674 tokens; fine where small models live, and with an
-# edge at 6.8 so that the report's share can be read off the histogram.
+# edge at 6.8 so that the report's fraction can be read off the histogram.
 # fmt: off
 ENTROPY_BIN_EDGES: tuple[float, ...] = (
     0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5,
@@ -31,10 +31,10 @@ ENTROPY_BIN_EDGES: tuple[float, ...] = (
 
 
 class CriticalTokenMonitor:
-    """Accumulates the statistics above over micro-batches; only `result` waits for the device.
+    """An accumulator of these statistics over micro-batches; only `result` waits for the device.
 
-    Sums are kept in float64 on the device of the first update, so how the batch was split into
-    micro-batches changes nothing but the last bits.
+    Sums are kept in float64 on the device of the first update, so that the split of the batch into
+    micro-batches changes only the last bits.
 
     Args:
         token_ids: the critical tokens, see `r1v3.data.words.expand_words`; may be empty.
@@ -65,7 +65,7 @@ class CriticalTokenMonitor:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything seen."""
+        """Forget all updates."""
         self._sums: Tensor | None = None
         self._counts: Tensor | None = None
         self._histogram: Tensor | None = None
@@ -78,7 +78,7 @@ class CriticalTokenMonitor:
             response_ids: [B, T] integer, the tokens that were emitted.
             entropy: [B, T] float, nats, of the distribution each of these was drawn from
                 (for a causal model: that of the logits one position earlier).
-            mask: [B, T], nonzero where a token counts; what stands elsewhere is never read.
+            mask: [B, T], nonzero where a token counts; other values are never read.
         Raises:
             ValueError: shapes differ, or the ids are not integers.
         """
@@ -112,12 +112,12 @@ class CriticalTokenMonitor:
         self._accumulate(sums, counts, self._bin(entropy, valid))
 
     def result(self) -> dict[str, Any]:
-        """What was seen since the last reset; synchronises with the device.
+        """Return the statistics since the last reset; synchronizes with the device.
 
         Returns:
             critical_entropy, critical_entropy_after, entropy (float, nats), high_entropy_share
             (float in [0, 1]), critical_tokens (int), entropy_histogram (int counts per bin of
-            `bin_edges`, NaN left out). A mean or share over no tokens is None.
+            `bin_edges`, without NaN). A mean or fraction over no tokens is None.
         """
         if self._sums is None or self._counts is None or self._histogram is None:
             sums, counts, histogram = [0.0] * 3, [0] * 4, [0] * (len(self.bin_edges) - 1)

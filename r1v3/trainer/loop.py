@@ -1,4 +1,4 @@
-"""The loop around the steps of a stage: validate, log, save and stop, on all ranks alike."""
+"""The loop around the steps of a stage: validate, log, save and stop, the same on every rank."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,10 +15,12 @@ from r1v3.trainer.progress import ProgressBar, progress_bar
 
 
 class Steps(Protocol):
-    """What a stage's trainer is to the loop.
+    """The interface of a stage's trainer to the loop.
 
     Attributes:
-        step: finished steps; total: the steps there are; finished: no further step is wanted.
+        step: finished steps.
+        total: all steps of the stage.
+        finished: whether no further step is to be taken.
         resume_after: see `MetricsLogger`.
     """
 
@@ -37,20 +39,20 @@ class Steps(Protocol):
     def finished(self) -> bool: ...
 
     def take_step(self) -> dict[str, Any]:
-        """One optimizer step; its metrics."""
+        """Take one optimizer step; return its metrics."""
         ...
 
     def validate(self) -> dict[str, Any]:
-        """Metrics of the validation data."""
+        """Return the metrics of the validation data."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """JSON values to go on from, besides the engine's state and the step."""
+        """Return the JSON values to resume from, besides the engine's state and the step."""
         ...
 
 
 class Checkpoints:
-    """The checkpoints of a stage that `resume` goes on from, one at a time under way.
+    """The checkpoints of a stage, of which one at a time is being written.
 
     Args:
         keep: how many to keep; None keeps all.
@@ -61,9 +63,9 @@ class Checkpoints:
         self._pending: PendingCheckpoint | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Start to save, `step` counting finished steps; the one before is finished first.
+        """Start to save after `step` finished steps; an earlier save is finished first.
 
-        `poll` or `finish` puts it in place.
+        `poll` or `finish` moves the checkpoint into place.
         """
         self.finish()
         self._pending = start_checkpoint(
@@ -77,12 +79,12 @@ class Checkpoints:
         )
 
     def poll(self) -> None:
-        """Put in place what is completely written by now."""
+        """Move a checkpoint into place if it is completely written."""
         if self._pending is not None and self._pending.written():
             self.finish()
 
     def finish(self) -> None:
-        """Wait until what was started is in place."""
+        """Wait until a checkpoint that was started is in place."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.finish()
@@ -96,14 +98,14 @@ def run_steps(
     keep: int | None,
     shown: Sequence[str],
 ) -> None:
-    """Train until finished.
+    """Train until the trainer is finished.
 
     Args:
         keep: checkpoints to keep; None keeps all.
-        shown: the metrics that the progress bar shows.
+        shown: names of the metrics in the progress bar.
 
     Raises:
-        StageInterrupted: a signal asked some rank to stop; the steps taken are saved.
+        StageInterrupted: a signal asked a rank to stop; the finished steps are saved.
     """
     ranks, name, total = trainer.engine.ranks, trainer.name, trainer.total
     checkpoints = Checkpoints(trainer.run / "checkpoints" / name, trainer.engine, keep=keep)

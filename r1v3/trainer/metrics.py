@@ -1,10 +1,10 @@
-"""One line of JSON per training step, and the same numbers as TensorBoard events.
+"""Metrics of training steps: one line of JSON each, and the same numbers as TensorBoard events.
 
 `<run>/metrics/<stage>.jsonl` is the record: `{"step": 7, "loss": 0.31, ...}`, one strict JSON
 object per line, steps increasing. A run that was killed and resumed leaves the same file as one
-that was not, except for the keys that start with "seconds" (wall-clock time) or "machine_" (how
-fast it ran, and on what). TensorBoard events under `<run>/tensorboard/<stage>`, and a run of
-Weights & Biases when asked for, are views of it for people.
+that was not, except for keys that start with "seconds" (wall-clock time) or "machine_" (speed and
+device readings). TensorBoard events under `<run>/tensorboard/<stage>`, and a run of Weights &
+Biases if configured, show the same numbers.
 """
 
 import json
@@ -25,17 +25,17 @@ HISTOGRAM_SUFFIX = "_histogram"
 
 
 class MetricsLogger:
-    """Writes the metrics of one stage of one run.
+    """A writer of the metrics of one stage of one run.
 
     Args:
-        run_dir: folder of the run; `metrics/` and `tensorboard/` are made in it.
+        run_dir: folder of the run, in which `metrics/` and `tensorboard/` are created.
         stage: name of the stage, such as "grpo"; letters, digits, ".", "_" and "-".
-        resume_after: step of the checkpoint that training goes on from; lines of later steps,
-            and a last line cut short by a kill, are dropped first. None starts over: the file of
-            an earlier attempt is moved to `<stage>.jsonl.previous`.
+        resume_after: step of the checkpoint that training resumes from; lines of later steps, and
+            a last line cut short by a kill, are dropped first. None starts over: the file of an
+            earlier attempt is moved to `<stage>.jsonl.previous`.
         tensorboard: also write TensorBoard events.
         histogram_edges: for a key ending in "_histogram", the n + 1 bin edges of its n counts;
-            without an entry the bins are drawn at 0, 1, 2, ...
+            without an entry the edges are 0, 1, 2, ...
         wandb_project: also log to this project of Weights & Biases; see `WandbRun`.
     Raises:
         ValueError: a bad stage name, or an existing file that is not a metrics file.
@@ -76,7 +76,7 @@ class MetricsLogger:
         self._file: Any = open(self.path, "ab")
 
     def log(self, step: int, values: Mapping[str, float | int | list[Any] | None]) -> None:
-        """Append one line and hand it to the operating system, so that kill -9 cannot lose it.
+        """Append one line and flush it to the operating system, so that kill -9 cannot lose it.
 
         Args:
             step: greater than every step logged before.
@@ -137,17 +137,17 @@ class MetricsLogger:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, oldest first; a last line cut short is left out.
+    """Read the lines of a metrics file in order, without a last line that is cut short.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: a line that is not a JSON object with an integer "step"; names the line.
     """
     return [record for record, _ in _read_lines(Path(path))]
 
 
 def comparable(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`lines` without values of the machine: what two runs of the same seed must agree on."""
+    """Return `lines` without the machine's values; two runs of the same seed agree on the rest."""
     return [
         {key: value for key, value in line.items() if not key.startswith(MACHINE_PREFIXES)}
         for line in lines
@@ -155,7 +155,7 @@ def comparable(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _prepare(path: Path, resume_after: int | None) -> int | None:
-    """Drop what a resumed run will write again; returns the last step that is kept."""
+    """Drop the lines that a resumed run will write again; return the last step that is kept."""
     if not path.exists():
         return None
     if resume_after is None:
@@ -210,14 +210,14 @@ def _check_value(key: str, value: Any, edges: Sequence[float] | None) -> None:
 
 
 def _raw_histogram(counts: Sequence[int], edges: Sequence[float]) -> dict[str, Any]:
-    centres = [(low + high) / 2 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    centers = [(low + high) / 2 for low, high in zip(edges[:-1], edges[1:], strict=True)]
     filled = [index for index, count in enumerate(counts) if count]
     return {
         "min": float(edges[filled[0]]),
         "max": float(edges[filled[-1] + 1]),
         "num": sum(counts),
-        "sum": sum(c * n for c, n in zip(centres, counts, strict=True)),
-        "sum_squares": sum(c * c * n for c, n in zip(centres, counts, strict=True)),
+        "sum": sum(c * n for c, n in zip(centers, counts, strict=True)),
+        "sum_squares": sum(c * c * n for c, n in zip(centers, counts, strict=True)),
         # TensorBoard wants upper limits; an empty first bin carries the lower edge of the first.
         "bucket_limits": [float(edge) for edge in edges],
         "bucket_counts": [0, *counts],

@@ -17,7 +17,7 @@ from r1v3.rollout.mismatch import Mismatch, importance_weights
 
 @dataclass(frozen=True)
 class Targets:
-    """What the loss of a micro-batch of N responses needs besides the current log-probs.
+    """Inputs of the loss of a micro-batch of N responses, besides the current log-probs.
 
     Attributes:
         loss_mask: bool [N, R], True at tokens that count.

@@ -1,8 +1,8 @@
-"""Choosing a checkpoint by the entropy of its critical tokens.
+"""Selection of a checkpoint by the entropy of its critical tokens.
 
-The Skywork-R1V3 report (section 5, figure 5) picks, without looking at a benchmark, the checkpoint
-whose critical reasoning tokens (see `critical_tokens`) have the highest entropy, and shows that
-this follows validation accuracy. Whether it does here is measured and written beside the choice.
+The Skywork-R1V3 report (section 5, figure 5) selects, without a benchmark, the checkpoint whose
+critical reasoning tokens (see `critical_tokens`) have the highest entropy, and shows that this
+follows validation accuracy. The correlation of the two is measured and written beside the choice.
 """
 
 import math
@@ -27,7 +27,7 @@ _RULE_TEXT = {
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """What was measured of one checkpoint; None where it was not or could not be.
+    """The measurements of one checkpoint; None where a value is missing.
 
     Entropies are in nats, accuracies in [0, 1]; `validation_low` and `validation_high` bound the
     accuracy's confidence interval.
@@ -45,10 +45,10 @@ class CheckpointRecord:
 
 @dataclass(frozen=True)
 class Selection:
-    """The choice among `records` (by step), why others could not be chosen, and by what rule.
+    """The selected record among `records` (by step), the rule, and the reasons for exclusions.
 
     `spearman` and `pearson` correlate critical entropy with validation accuracy over the
-    `correlated` checkpoints that have both; None if fewer than three have, or one is constant.
+    `correlated` checkpoints that have both; None for fewer than three, or if one is constant.
     """
 
     records: tuple[CheckpointRecord, ...]
@@ -69,10 +69,10 @@ def select_checkpoint(
     """Select the checkpoint with the highest value of `rule`; among equals the latest.
 
     Args:
-        tolerance: values that are this close to the highest are equal to it (nats or accuracy).
+        tolerance: values this close to the highest count as equal to it (nats or accuracy).
     Raises:
         ValueError: an unknown rule, a negative tolerance, two records of one name, or no record
-            that can be chosen; says why for each.
+            with a value; gives the reason for each.
     """
     if rule not in _RULE_TEXT:
         raise ValueError(f"rule must be one of {', '.join(_RULE_TEXT)}, got {rule!r}")
@@ -111,7 +111,7 @@ def select_checkpoint(
 
 
 def write_selection(run_dir: str | Path, selection: Selection) -> Path:
-    """Write `<run_dir>/selection.json` atomically; returns its path."""
+    """Write `<run_dir>/selection.json` atomically; return its path."""
     checkpoints: list[dict[str, Any]] = []
     for record in selection.records:
         checkpoints.append(asdict(record) | {"selected": record is selection.selected})
@@ -131,21 +131,21 @@ def write_selection(run_dir: str | Path, selection: Selection) -> Path:
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Correlation of two samples of one length; None below three points or without variance."""
+    """Return the correlation of two samples; None below three points or without variance."""
     if len(x) < 3 or min(x) == max(x) or min(y) == max(y):
         return None
     mean_x, mean_y = math.fsum(x) / len(x), math.fsum(y) / len(y)
-    centred_x, centred_y = [a - mean_x for a in x], [b - mean_y for b in y]
-    norm_x, norm_y = math.hypot(*centred_x), math.hypot(*centred_y)
+    centered_x, centered_y = [a - mean_x for a in x], [b - mean_y for b in y]
+    norm_x, norm_y = math.hypot(*centered_x), math.hypot(*centered_y)
     if norm_x == 0 or norm_y == 0:
         return None
-    # Normalised before multiplying: products of small numbers would underflow.
-    pairs = zip(centred_x, centred_y, strict=True)
+    # Normalized before multiplying: products of small numbers would underflow.
+    pairs = zip(centered_x, centered_y, strict=True)
     return max(-1.0, min(1.0, math.fsum((a / norm_x) * (b / norm_y) for a, b in pairs)))
 
 
 def _measured_pairs(records: Sequence[CheckpointRecord]) -> tuple[list[float], list[float]]:
-    """Critical entropy and validation accuracy of the records that have both."""
+    """The critical entropies and validation accuracies of the records that have both."""
     entropies, accuracies = [], []
     for record in records:
         entropy, accuracy = record.critical_entropy, record.validation_accuracy
@@ -157,7 +157,7 @@ def _measured_pairs(records: Sequence[CheckpointRecord]) -> tuple[list[float], l
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1; equal values share the mean of theirs, as Spearman's coefficient wants."""
+    """Ranks from 1; equal values get the mean of their ranks, as in Spearman's coefficient."""
     ordered = sorted(values)
     return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]
 
@@ -173,11 +173,11 @@ def _why_not(record: CheckpointRecord, rule: Rule, value: float | None) -> str |
 
 
 def select_from_run(config: Select) -> str:
-    """Choose among the GRPO checkpoints of a run; writes selection.json and `models/selected`.
+    """Select among the GRPO checkpoints of a run; return the name of the selected one.
 
-    The critical-token entropy of a checkpoint is the mean over the last training steps before it,
-    weighted by how many critical tokens each saw; it was measured while training. Where no
-    checkpoint ever emitted one, validation accuracy decides, and selection.json says so.
+    Writes selection.json and `models/selected`. The critical-token entropy of a checkpoint is the
+    mean over the last training steps before it, weighted by the number of critical tokens in each.
+    If no checkpoint emitted any, validation accuracy decides, and selection.json says so.
     """
     run = Path(config.run)
     lines = {line["step"]: line for line in read_metrics(run / "metrics" / "grpo.jsonl")}
@@ -200,7 +200,7 @@ def select_from_run(config: Select) -> str:
         )
     rule = config.rule
     if rule == "critical_entropy" and all(r.critical_entropy is None for r in records):
-        # A policy that never says "Wait" has no critical tokens to be chosen by.
+        # A policy that never says "Wait" has no critical tokens to select by.
         rule = "validation_accuracy"
     selection = select_checkpoint(records, rule=rule)
     write_selection(run, selection)

@@ -1,8 +1,8 @@
-"""How fast a stage runs and how the devices are: numbers for the metrics of every step.
+"""Throughput of a stage and the state of its devices, for the metrics of every step.
 
-All keys start with "machine_": they are of the machine, not of what is learned, and differ between
-two runs of the same seed. Everything is sampled between steps; nothing runs in the background.
-GPU readings need nvidia-ml-py; a reading that the driver or the device refuses is left out.
+All keys start with "machine_": they describe the machine, not the model, and differ between two
+runs of the same seed. Readings are taken between steps; nothing runs in the background. GPU
+readings need nvidia-ml-py; a reading that the driver or the device refuses is left out.
 """
 
 import resource
@@ -33,7 +33,7 @@ PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
 }
 
-# How the readings of all ranks become one.
+# Reductions over the ranks.
 _ACROSS_RANKS: dict[str, Callable[[list[float]], float]] = {
     "machine_memory_gb": max,
     "machine_memory_reserved_gb": max,
@@ -47,8 +47,7 @@ _ACROSS_RANKS: dict[str, Callable[[list[float]], float]] = {
 
 
 def work_of(batch: Batch) -> Work:
-    """What a micro-batch passes through the model: prompts once, responses up to the last token
-    that counts."""
+    """Return the work of a micro-batch: prompts once, responses to the last counted token."""
     mask = batch.loss_mask
     columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     lengths = (mask * columns).amax(1).tolist() if mask.shape[1] else [0] * len(mask)
@@ -61,13 +60,13 @@ def work_of(batch: Batch) -> Work:
 
 
 class Telemetry:
-    """Numbers of a training step.
+    """Throughput, memory and GPU readings of a training step.
 
     Args:
         config: of the model.
-        modules: which of vision, connector and llm are trained.
-        device: where this rank computes.
-        dtype: of the weights; MFU is stated against the bfloat16 peak, and only for bfloat16.
+        modules: whether each of vision, connector and llm is trained.
+        device: this rank's device.
+        dtype: of the weights; MFU is relative to the bfloat16 peak, and given for bfloat16 only.
         ranks: all processes of the job, one device each.
     """
 
@@ -92,7 +91,7 @@ class Telemetry:
         self._started = 0.0
 
     def start(self) -> None:
-        """Call right before the gradient steps."""
+        """Start measuring, right before the gradient steps."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         if self._gpu is not None:
@@ -100,13 +99,16 @@ class Telemetry:
         self._started = time.perf_counter()
 
     def finish(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """Call right after them, on every rank, with the micro-batches of all replicas.
+        """Stop measuring, right after the gradient steps; collective over the ranks.
+
+        Args:
+            micro_batches: those of all replicas.
 
         Returns:
             `machine_...` metrics, the same on every rank: tokens and samples per second of the
-            whole job, model TFLOP/s per device, MFU where the peak is known, the largest peak
-            memory of a rank in GB (on the CPU: of the process so far), and where there is a GPU
-            mean power, highest temperature, lowest clock, devices that were throttled, and errors.
+            whole job, model TFLOP/s per device, MFU where the peak is known, and the largest peak
+            memory of a rank in GB (on the CPU: of the process so far). With GPUs also mean power,
+            highest temperature, lowest clock, and the counts of throttled devices and of errors.
         """
         seconds = time.perf_counter() - self._started
         work = sum((work_of(batch) for batch in micro_batches), Work())
@@ -133,7 +135,7 @@ class Telemetry:
 
 
 def combine(readings: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One value for each reading that some rank has."""
+    """Reduce the readings of all ranks to one value for each name."""
     return {
         name: reduce([reading[name] for reading in readings if name in reading])
         for name, reduce in _ACROSS_RANKS.items()
@@ -145,11 +147,11 @@ class GPU:
     """Power, clocks, temperature and errors of one device.
 
     Args:
-        nvml: the `pynvml` module of nvidia-ml-py, initialised.
-        handle: the device's.
+        nvml: the `pynvml` module of nvidia-ml-py, initialized.
+        handle: NVML handle of the device.
     """
 
-    # Clocks held down against the user's wish: heat, and the power supply's brake.
+    # Clocks lowered by heat or by the power supply, not by the user.
     THROTTLES = (
         "nvmlClocksThrottleReasonHwSlowdown",
         "nvmlClocksThrottleReasonSwThermalSlowdown",
@@ -166,7 +168,7 @@ class GPU:
 
     @classmethod
     def of(cls, device: torch.device) -> "GPU | None":
-        """The readings of a CUDA device; None without nvidia-ml-py or without its driver."""
+        """Open a CUDA device; return None without nvidia-ml-py or without its driver."""
         try:
             import pynvml
         except ImportError:
@@ -180,12 +182,12 @@ class GPU:
             return None
 
     def start(self) -> None:
-        """Note the energy meter."""
+        """Read the energy counter."""
         self._energy = self._read(self.nvml.nvmlDeviceGetTotalEnergyConsumption, self.handle)
         self._at = time.perf_counter()
 
     def finish(self) -> dict[str, float]:
-        """Readings now, and the mean power since `start`."""
+        """Return current readings, and the mean power since `start`."""
         nvml, handle = self.nvml, self.handle
         readings = {
             "machine_power_watts": self._power(),
@@ -207,7 +209,7 @@ class GPU:
         return {name: float(value) for name, value in readings.items() if value is not None}
 
     def _read(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What NVML answers; None for what this device or driver does not know."""
+        """Call NVML; return None where the device or driver does not support the call."""
         try:
             return function(*arguments)
         except self.nvml.NVMLError:
@@ -234,7 +236,7 @@ class GPU:
         return events
 
     def _errors(self) -> float | None:
-        """XID errors of this process's lifetime; waiting for one more takes no time."""
+        """Count XID errors since this process started, without waiting."""
         if self._events is None:
             return None
         while self._read(self.nvml.nvmlEventSetWait_v2, self._events, 0) is not None:

@@ -1,4 +1,4 @@
-"""A stage's metrics as a run of Weights & Biases."""
+"""The metrics of a stage as a run of Weights & Biases."""
 
 import json
 import math
@@ -11,17 +11,17 @@ from r1v3.files import write_json
 
 
 class WandbRun:
-    """One run of a project, which a resumed stage goes on with.
+    """One run of a project, which a resumed stage continues.
 
-    Its id is kept in `<run>/metrics/<stage>.wandb.json`. Where and how wandb sends things is
-    wandb's own affair: WANDB_MODE=offline and the like work as always. Steps that are repeated
-    after a resume are sent again under the same step.
+    Its id is kept in `<run>/metrics/<stage>.wandb.json`. wandb's own settings, such as
+    WANDB_MODE=offline, work as always. Steps that are repeated after a resume are sent again under
+    the same step.
 
     Args:
         project: name of the project.
         run_dir: folder of the r1v3 run; wandb keeps its files in it.
         stage: name of the stage.
-        resuming: go on with the id that is there instead of a new one.
+        resuming: continue the run of the stored id instead of a new one.
     Raises:
         ImportError: wandb is not installed.
     """
@@ -47,7 +47,7 @@ class WandbRun:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Send the finite numbers of a step; lists stay in the metrics file."""
+        """Send the finite numbers of a step; lists are only in the metrics file."""
         numbers = {
             key: float(value)
             for key, value in values.items()

@@ -15,7 +15,7 @@ def prefill(
     prompt_mask: Tensor,
     pixel_values: Tensor | None,
 ) -> Tensor:
-    """Run the prompts through the model, filling `cache`; final hidden states [P, L, H]."""
+    """Run the prompts through the model, filling `cache`; return hidden states [P, L, H]."""
     features = None if pixel_values is None else image_features(model, pixel_values)
     length = prompt_ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=prompt_ids.device).tril()
@@ -42,7 +42,7 @@ class DecodeCache:
         self.values: list[Tensor] = []
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Write the new positions after the cached ones; return everything so far."""
+        """Append new positions to the cached ones; return all of them."""
         if layer == len(self.keys):
             rows, heads, _, size = keys.shape
             self.keys.append(keys.new_zeros(rows, heads, self.capacity, size))
@@ -53,13 +53,13 @@ class DecodeCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) rows."""
+        """Keep or repeat rows."""
         self.keys = [k.index_select(0, rows) for k in self.keys]
         self.values = [v.index_select(0, rows) for v in self.values]
 
 
 class HFDecoder:
-    """See `contract.Decoder`; the model's weights are used as they are at each call."""
+    """A `contract.Decoder` over the live weights of a model."""
 
     def __init__(self, model: InternVLForConditionalGeneration) -> None:
         self.model = model

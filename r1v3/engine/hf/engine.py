@@ -29,7 +29,7 @@ class PrefixCache:
         self.group_size = 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Called by every attention layer: record while prefilling, extend afterwards."""
+        """Record keys and values while prefilling, extend them afterwards; for attention layers."""
         if not self.group_size:
             self.keys.append(keys)
             self.values.append(values)
@@ -40,10 +40,10 @@ class PrefixCache:
 
 
 def response_hidden(model: InternVLForConditionalGeneration, batch: Batch) -> Tensor:
-    """Hidden states [P * G, R, H] that predict the response tokens.
+    """Compute the hidden states [P * G, R, H] that predict the response tokens.
 
-    Each prompt is run once; its keys and values (and gradients) are shared by its samples, which
-    is exact: a causal prompt does not depend on what follows it.
+    Each prompt is run once; its samples share its keys and values (and their gradients). This is
+    exact, because a causal prompt does not depend on the tokens after it.
     """
     cache, g = PrefixCache(), batch.group_size
     hidden = prefill(model, cache, batch.prompt_ids, batch.prompt_mask, batch.pixel_values)
@@ -74,12 +74,12 @@ def response_hidden(model: InternVLForConditionalGeneration, batch: Batch) -> Te
 
 
 class HFEngine:
-    """One model with AdamW in one process; see `contract.Engine`.
+    """A `contract.Engine` of one process, with AdamW.
 
     Args:
-        model: transformers' InternVL, in the device and dtype it trains in.
+        model: transformers' InternVL, on the device and in the dtype of training.
         tokenizer: saved beside the weights.
-        modules: which of vision, connector and llm are trained; None only evaluates.
+        modules: whether each of vision, connector and llm is trained; None only evaluates.
         weight_decay: of matrices; vectors are never decayed.
         max_grad_norm: total norm to clip to.
         temperature: of the distributions that log-probs and entropies are of.
@@ -125,7 +125,7 @@ class HFEngine:
         )
 
     def head(self, batch: Batch) -> Head:
-        """The language head at the tokens of a batch that count; differentiable."""
+        """Return the language head at the tokens of a batch that count; differentiable."""
         batch = batch.to(self.model.device)
         mask = batch.loss_mask
         return Head(
@@ -185,7 +185,7 @@ class HFEngine:
             yield name, parameter.detach()
 
     def save(self, directory: Path) -> None:
-        """Write model.safetensors, config.json and the tokenizer into an existing folder."""
+        """See `contract.Engine.save`: model.safetensors, config.json and the tokenizer."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.export_hf()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         config = self.model.config.to_dict()
@@ -206,7 +206,7 @@ class HFEngine:
         load_optimizer_tensors(self.optimizer, self.trainable, tensors)
 
     def load_weights(self, directory: Path) -> None:
-        """Copy the weights of a model folder of the same configuration into the live model."""
+        """See `contract.Engine.load_weights`."""
         stored = load_model(directory)
         with torch.no_grad():
             for own, saved in zip(self.model.parameters(), stored.parameters(), strict=True):

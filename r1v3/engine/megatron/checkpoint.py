@@ -1,8 +1,8 @@
 """Weights and optimizer state of a Megatron model as megatron-core's distributed checkpoint.
 
 It is written in the background while training goes on, and loads in any tensor-, pipeline- and
-data-parallel layout. The format holds pickled metadata: load what a job of your own has saved; to
-pass a model on, use the safetensors beside it.
+data-parallel layout. The format holds pickled metadata: load only files that your own jobs have
+saved; to share a model, use the safetensors beside it.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class AsyncWriting:
-    """See `contract.Writing`."""
+    """A `contract.Writing` of megatron-core's asynchronous save."""
 
     def __init__(self, queue: AsyncCallsQueue) -> None:
         self._queue = queue
@@ -58,7 +58,7 @@ def save_sharded(
 
 
 def load_sharded(directory: Path, model: InternVL, optimizer: MegatronAdamW) -> None:
-    """Go on from what `save_sharded` wrote."""
+    """Load the files of `save_sharded` into model and optimizer."""
     state = dist_checkpointing.load(_state(model, optimizer, loading=True), str(directory / FOLDER))
     model.load_state_dict(state["model"])
     chained = optimizer.optimizer.chained_optimizers
@@ -74,9 +74,9 @@ def load_sharded(directory: Path, model: InternVL, optimizer: MegatronAdamW) -> 
 
 
 def _keep_step(optimizer: DistributedOptimizer) -> None:
-    """Let parameters be loaded without their step, which is restored before, for all at once.
+    """Add the step, already restored for all parameters at once, to each parameter's state.
 
-    megatron-core leaves it out of what it reads and then misses it, with torch's AdamW.
+    With torch's AdamW, megatron-core requires it there but does not read it.
     """
     store = optimizer._set_main_param_and_optimizer_states
 

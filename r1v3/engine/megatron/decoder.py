@@ -1,8 +1,8 @@
 """Decoding in the training layout: the same shards, ranks and stages, no second copy of weights.
 
 A step is a forward pass of one token per row. Every tensor-parallel rank keeps the keys and values
-of its own heads, every pipeline stage those of its own layers, and every rank ends up with the same
-logits, so that all of them sample the same token from the same random numbers.
+of its own heads, every pipeline stage those of its own layers. Every rank gets the same logits, so
+that all of them sample the same token from the same random numbers.
 """
 
 import torch
@@ -18,10 +18,10 @@ from r1v3.model.megatron.packing import pack_prompts
 
 
 class Decoder:
-    """See `r1v3.engine.contract.Decoder`; every rank of the model calls with the same arguments.
+    """A `contract.Decoder` over the ranks of a model, which call it with the same arguments.
 
     Args:
-        model: this rank's part, unwrapped. Its weights are used as they are at each call.
+        model: this rank's part, unwrapped; every call uses its weights as they are then.
     """
 
     def __init__(self, model: InternVL) -> None:
@@ -54,7 +54,7 @@ class Decoder:
         """See `contract.Decoder.step`.
 
         Raises:
-            ValueError: there is not one token for each row, or the capacity is used up.
+            ValueError: token_ids does not have one token per row, or the capacity is used up.
         """
         cache = self._cache
         rows = len(cache.lengths)
@@ -79,7 +79,7 @@ class Decoder:
         self._cache.select(rows.to(self.device))
 
     def _receive(self, tokens: int) -> None:
-        """Take the previous stage's activation for so many tokens."""
+        """Receive the previous stage's activation of this many tokens."""
         if self.model.pre_process:
             return
         activation = torch.empty(
@@ -94,7 +94,7 @@ class Decoder:
         self.model.set_input_tensor(activation)
 
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """float32 [rows, V] on every rank, from the stage's output at these tokens."""
+        """Logits float32 [rows, V] on every rank, from the stage's output at these tokens."""
         model = self.model
         logits = torch.empty(len(rows), model.vocab_size, device=self.device)
         if model.post_process:
@@ -111,7 +111,7 @@ class Decoder:
         return logits
 
     def _local_logits(self, hidden: Tensor) -> Tensor:
-        """This rank's columns, added up in float32 as in training."""
+        """This rank's columns of the logits, accumulated in float32 as in training."""
         weight = self.model.head_weight
         if hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16:
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)

@@ -27,21 +27,21 @@ from r1v3.model.megatron.packing import Packed, pack
 from r1v3.model.parts import check_modules, part_of
 from r1v3.ranks import Ranks
 
-# What happens to a head: its loss, and tensors to hand to every rank.
+# (head, index of the micro-batch) -> (loss, tensors to return on every rank).
 _Use = Callable[[Head, int], tuple[Tensor, dict[str, Tensor]]]
 
 
 class MegatronEngine:
-    """One model over tensor-, pipeline- and data-parallel ranks; see `contract.Engine`.
+    """A `contract.Engine` over tensor-, pipeline- and data-parallel ranks.
 
     `r1v3.engine.megatron.ranks.connect` comes first. Every rank is given all micro-batches; the
-    replicas take them in turn, and what the losses hand back goes to every rank.
+    replicas take them in turn, and every rank returns the outputs of all.
 
     Args:
         folder: a model folder in either layout of names; each rank reads its own part.
-        config: of the stage: layout, dtype and device.
-        ranks: of the whole job.
-        modules, weight_decay, betas, max_grad_norm, temperature: as `HFEngine`.
+        config: of the stage, with layout, dtype and device.
+        ranks: all processes of the job.
+        modules, weight_decay, betas, max_grad_norm, temperature: as for `HFEngine`.
     """
 
     def __init__(
@@ -120,9 +120,9 @@ class MegatronEngine:
     def _run(
         self, micro_batches: Sequence[Batch], use: _Use, *, forward_only: bool
     ) -> tuple[float, list[dict[str, Tensor]]]:
-        """Pass micro-batches through the pipeline; the sum of the losses and all outputs.
+        """Pass micro-batches through the pipeline; return the summed loss and all outputs.
 
-        Each replica runs its share, and every rank gets the results of all.
+        Each replica runs a part of them, and every rank gets the results of all.
         """
         mine = range(self.replicas.rank, len(micro_batches), self.replicas.size)
         found: dict[int, tuple[float, dict[str, Tensor]]] = {}
@@ -165,7 +165,7 @@ class MegatronEngine:
         return packed.to(self.device)
 
     def _head(self, hidden: Tensor, packed: Packed) -> Head:
-        """The head on the last stage; the gather sums gradients over its shards."""
+        """The head on the last stage; its gather sums gradients over the shards."""
         sharded = parallel_state.get_tensor_model_parallel_world_size() > 1
         states = self.model.gather_hidden(hidden, reduce_grad=sharded)
         mask = torch.zeros(packed.shape, dtype=torch.bool, device=self.device)
@@ -199,7 +199,7 @@ class MegatronEngine:
         self.optimizer.optimizer.reload_model_params()
 
     def optimizer_tensors(self) -> Mapping[str, Tensor]:
-        """Nothing: `save_state` writes the optimizer's shards."""
+        """Return nothing: `save_state` writes the optimizer's shards."""
         return {}
 
     def save_state(self, directory: Path) -> AsyncWriting:

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from r1v3.model.megatron.internvl import InternVL
 from r1v3.model.parts import PARTS, part_of
 
-# Where torch's optimizer keeps a parameter's state: the place of none.
+# Key of a state without a parameter in torch's optimizer.
 _NOTHING = "nothing"
 
 
 def wrap(model: InternVL, *, distributed_optimizer: bool) -> DistributedDataParallel:
-    """The model with float32 gradient buffers that are reduced over the replicas.
+    """Wrap the model with float32 gradient buffers that are reduced over the replicas.
 
-    Gradients are reduced once, after the last micro-batch: a step has many of them, and one
-    without pictures gives the vision tower nothing to overlap with.
+    Gradients are reduced once, after the last micro-batch, without overlap: a micro-batch without
+    images leaves the vision tower without a gradient.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -68,7 +68,7 @@ class MegatronAdamW:
         self._allocate()
 
     def _allocate(self) -> None:
-        """Make torch's moments now: megatron-core can only save and load those that exist."""
+        """Allocate torch's moments now: megatron-core saves and loads only those that exist."""
         for chained in self.optimizer.chained_optimizers:
             if not isinstance(chained.optimizer, torch.optim.AdamW):
                 continue
@@ -85,15 +85,15 @@ class MegatronAdamW:
                 state[_NOTHING] = {"step": torch.tensor(0.0)}
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the step before."""
+        """Zero the gradients of the previous step."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def step(self, learning_rate: float) -> dict[str, float]:
-        """Clip and update; gradient norms before clipping, in total and per part.
+        """Clip and update; return gradient norms before clipping, in total and per part.
 
         Raises:
-            FloatingPointError: the norm is not finite, on every rank; no weight was changed.
+            FloatingPointError: on every rank, if the norm is not finite; no weight is changed.
         """
         norms = self._norms()
         norm = math.sqrt(sum(value**2 for value in norms.values()))
@@ -117,7 +117,7 @@ class MegatronAdamW:
         }
 
     def _norms(self) -> dict[str, float]:
-        """Norm of each part's gradient over all ranks; what ranks hold in common counts once."""
+        """Norm of each part's gradient over all ranks; duplicated parameters count once."""
         device = next(self.model.parameters()).device
         squares = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
         for name, parameter in self.model.module.named_parameters():
@@ -132,7 +132,7 @@ class MegatronAdamW:
         return dict(zip(PARTS, squares.sqrt().tolist(), strict=True))
 
     def _owned_gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The reduced gradient: all of it, or with a distributed optimizer this rank's share."""
+        """The reduced gradient: all of it, or with a distributed optimizer this rank's shard."""
         gradient: Tensor = parameter.main_grad.view(-1)  # type: ignore[attr-defined]
         if not self.distributed:
             return gradient
@@ -140,5 +140,5 @@ class MegatronAdamW:
         assert isinstance(optimizer, DistributedOptimizer)
         if parameter not in optimizer.model_param_gbuf_map:
             return gradient[:0]
-        share = optimizer._get_model_param_range_map(parameter)["param"]
-        return gradient[share.start : share.end]
+        shard = optimizer._get_model_param_range_map(parameter)["param"]
+        return gradient[shard.start : shard.end]

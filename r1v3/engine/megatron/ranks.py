@@ -1,4 +1,4 @@
-"""Joining the processes that torchrun started to one tensor-, pipeline- and data-parallel job."""
+"""One tensor-, pipeline- and data-parallel job of the processes that torchrun started."""
 
 import os
 import warnings
@@ -12,13 +12,13 @@ from r1v3.ranks import Ranks
 
 
 def connect(parallel: Parallel, *, device: str = "cpu") -> Ranks:
-    """Initialise torch.distributed and megatron-core's parallel state; all ranks of the job.
+    """Initialize torch.distributed and megatron-core's parallel state; return all ranks.
 
     Without torchrun the job is this process alone. On CUDA a rank takes the device of its local
-    rank and talks over NCCL; on the CPU over gloo. Whatever goes by `Ranks` goes over gloo.
+    rank and uses NCCL; on the CPU it uses gloo. The calls of `Ranks` always use gloo.
 
     Raises:
-        ValueError: the number of processes is no multiple of tensor x pipeline.
+        ValueError: the number of processes is not a multiple of tensor x pipeline.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size % (parallel.tensor * parallel.pipeline):

@@ -1,6 +1,6 @@
-"""The helper process through which checkpoint writers tell a rank what they have written.
+"""The manager process through which checkpoint writers report to their rank.
 
-Its own file, without torch: the process that is spawned imports it and nothing else.
+It is a file of its own, without torch, because the spawned process imports it.
 """
 
 import multiprocessing
@@ -11,10 +11,10 @@ from multiprocessing.managers import SyncManager
 
 
 def _end_with_parent() -> None:
-    """End when the rank does, however it does, and not before.
+    """Exit when the rank has ended, for whatever reason, and not before.
 
-    torchrun sends SIGTERM to all that a rank has started; the rank still has to save. A rank that
-    is killed tells nobody.
+    torchrun sends SIGTERM to every process that a rank has started, while the rank still has to
+    save. A killed rank sends nothing.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -29,7 +29,7 @@ def _end_with_parent() -> None:
 
 
 def start() -> SyncManager:
-    """A manager for queues that both a process and what it forks can use."""
+    """Start a manager of queues that a process shares with the processes it forks."""
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(_end_with_parent)
     return manager
