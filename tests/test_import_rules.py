@@ -211,6 +211,64 @@ def test_functions_stay_short() -> None:
     assert found == []
 
 
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The number of parameters, `self` and `cls` left out."""
+    found = function.args
+    names = [each.arg for each in (*found.posonlyargs, *found.args, *found.kwonlyargs)]
+    names += [each.arg for each in (found.vararg, found.kwarg) if each is not None]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def kernels_of_ops(path: Path) -> set[str]:
+    """Names of the functions that a file registers as custom ops, whose schemas are flat."""
+    return {
+        node.args[1].id
+        for node in ast.walk(syntax(path))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "register_op"
+        and isinstance(node.args[1], ast.Name)
+    }
+
+
+def public_ops() -> set[str]:
+    """What `r1v3.kernels` exports: public ops, and the references of the same names."""
+    (names,) = (
+        node.value
+        for node in syntax(PACKAGE / "kernels" / "__init__.py").body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    return set(ast.literal_eval(names))
+
+
+def test_functions_take_at_most_ten_parameters() -> None:
+    """Fails if a signature lists what belongs in a type (public ops and kernels are excepted)."""
+    found = []
+    for path in SOURCES:
+        flat = public_ops() | kernels_of_ops(path) if part_of(path) == "kernels" else set()
+        for node in ast.walk(syntax(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                if parameters(node) > 10 and not is_jit(node) and node.name not in flat:
+                    name = f"{path.relative_to(ROOT)}:{node.name}"
+                    found.append(f"{name} takes {parameters(node)} parameters")
+    assert found == []
+
+
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def test_docstrings_say_what_it_is_or_does() -> None:
+    """Fails if a docstring opens as a question; it is a noun phrase or an imperative."""
+    found = [
+        f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
+        for path in SOURCES
+        for node in ast.walk(syntax(path))
+        if isinstance(node, DOCUMENTED)
+        and (text := ast.get_docstring(node))
+        and text.split()[0] in ("What", "How", "Why")
+    ]
+    assert found == []
+
+
 def test_nothing_is_unpickled() -> None:
     """Fails if a file that somebody else wrote could run code when it is read."""
     found = []
