@@ -82,7 +82,7 @@ def linear_logprobs_and_entropy(
             vocab_size exceeds V, or, on the CPU, a label or row is out of range.
     """
     shape = _check_head(hidden, weight, token_ids, group, sequence_parallel, reduce_hidden_grad)
-    check_logits(weight.T, temperature, None if group else vocab_size)
+    check_logits(weight.T, temperature, vocab_size if group is None else None)
     _check_buffers(weight, hidden, weight_grad_accumulator, row_tile)
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
@@ -172,7 +172,7 @@ def linear_grpo_loss(
             label is out of range or rows are not those of the mask.
     """
     shape = _check_head(hidden, weight, token_ids, group, sequence_parallel, reduce_hidden_grad)
-    check_logits(weight.T, temperature, None if group else vocab_size)
+    check_logits(weight.T, temperature, vocab_size if group is None else None)
     _check_buffers(weight, hidden, weight_grad_accumulator, row_tile)
     options = GrpoOptions(clip_low, clip_high, dual_clip, kl_coef, kl, aggregation)
     inputs = GrpoInputs.of(
