@@ -306,4 +306,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point of the `r1v3` command."""
+    # libgomp reads it when torch is loaded. Threads that spin while they wait take the cores from
+    # other programs, and from each other; one's own setting (also GOMP_SPINCOUNT) wins.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()

@@ -43,6 +43,36 @@ def test_python_m_r1v3_refuses_a_bad_configuration_without_loading_torch(tmp_pat
     assert "| torch\n" not in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("own", "policy", "spins"),
+    [
+        ({}, "PASSIVE", "0"),
+        ({"OMP_WAIT_POLICY": "active"}, "ACTIVE", "30000000000"),
+        ({"GOMP_SPINCOUNT": "77"}, "PASSIVE", "77"),
+    ],
+)
+def test_waiting_threads_yield_unless_told_otherwise(
+    own: dict[str, str], policy: str, spins: str
+) -> None:
+    """Otherwise, beside other programs, threads that wait would burn the cores that the threads
+    they wait for need: a step took ten times as long."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "r1v3", "doctor"],
+        env={**inherited, **own, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+    )
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("torch was built with another OpenMP than GNU's")
+    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+
+
 @pytest.mark.parametrize("name", (*VERBS, "doctor"))
 def test_every_verb_explains_itself(name: str) -> None:
     """Otherwise a person would have to read the source; every verb shows an example."""

@@ -20,6 +20,7 @@ from r1v3.data.sample import Sample
 from r1v3.data.schema import write_samples
 from r1v3.data.tasks import IN_DOMAIN, OUT_OF_DOMAIN
 from r1v3.files import write_json
+from r1v3.progress import progress_bar
 
 
 def build(config: Data, notify: Callable[[str], None] = lambda line: None) -> dict[str, Path]:
@@ -59,21 +60,19 @@ def build(config: Data, notify: Callable[[str], None] = lambda line: None) -> di
         "test_in_domain": lambda n: questions("test", IN_DOMAIN, n, seed),
         "test_out_of_domain": lambda n: questions("test", OUT_OF_DOMAIN, n, seed + 1),
     }
-    paths = {}
-    for name, make in makers.items():
-        count = getattr(config, name)
-        if not count:
-            continue
-        paths[name] = folder / f"{name}.parquet"
-        # A file without its statistics is what a build leaves that was stopped in between.
-        if paths[name].exists() and name in statistics:
-            continue
-        samples = make(count)
-        write_samples(paths[name], samples)
-        domains = Counter(str(sample.domain) for sample in samples)
-        statistics[name] = {"samples": len(samples), "domains": dict(sorted(domains.items()))}
-        write_json(account, statistics)
-        notify(f"{name}: {len(samples)} samples")
+    counts = {name: getattr(config, name) for name in makers if getattr(config, name)}
+    paths = {name: folder / f"{name}.parquet" for name in counts}
+    # A file without its statistics is what a build leaves that was stopped in between.
+    missing = [name for name in counts if not (paths[name].exists() and name in statistics)]
+    with progress_bar("data", sum(counts[name] for name in missing)) as bar:
+        for name in missing:
+            samples = makers[name](counts[name])
+            write_samples(paths[name], samples)
+            domains = Counter(str(sample.domain) for sample in samples)
+            statistics[name] = {"samples": len(samples), "domains": dict(sorted(domains.items()))}
+            write_json(account, statistics)
+            bar.advance(counts[name])
+            notify(f"{name}: {len(samples)} samples")
     return paths
 
 

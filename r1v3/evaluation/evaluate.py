@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from r1v3.evaluation.policy import Answers, Policy, mode_sampling
 from r1v3.evaluation.statistics import score
 from r1v3.files import write_bytes, write_json
 from r1v3.model.conversion import load_config
+from r1v3.progress import progress_bar
 from r1v3.ranks import Ranks
 from r1v3.rollout.build import build_sampler
 
@@ -44,10 +45,22 @@ def domain_scores(
     }
 
 
+def _repeats(config: Evaluate, mode: str) -> int:
+    """Completions of each question in a mode."""
+    return config.samples if mode == "slow" else config.mode_samples
+
+
 def run_mode(
-    config: Evaluate, policy: Policy, samples: Sequence[Sample], mode: str
+    config: Evaluate,
+    policy: Policy,
+    samples: Sequence[Sample],
+    mode: str,
+    notify: Callable[[int], None] = lambda completions: None,
 ) -> tuple[dict[str, Any], Answers]:
-    """Score one mode; the random numbers depend on seed and mode, not on the checkpoint."""
+    """Score one mode; the random numbers depend on seed and mode, not on the checkpoint.
+
+    `notify`: see `Policy.answer`.
+    """
     sampling, thinking = mode_sampling(
         config.decoding, config.monitor.words, policy.tokenizer, mode
     )
@@ -56,9 +69,10 @@ def run_mode(
         samples,
         sampling,
         generator=generator,
-        repeats=config.samples if mode == "slow" else config.mode_samples,
+        repeats=_repeats(config, mode),
         thinking=thinking,
         batch_prompts=config.batch_prompts,
+        notify=notify,
     )
     return domain_scores(samples, answers, config.out_of_domain), answers
 
@@ -86,21 +100,22 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
     policy = _policy(config, samples, ranks)
     record = ranks.on_main(lambda: _read(path, config))
     modes = [*config.modes, *(f"budget-{n}" for n in config.budgets)]
-    for mode in modes:
-        if mode in record["modes"]:
-            continue
-        result, answers = run_mode(config, policy, samples, mode)
-        record["modes"][mode] = result
-        if mode == "slow":
-            record["correct"] = answers.correct.astype(int).tolist()
-        if not ranks.is_main:
-            continue
-        if mode == "slow":
-            _write_transcripts(run, config, policy, samples, answers)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, record, indent=None)
-        if notify is not None:
-            notify(mode, result)
+    missing = [mode for mode in modes if mode not in record["modes"]]
+    total = sum(len(samples) * _repeats(config, mode) for mode in missing)
+    with progress_bar(f"eval {config.name}", total, shown=ranks.is_main) as bar:
+        for mode in missing:
+            result, answers = run_mode(config, policy, samples, mode, bar.advance)
+            record["modes"][mode] = result
+            if mode == "slow":
+                record["correct"] = answers.correct.astype(int).tolist()
+            if not ranks.is_main:
+                continue
+            if mode == "slow":
+                _write_transcripts(run, config, policy, samples, answers)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, record, indent=None)
+            if notify is not None:
+                notify(mode, result)
     return record
 
 

@@ -1,6 +1,6 @@
 """A policy that answers questions: samples in, graded completions out, in every decoding mode."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,10 +97,12 @@ class Policy:
         repeats: int = 1,
         thinking: bool = True,
         batch_prompts: int = 64,
+        notify: Callable[[int], None] = lambda completions: None,
     ) -> Answers:
         """Complete and grade every sample `repeats` times.
 
         Prompts are batched in order of their length; the answers come in the order of `samples`.
+        `notify` is told after each batch how many completions it held.
         """
         requests = [
             Request(
@@ -125,6 +127,7 @@ class Policy:
                 texts[i * repeats : (i + 1) * repeats] = completed[rows]
                 tokens[i] = lengths[position]
                 rollouts[i] = rollout.rows(rows.start, rows.stop)
+            notify(len(chosen) * repeats)
         correct = np.array(
             [
                 accuracy_reward(

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from r1v3.config import Stage
 from r1v3.engine.contract import Engine
+from r1v3.progress import ProgressBar, progress_bar
 from r1v3.trainer.checkpoint import PendingCheckpoint, start_checkpoint
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.interrupt import StageInterrupted, StopRequest
 from r1v3.trainer.metrics import MetricsLogger
-from r1v3.trainer.progress import ProgressBar, progress_bar
 
 
 class Steps(Protocol):
@@ -113,7 +113,9 @@ def run_steps(
         stop = stack.enter_context(StopRequest())
         log = stack.enter_context(_log(trainer)) if ranks.is_main else None
         bar: ProgressBar = stack.enter_context(
-            progress_bar(name, total, trainer.step, shown, shown=ranks.is_main)
+            progress_bar(
+                name, total, done=trainer.step, fields=shown, every=20, shown=ranks.is_main
+            )
         )
         while not trainer.finished:
             metrics = trainer.take_step()

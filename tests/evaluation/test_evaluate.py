@@ -54,9 +54,9 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     real = benchmark.run_mode
 
-    def watch(config: Evaluate, policy: Policy, samples: Any, mode: str) -> Any:
+    def watch(config: Evaluate, policy: Policy, samples: Any, mode: str, *further: Any) -> Any:
         seen.append(mode)
-        return real(config, policy, samples, mode)
+        return real(config, policy, samples, mode, *further)
 
     monkeypatch.setattr(benchmark, "run_mode", watch)
     return seen
