@@ -59,19 +59,21 @@ def run_mode(
 ) -> tuple[dict[str, Any], Answers]:
     """Score one mode; the random numbers depend on seed and mode, not on the checkpoint.
 
-    `notify`: see `Policy.answer`.
+    A batch holds as many completions in every mode: where a question is answered once, more
+    questions share the cost of a decoding step. `notify`: see `Policy.answer`.
     """
     sampling, thinking = mode_sampling(
         config.decoding, config.monitor.words, policy.tokenizer, mode
     )
+    repeats = _repeats(config, mode)
     generator = torch.Generator().manual_seed(config.seed * 1009 + sum(mode.encode()))
     answers = policy.answer(
         samples,
         sampling,
         generator=generator,
-        repeats=_repeats(config, mode),
+        repeats=repeats,
         thinking=thinking,
-        batch_prompts=config.batch_prompts,
+        batch_prompts=config.batch_prompts * max(1, config.samples // repeats),
         notify=notify,
     )
     return domain_scores(samples, answers, config.out_of_domain), answers

@@ -159,12 +159,15 @@ class GRPOTrainer:
     def validate(self) -> dict[str, Any]:
         """Return the accuracy on the validation questions, sampled as in training."""
         config = self.config
+        # As many completions at a time as a step samples.
+        together = config.prompts_per_step * config.group_size
         with self.sampling():
             answers = self.policy.answer(
                 self.validation,
                 Sampling(config.decoding.temperature, self.max_tokens()),
                 repeats=config.validation_samples,
                 generator=torch_stream(config.seed, "validation"),
+                batch_prompts=max(1, together // config.validation_samples),
             )
         result = score_interval(answers.correct, answers.tokens)
         return {
