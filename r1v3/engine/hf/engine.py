@@ -20,40 +20,64 @@ from r1v3.model.parts import PARTS, check_modules
 from r1v3.ranks import ALONE
 
 
+# Rows that are run together: enough to fill a matrix product, few enough to be of like length.
+_ROWS = 32
+
+
 class PrefixCache:
-    """Keys and values of the prompts, shared by the G samples of each, gradients included."""
+    """Keys and values of the prompts, shared by the samples of each, gradients included."""
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.group_size = 0
+        self.prompts: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Record keys and values while prefilling, extend them afterwards; for attention layers."""
-        if not self.group_size:
+        """Record keys and values while prefilling, then extend those of `prompts`; for attention."""
+        if self.prompts is None:
             self.keys.append(keys)
             self.values.append(values)
             return keys, values
-        prefix_keys = self.keys[layer].repeat_interleave(self.group_size, 0)
-        prefix_values = self.values[layer].repeat_interleave(self.group_size, 0)
+        prefix_keys = self.keys[layer].index_select(0, self.prompts)
+        prefix_values = self.values[layer].index_select(0, self.prompts)
         return torch.cat([prefix_keys, keys], 2), torch.cat([prefix_values, values], 2)
 
 
 def response_hidden(model: InternVLForConditionalGeneration, batch: Batch) -> Tensor:
     """Compute the hidden states [P * G, R, H] that predict the response tokens.
 
-    Each prompt is run once; its samples share its keys and values (and their gradients). This is
-    exact, because a causal prompt does not depend on the tokens after it.
+    They are 0 after a row's last token that counts. Each prompt is run once; its samples share its
+    keys and values (and their gradients). This is exact, because a causal prompt does not depend on
+    the tokens after it. Responses are run in order of length, 32 at a time, so that short ones are
+    not padded to the longest.
     """
-    cache, g = PrefixCache(), batch.group_size
+    cache = PrefixCache()
     hidden = prefill(model, cache, batch.prompt_ids, batch.prompt_mask, batch.pixel_values)
-    first = hidden[:, -1:].repeat_interleave(g, 0)
-    length = batch.response_ids.shape[1] - 1
-    if length < 1:
-        return first[:, : batch.response_ids.shape[1]]
-    cache.group_size = g
-    ids = batch.response_ids[:, :-1]
-    prompt_mask = batch.prompt_mask.repeat_interleave(g, 0)
+    rows, width = batch.response_ids.shape
+    prompts = torch.arange(rows, device=hidden.device) // batch.group_size
+    if not width:
+        return hidden[prompts, :0]
+    numbers = torch.arange(1, width + 1, device=hidden.device)
+    lengths = (batch.loss_mask * numbers).amax(1).clamp(min=1)
+    parts = []
+    by_length = lengths.argsort(stable=True)
+    for chosen in by_length.split(_ROWS):
+        cache.prompts = prompts[chosen]
+        longest = int(lengths[chosen[-1]])
+        states = hidden[cache.prompts, -1:]
+        if longest > 1:
+            rest = _continue(model, cache, batch, batch.response_ids[chosen, : longest - 1])
+            states = torch.cat([states, rest], 1)
+        parts.append(nn.functional.pad(states, (0, 0, 0, width - longest)))
+    return torch.cat(parts).index_select(0, by_length.argsort())
+
+
+def _continue(
+    model: InternVLForConditionalGeneration, cache: PrefixCache, batch: Batch, ids: Tensor
+) -> Tensor:
+    """Compute the final hidden states [N, L, H] of response tokens [N, L] after their prompts."""
+    length = ids.shape[1]
+    prompt_mask = batch.prompt_mask[cache.prompts]
     causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
     mask = torch.cat(
         [
@@ -63,14 +87,13 @@ def response_hidden(model: InternVLForConditionalGeneration, batch: Batch) -> Te
         dim=-1,
     )
     positions = prompt_mask.sum(1, keepdim=True) + torch.arange(length, device=ids.device)
-    rest = model.model.language_model(
+    return model.model.language_model(
         inputs_embeds=model.get_input_embeddings()(ids),
         attention_mask={"full_attention": mask},
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    return torch.cat([first, rest], 1)
 
 
 class HFEngine:
