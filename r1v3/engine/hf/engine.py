@@ -19,7 +19,6 @@ from r1v3.model.internvl import load_model, named_part_parameters
 from r1v3.model.parts import PARTS, check_modules
 from r1v3.ranks import ALONE
 
-
 # Rows that are run together: enough to fill a matrix product, few enough to be of like length.
 _ROWS = 32
 
