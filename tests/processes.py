@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,13 +11,22 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Seconds after which a process that should long have ended is taken to hang. Tests do not measure
+# time with it: beside other programs, a machine may be twenty times as slow.
+PATIENCE = 1800
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback that nobody listens on.
+
+    Below those that the system gives to connections of other processes, which could take it before
+    it is listened on; and drawn anew in every process, unlike what a test's seed would draw.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def environment() -> dict[str, str]:
@@ -38,8 +48,8 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def run_ranks(module: str, world: int, folder: Path, *arguments: str, timeout: float) -> None:
-    """Run `python -m module folder *arguments` as the ranks of a job; all must end well in time.
+def run_ranks(module: str, world: int, folder: Path, *arguments: str) -> None:
+    """Run `python -m module folder *arguments` as the ranks of a job; all must end well.
 
     Each finds RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; what it prints is shown on failure.
     """
@@ -59,7 +69,7 @@ def run_ranks(module: str, world: int, folder: Path, *arguments: str, timeout: f
                 )
             )
     try:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE
         while any(process.poll() is None for process in processes):
             if time.monotonic() > deadline or any(process.returncode for process in processes):
                 break

@@ -18,6 +18,7 @@ from r1v3.plan.job import TEXT_TOKENS, Cluster, job_of, model_folder
 from r1v3.plan.plan import Plan, make_plan
 from r1v3.plan.run import stage_kind
 from r1v3.plan.search import propose
+from tests.processes import PATIENCE
 
 FOLDER = Path(__file__).parents[1] / "configs" / "r1v3-38b"
 LAUNCH = FOLDER / "launch"
@@ -155,12 +156,12 @@ def test_a_signal_reaches_the_workers_and_not_torchrun(
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while not (tmp_path / "ready").exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
         job.send_signal(number)
-        assert job.wait(timeout=30) == 1
+        assert job.wait(timeout=PATIENCE) == 1
     finally:
         job.kill()
     assert (tmp_path / "worker").read_text() == "saved\n"

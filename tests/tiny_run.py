@@ -26,6 +26,7 @@ import torch
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples, write_samples
 from r1v3.trainer.metrics import comparable, read_metrics
+from tests.processes import PATIENCE
 
 DATA = """
 run: run
@@ -200,7 +201,7 @@ def verb(
             target=_child, args=(list(arguments), str(folder), out, at, int(number), limit)
         )
         process.start()
-        process.join(300)
+        process.join(PATIENCE)
         assert process.exitcode is not None, f"r1v3 {arguments} did not end"
         changes = Path(f"{out}.changes")
         return Outcome(

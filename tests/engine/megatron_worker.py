@@ -12,6 +12,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from tests.processes import PATIENCE
+
 WORLD = 4
 
 
@@ -38,7 +40,7 @@ def main(folder: Path, names: list[str]) -> None:
             init_method=f"file://{folder / name}.rendezvous",
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=120),
+            timeout=timedelta(seconds=PATIENCE),
         )
         report = case(folder, name)
         (folder / f"{name}.rank{rank}.json").write_text(json.dumps(report))

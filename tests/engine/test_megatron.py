@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("megatron")
     write_models(folder)
     recorded.write_rollout(an_engine(folder / "model"), folder / "rollout.safetensors")
-    run_ranks("tests.engine.megatron_worker", WORLD, folder, ",".join(CASES), timeout=560)
+    run_ranks("tests.engine.megatron_worker", WORLD, folder, ",".join(CASES))
     return folder
 
 

@@ -20,6 +20,7 @@ from r1v3.kernels import (
     linear_logprobs_and_entropy,
 )
 from r1v3.kernels.linear import tiles
+from tests.processes import PATIENCE
 
 VOCAB, PADDED, ROWS, WIDTH = 1001, 1024, 36, 16
 # Members and their columns; among them a rank of padding only, and widths that differ much.
@@ -106,7 +107,7 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=PATIENCE),
     )  # fmt: skip
     tiles.TILE_BYTES = 1
     tiles.CPU_BLOCK_ROWS = 9

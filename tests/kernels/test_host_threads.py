@@ -11,6 +11,7 @@ from r1v3 import _C
 from tests.kernels.host import (
     forward,
 )
+from tests.processes import PATIENCE
 
 
 def _child(queue: "multiprocessing.Queue[list[float]]") -> None:
@@ -26,13 +27,13 @@ def test_a_forked_child_can_use_threads() -> None:
     """Fails (by hanging) if worker threads of the parent are expected to exist after a fork."""
     parent: multiprocessing.Queue[list[float]] = multiprocessing.get_context("fork").Queue()
     _child(parent)
-    expected = parent.get(timeout=30)
+    expected = parent.get(timeout=PATIENCE)
     process = multiprocessing.get_context("fork").Process(target=_child, args=(parent,))
     process.start()
     try:
-        assert parent.get(timeout=30) == expected
+        assert parent.get(timeout=PATIENCE) == expected
     finally:
-        process.join(timeout=30)
+        process.join(timeout=PATIENCE)
         if process.is_alive():
             process.kill()
     assert process.exitcode == 0

@@ -14,6 +14,7 @@ from benchmarks import timing
 from r1v3.kernels import cpu, linear_grpo_loss
 from r1v3.kernels.linear import tiles
 from tests.kernels.conftest import INTERPRETED
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, WIDTH = 20_000, 32
@@ -66,7 +67,7 @@ def added(vocab: int, width: int, dtype: str, functions: str, *rows: int) -> dic
     arguments = [str(x) for x in (vocab, width, dtype, functions, *rows)]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=240,
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: dict[str, int] = json.loads(done.stdout)

@@ -10,9 +10,9 @@ import torch
 
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.linear_parallel_worker import GROUPS
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 240.0
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the arithmetic is tested without a group")
@@ -35,7 +35,7 @@ def test_sharded_equals_whole(tmp_path: Path) -> None:
         for rank in range(4)
     ]
     try:
-        reports = [rank.communicate(timeout=TIMEOUT)[0] for rank in ranks]
+        reports = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -43,7 +45,7 @@ def test_sharded_equals_whole(world: int, implementation: str, tmp_path: Path) -
         for rank in range(world)
     ]
     try:
-        reports = [rank.communicate(timeout=300)[0] for rank in ranks]
+        reports = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

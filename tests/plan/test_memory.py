@@ -23,6 +23,7 @@ from r1v3.plan.memory import (
     layers_kept,
     stage_parameters,
 )
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 ALL = {"vision": True, "connector": True, "llm": True}
@@ -148,7 +149,7 @@ def measured() -> list[dict[str, Any]]:
         input="\n".join(lines),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )

@@ -10,6 +10,7 @@ import pytest
 
 import r1v3
 from r1v3.trainer.interrupt import StopRequest
+from tests.processes import PATIENCE
 
 STAGE = """
     import signal, sys, time
@@ -57,7 +58,7 @@ def test_the_first_signal_lets_the_step_finish_and_the_stage_save(number: signal
     with start() as process:
         wait_for(process, "step 2")
         process.send_signal(number)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=PATIENCE)
     step = int(out.split("saved ")[1].split()[0])
     assert out.splitlines()[-3:] == [f"done {step}", f"saved {step}", "restored True"]
     assert process.returncode == 0
@@ -72,7 +73,7 @@ def test_the_second_signal_stops_at_once(second: signal.Signals) -> None:
         process.send_signal(signal.SIGTERM)
         wait_for(process, "step 3")
         process.send_signal(second)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=PATIENCE)
     assert "KeyboardInterrupt" in err
     assert out.splitlines()[-1] == "restored True"
     assert process.returncode != 0

@@ -17,11 +17,10 @@ import torch
 
 from r1v3.model.internvl import load_model
 from r1v3.trainer.metrics import comparable, read_metrics
-from tests.processes import end, environment, free_port
+from tests.processes import PATIENCE, end, environment, free_port
 from tests.tiny_run import finished, home, leftovers, stage_arguments, succeed, write_configs
 
 pytest.importorskip("megatron.core")
-LIMIT_SECONDS = 280
 SPLIT = ["engine=megatron", "parallel.tensor=2", "parallel.pipeline=2"]
 
 
@@ -47,11 +46,11 @@ class Job:
     def output(self) -> str:
         return self.log.read_text(encoding="utf-8")
 
-    def wait(self, limit: float = LIMIT_SECONDS) -> int:
+    def wait(self, limit: float = PATIENCE) -> int:
         """The exit code; what the job has started ends with it, or is ended and complained of."""
         try:
             code = self.process.wait(limit)
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + PATIENCE
             while self.alive() and time.monotonic() < deadline:
                 time.sleep(0.1)
             left = self.alive()

@@ -18,6 +18,7 @@ import pytest
 
 from r1v3.model.conversion import native_shapes, weights
 from tests.model.conversion.test_table import config_of_the_38b
+from tests.processes import PATIENCE
 
 HEAD, QKV = "language_model.lm_head.weight", "vision_model.encoder.layers.7.attn.qkv.weight"
 DATA_BYTES = 64 << 20
@@ -148,7 +149,7 @@ def test_the_38b_converts_and_shards_in_bounded_memory(tmp_path: Path) -> None:
         [sys.executable, "-c", CHILD, str(tmp_path / "source"), str(tmp_path / "target")],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
         cwd=Path(__file__).parents[3],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

@@ -33,6 +33,7 @@ from r1v3.model.megatron.internvl import InternVL  # noqa: E402
 from r1v3.model.megatron.options import ModelOptions  # noqa: E402
 from r1v3.model.megatron.packing import Packed, pack  # noqa: E402
 from tests.model.conversion.checkpoints import IMAGE_TOKEN_ID  # noqa: E402
+from tests.processes import PATIENCE  # noqa: E402
 
 # Tensor- and pipeline-parallel size; data parallel over the rest.
 LAYOUTS = {"tp2pp2": (2, 2), "tp4": (4, 1), "pp2": (1, 2)}
@@ -208,7 +209,7 @@ def main(rank: int) -> None:
         init_method=f"file://{FOLDER / 'rendezvous'}",
         rank=rank,
         world_size=4,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=PATIENCE),
     )
     expected = load_file(FOLDER / "expected.safetensors")
     order = json.loads((FOLDER / "order.json").read_text())

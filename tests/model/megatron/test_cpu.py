@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.processes import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import torch
@@ -38,7 +40,7 @@ def test_stand_ins_are_refused_with_cuda_and_put_in_once_without() -> None:
     In a process of its own, which the stand-ins change for good.
     """
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert "CUDA is available" in done.stdout

@@ -20,11 +20,11 @@ from tests.model.conversion.checkpoints import (
     write_native,
     write_original,
 )
+from tests.processes import PATIENCE
 
 pytest.importorskip("megatron.core")
 
 RANKS = range(4)
-LIMIT_SECONDS = 400
 WORKER = "tests.model.megatron.hf_weights_worker"
 
 
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workers = [start(rank, folder) for rank in RANKS]
     try:
         for worker in workers:
-            worker.wait(timeout=LIMIT_SECONDS)
+            worker.wait(timeout=PATIENCE)
     finally:
         for worker in workers:
             worker.kill()

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from tests.model.megatron import reference
 from tests.model.megatron.worker import WORLD
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[3]
 PARITY = [
@@ -66,7 +67,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Reports:
                 )
             )
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + PATIENCE
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
             if any(rank.returncode for rank in ranks):
                 break

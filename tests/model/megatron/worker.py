@@ -10,6 +10,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from tests.processes import PATIENCE
+
 WORLD = 4
 
 
@@ -20,7 +22,7 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
 
     from r1v3.model.megatron import cpu
 
-    faulthandler.dump_traceback_later(280, exit=True)
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
     torch.set_num_threads(1)
     cpu.enable()
     from tests.model.megatron.cases import CASES
@@ -34,7 +36,7 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
             init_method=f"file://{folder / name}.rendezvous",
             rank=rank,
             world_size=WORLD,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=PATIENCE),
         )
         results[name] = CASES[name](folder)
         dist.destroy_process_group()
