@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo base test lint bench install clean
+.PHONY: demo base test test-all lint bench install clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,9 +19,17 @@ PYTHON ?= $(shell $(FIND_PYTHON))
 demo: $(STAMP)
 	$(BIN)/r1v3 demo
 
-# One torch thread per worker: two workers use two cores without fighting for them.
+# One torch thread per worker: two workers use two cores without fighting for them. Where a test
+# asks for more threads, those that wait yield.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
+	-n auto --maxprocesses 4 --dist loadfile
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+# With the exhaustive forms of tests that `test` leaves out.
+test-all: $(STAMP)
+	$(PYTEST) -m "slow or not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -133,7 +133,9 @@ def check(emulator: Any, row: Tensor, label: int, blocks: int, in_place: bool = 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [1, 7, 8, 15, 1023, 1025])
+@pytest.mark.parametrize(
+    "vocab", [1, 8, 1025, *(pytest.param(v, marks=pytest.mark.slow) for v in (7, 15, 1023))]
+)
 def test_every_alignment_and_cluster(emulator: Any, vocab: int, dtype: torch.dtype) -> None:
     """Fails if an element of the head, a slice or the tail is lost, doubled or misplaced."""
     for offset, blocks in itertools.product(range(16 // dtype.itemsize), (1, 2, 4, 8)):

@@ -11,6 +11,7 @@ import pytest
 
 from r1v3.rewards import LLMVerifier, Verdict
 from r1v3.rewards.verifier import MAX_RESPONSE_BYTES, parse_verdict
+from tests.processes import PATIENCE
 from tests.rewards.judge_server import client, says, send, serving
 
 
@@ -124,13 +125,13 @@ def test_a_server_that_never_answers_times_out() -> None:
     release = threading.Event()
 
     def hang(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        release.wait(30)
+        release.wait(PATIENCE)
 
     with serving(hang) as server:
         verifier = client(server.url, timeout_seconds=1.0, retries=1)
         begin = time.monotonic()
         assert ask(verifier) == Verdict(None, "timeout")
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < PATIENCE
         assert len(server.requests) == 2
         release.set()
 
@@ -149,10 +150,9 @@ def test_a_server_that_drips_meets_the_total_deadline(part: str) -> None:
             handler.wfile.write(b"a")
 
     with serving(drip) as server:
-        verifier = client(server.url, timeout_seconds=2, deadline_seconds=0.5)
-        begin = time.monotonic()
+        # Only the deadline can end it in time, even where the server drips slowly.
+        verifier = client(server.url, timeout_seconds=PATIENCE, deadline_seconds=0.5)
         assert ask(verifier) == Verdict(None, "deadline")
-        assert time.monotonic() - begin < 10
         release.set()
 
 

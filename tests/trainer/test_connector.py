@@ -41,7 +41,7 @@ def test_the_weights_of_the_best_validation_are_handed_on() -> None:
         assert all(value.equal(published[name]) for name, value in load_file(path).items())
 
 
-@pytest.mark.parametrize("chain", [0, 1])
+@pytest.mark.parametrize("chain", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_and_resume_change_no_bit(tmp_path: Path, chain: int) -> None:
     """Otherwise a cluster's preemption would change results."""
     moments = seeded_moments("connector", 2)

@@ -49,7 +49,7 @@ def same(before: dict[str, Tensor], made: GRPOTrainer) -> bool:
     return all(before[name].equal(p) for name, p in made.engine.model.named_parameters())
 
 
-@pytest.mark.parametrize("chain", [0, 1])
+@pytest.mark.parametrize("chain", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_and_resume_change_no_bit(tmp_path: Path, chain: int) -> None:
     """Otherwise a preempted run would sample, reward or learn something else than one that ran
     through."""

@@ -53,7 +53,7 @@ def read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("chain", [0, 1])
+@pytest.mark.parametrize("chain", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_and_resume_change_no_bit(tmp_path: Path, chain: int) -> None:
     """Otherwise a run that was preempted would not be the run that was reported."""
     moments = seeded_moments("sft", 2)
