@@ -14,6 +14,7 @@ import pytest
 from r1v3.rewards import accuracy_reward
 from r1v3.rewards.answers import answers_agree, read_answer
 from r1v3.rewards.symbolic import _worker
+from tests.processes import PATIENCE
 
 
 def symbolically_equal(gold: str, answer: str) -> bool:
@@ -46,7 +47,7 @@ def test_works_in_threads_all_at_once() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert results == [(1.0, 0.0)] * 8
 
 
@@ -67,9 +68,9 @@ def test_a_forked_process_does_not_share_its_parents_pipe() -> None:
     children = [context.Process(target=_in_child, args=(_grade_roots, queue)) for _ in range(2)]
     for child in children:
         child.start()
-    assert [queue.get(timeout=60) for _ in children] == [True, True]
+    assert [queue.get(timeout=PATIENCE) for _ in children] == [True, True]
     for child in children:
-        child.join(60)
+        child.join(PATIENCE)
     assert symbolically_equal("3\\sqrt{11}", "\\sqrt{99}")
 
 
@@ -81,7 +82,7 @@ def test_the_child_ends_with_its_parent() -> None:
         "assert symbolically_equal('2\\\\sqrt{3}', '\\\\sqrt{12}');"
         "print(_worker.process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=PATIENCE)
     pid = int(run.stdout)
     for _ in range(100):
         try:
@@ -106,7 +107,7 @@ def test_a_signal_to_the_process_group_does_not_end_the_child() -> None:
         "assert symbolically_equal('2\\\\sqrt{3}', '\\\\sqrt{12}')"
     )
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, timeout=60, start_new_session=True
+        [sys.executable, "-c", program], capture_output=True, timeout=PATIENCE, start_new_session=True
     )
     assert run.returncode == 0, run.stderr
 
