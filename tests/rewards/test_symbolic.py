@@ -107,7 +107,10 @@ def test_a_signal_to_the_process_group_does_not_end_the_child() -> None:
         "assert symbolically_equal('2\\\\sqrt{3}', '\\\\sqrt{12}')"
     )
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, timeout=PATIENCE, start_new_session=True
+        [sys.executable, "-c", program],
+        capture_output=True,
+        timeout=PATIENCE,
+        start_new_session=True,
     )
     assert run.returncode == 0, run.stderr
 

@@ -32,7 +32,7 @@ class PrefixCache:
         self.prompts: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Record keys and values while prefilling, then extend those of `prompts`; for attention."""
+        """Record keys and values while prefilling, then extend those of `prompts`."""
         if self.prompts is None:
             self.keys.append(keys)
             self.values.append(values)
