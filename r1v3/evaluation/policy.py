@@ -131,7 +131,10 @@ class Policy:
         correct = np.array(
             [
                 accuracy_reward(
-                    text, samples[n // repeats].ground_truth, options=samples[n // repeats].options
+                    text,
+                    samples[n // repeats].ground_truth,
+                    options=samples[n // repeats].options,
+                    thinking=thinking,
                 )
                 for n, text in enumerate(texts)
             ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from r1v3.rewards.formula import (
     Token,
@@ -23,7 +23,7 @@ from r1v3.rewards.formula import (
 )
 from r1v3.rewards.notation import tidy
 from r1v3.rewards.symbolic import proved_proportional
-from r1v3.rewards.values import Value, parse_value, values_agree
+from r1v3.rewards.values import Value, parse_value, rational, values_agree
 
 MAX_ITEMS = 24
 
@@ -239,8 +239,10 @@ def _read_brackets(tokens: Sequence[Token], depths: Sequence[int]) -> Answer | N
             return Several(())
         found = _read(inner)
         return found if isinstance(found, Several) else Several((found,))
-    if not marks or opening.kind == "cmd" or closing.kind == "cmd" or opening.value == "{":
+    if not marks or opening.kind == "cmd" or closing.kind == "cmd":
         return None
+    if opening.value == "{":  # a set whose braces lost their backslashes
+        return Several(tuple(_read(p) for p in _split(inner, marks)))
     return Sequenced(opening.value, closing.value, tuple(_read(p) for p in _split(inner, marks)))
 
 
@@ -256,7 +258,9 @@ def _name(tokens: Sequence[Token]) -> str | None:
         return key
     if any(token.kind == "num" or token.value in "+-*/^!" for token in _outside_index(tokens)):
         return None
-    return None if any(token.value in ("frac", "sqrt") for token in tokens) else key
+    formula = any(token.value in ("frac", "sqrt") for token in tokens)
+    segments = all(token.value.isupper() for token in tokens if token.kind == "word")
+    return None if formula and not segments else key
 
 
 def _outside_index(tokens: Sequence[Token]) -> list[Token]:
@@ -312,6 +316,10 @@ def _read_equation(parts: Sequence[Sequence[Token]]) -> Answer:
 
 def _read_inequality(parts: Sequence[Sequence[Token]], signs: list[str]) -> Answer:
     values = [parse_value(part) for part in parts]
+    if len(values) == 2 and any(v.tree[:2] == ("*", ("num", "-1")) for v in values):
+        if all(len(v.tree) == 3 or rational(v.tree) is not None for v in values):
+            values = [replace(v, tree=_opposite(v.tree)) for v in values]
+            signs = [_MIRRORED[signs[0]]]
     bare = [i for i, v in enumerate(values) if v.tree[0] == "sym" and v.unit is None]
     if len(bare) == 1 and len(values) in (2, 3):
         i, name = bare[0], values[bare[0]].tree[1]
@@ -321,6 +329,10 @@ def _read_inequality(parts: Sequence[Sequence[Token]], signs: list[str]) -> Answ
             if found is not None:
                 return Region(found, name)
     return Relation(tuple(value.tree for value in values), tuple(signs))
+
+
+def _opposite(tree: Tree) -> Tree:
+    return tree[2] if tree[:2] == ("*", ("num", "-1")) and len(tree) == 3 else negative(tree)
 
 
 def _bounds(values: list[Value], signs: list[str], i: int) -> tuple[Interval, ...] | None:

@@ -46,6 +46,12 @@ _BARE_ANSWER = re.compile(
     r"\(?[A-Z]\)?[.)]?|[-+]?\d{1,30}(?:\.\d{1,30})?|(?:\([A-Z]\)|[A-Z][.)])[ \t][^\n]{1,200}"
 )
 _LAST_LETTER = re.compile(r"\(?[A-Z]\)?[.)]?")
+_FILLER = r"(?:[\s$().]|\\[()\[\]]|\\q?quad|\\text\s?\{|\}){0,12}"
+_BETWEEN_BOXES = re.compile(
+    rf"{_FILLER}(?:[,;，；、]{_FILLER}(?:(?:and|or|和|或){_FILLER})?|(?P<word>and|or|和|或){_FILLER})"
+)
+_HOPE = re.compile(r"[.。]?\s*I hope it is correct.*", re.IGNORECASE)
+_FORMULA_SENTENCE = re.compile(r"\s*(\$[^$]{1,400}\$)\s*[.。](?=\s|\Z)")
 _CLOSING_MARKS = frozenset(" \t\n\r.。!*$)]}\\")
 
 
@@ -95,6 +101,24 @@ def unwrap_boxed(answer: str) -> str:
     return answer
 
 
+def _joined(text: str, boxes: list[tuple[str, int]]) -> str:
+    r"""The last box, with those that only `,`, "and" or "or" part from it: `\boxed{1}, \boxed{2}`.
+
+    Whoever boxes one answer after another gives them all, and hedges if that is "or".
+    """
+    last, end = boxes[-1]
+    parts = [unwrap_boxed(last)]
+    start = text.rindex("\\boxed", 0, end - len(last))
+    for boxed, close in reversed(boxes[:-1]):
+        between = _BETWEEN_BOXES.fullmatch(text, close, max(close, start))
+        if between is None or close > start or len(parts) > 24:
+            break
+        parts.insert(0, between["word"] or ",")
+        parts.insert(0, unwrap_boxed(boxed))
+        start = text.rindex("\\boxed", 0, close - len(boxed))
+    return parts[0] if len(set(parts[::2])) == 1 else " ".join(parts)
+
+
 def _clean(answer: str) -> str | None:
     answer = answer.removeprefix("**").removesuffix("**").strip().rstrip(".。").strip()
     answer = answer.removesuffix("**").strip()
@@ -114,7 +138,8 @@ def _stated(text: str) -> str | None:
         if letters is not None and letters["letters"].strip("()[]（） ,").isupper():
             if not _DOUBT.search(re.split(r"[.。](?:\s|\Z)", rest[letters.end() :], maxsplit=1)[0]):
                 return letters["letters"].strip()
-        return _clean(rest)
+        formula = _FORMULA_SENTENCE.match(rest)
+        return _clean(formula[1] if formula else _HOPE.sub("", rest))
     chosen = last["chosen"] or last["correct"] or last["bold"]
     if not chosen.lstrip("([（")[:1].isupper() or _DOUBT.match(rest.lstrip(" \t,，*")):
         return None
@@ -139,12 +164,12 @@ def extract_answer(completion: str, *, thinking: bool = False) -> str | None:
     """
     text = final_text(completion).replace("\x00", "")
     unclosed = thinking and THINK_CLOSE not in completion
-    for boxed, end in reversed(_boxes(text)):
-        answer = unwrap_boxed(boxed)
-        if not is_blank(answer):
-            if unclosed and not _CLOSING_MARKS.issuperset(text[end:]):
-                return None
-            return answer if len(answer) <= MAX_ANSWER_CHARS else None
+    boxes = [box for box in _boxes(text) if not is_blank(unwrap_boxed(box[0]))]
+    if boxes:
+        if unclosed and not _CLOSING_MARKS.issuperset(text[boxes[-1][1] :]):
+            return None
+        answer = _joined(text, boxes)
+        return answer if len(answer) <= MAX_ANSWER_CHARS else None
     if unclosed:
         text = text.strip().rpartition("\n")[2]
     tagged, _, _ = text.rpartition("</answer>")

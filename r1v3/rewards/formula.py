@@ -533,7 +533,9 @@ class _Parser:
 
     def matrix(self) -> Tree:
         name = self.verbatim()
-        if name not in ("pmatrix", "bmatrix", "matrix"):
+        if name == "array":
+            self.verbatim()  # the alignment of its columns
+        elif name not in ("pmatrix", "bmatrix", "matrix"):
             raise Unreadable("an environment")
         cells, rows = [self.sum()], 1
         width = None

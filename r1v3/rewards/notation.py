@@ -21,6 +21,8 @@ _STYLE = re.compile(
 )
 _VARIANT = re.compile(r"\\[dtc](frac|binom)(?![A-Za-z])")
 _DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]|\$\$")
+_DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}%])")
+_PULLED_GROUP = re.compile(r"(?<=\d)(?:,\s?\\!|\s?\{,\s?\})\s?(?=\d{3}(?!\d))")
 _THIN_GROUP = re.compile(r"(?<=\d)\\[,;](?=\d{3}(?!\d))")
 _BOLD = re.compile(r"(?<![\w)}\]])\*\*(?!\s)([^*]{1,1000})\*\*(?![\w({\[])")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
@@ -117,9 +119,13 @@ def tidy(text: str) -> str:
         text = text.translate(_CHARACTERS)
     if "$" in text:
         text = _money(_DELIMITER.sub(" ", text).strip())
+    if "," in text:
+        text = _PULLED_GROUP.sub("{,}", text)
     if "**" in text:
         text = _BOLD.sub(r"\1", text)
     if "\\" in text:
+        if "\\begin" not in text:  # where there are no rows, a doubled backslash is an escape
+            text = _DOUBLED.sub("\\\\", text)
         text = _THIN_GROUP.sub("{,}", text)
         text = _STYLE.sub(" ", _DELIMITER.sub(" ", text))
         text = _VARIANT.sub(r"\\\1", text.replace("\\%", "%"))

@@ -32,6 +32,7 @@ __all__ = ["accuracy_reward", "extract_answer"]
 
 _LETTER = re.compile(r"\(?[A-Z]\)?[.)]?")
 _WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[ '\-]+[^\W\d_]+)*")
+_DECIMAL_COMMA = re.compile(r"-?(?:0,\d{1,20}|\d{1,20},(?:\d{2}|\d{4,20}))")
 _WORDS_OF_FORMULAS = frozenset(["pi", "infinity", "inf"])
 
 
@@ -60,8 +61,13 @@ def _equivalent(gold: str, answer: str) -> bool:
     gold_key, answer_key = same_key(gold), same_key(answer)
     if not gold_key or not answer_key:
         return False
-    if gold_key == answer_key or gold_key.replace(" ", "") == answer_key.replace(" ", ""):
-        return not _two_numbers(gold_key, answer_key)
+    if gold_key == answer_key:
+        return True
+    if gold_key.replace(" ", "") == answer_key.replace(" ", ""):
+        if not _two_numbers(gold_key, answer_key):
+            return True
+    if _same_with_decimal_comma(gold_key, answer_key):
+        return True
     gold_words, answer_words = plain_text(gold).rstrip("."), plain_text(answer).rstrip(".")
     if _WORDS.fullmatch(gold_words) and gold_words.lower() not in _WORDS_OF_FORMULAS:
         return gold_words.casefold() == answer_words.casefold()
@@ -77,10 +83,14 @@ def _equivalent(gold: str, answer: str) -> bool:
         raise Undecided(str(error)) from error
 
 
+def _same_with_decimal_comma(gold: str, answer: str) -> bool:
+    """`0,25` is `0.25` (but 1,000 is a thousand, and a list against anything else)."""
+    pair = (gold, answer) if "," in gold else (answer, gold)
+    return bool(_DECIMAL_COMMA.fullmatch(pair[0])) and pair[0].replace(",", ".") == pair[1]
+
+
 def _two_numbers(gold: str, answer: str) -> bool:
     """Whether a space that only one of two texts has parts digits: `12 13` is not `1213`."""
-    if gold == answer:
-        return False
     parted = [re.findall(r"\d\s+\d", text) for text in (gold, answer)]
     return len(parted[0]) != len(parted[1])
 

@@ -128,7 +128,8 @@ def close_thoughts(
     Args:
         first: completions of at most `sampling.budget` tokens.
     Returns:
-        Every row that has not ended, with the forced closing tag where its thought is still open.
+        Every row that has not ended, with the forced closing tag where its thought is still open:
+        the whole tag, in place of the last tokens where it would not fit behind them.
     """
     going_on = {}
     for row, completion in enumerate(first):
@@ -138,11 +139,12 @@ def close_thoughts(
         texts = rules.closing.texts
         written = "".join(texts[i] for i in completion.token_ids if i < len(texts))
         tag: tuple[int, ...] = ()
-        if THINK_CLOSE not in written:
-            tag = rules.closing.forced[: sampling.max_tokens - length]
+        room = sampling.max_tokens - len(rules.closing.forced)
+        if THINK_CLOSE not in written and room >= 0:
+            tag, length = rules.closing.forced, min(length, room)
         going_on[row] = Completion(
-            completion.token_ids + tag,
-            completion.logprobs + (0.0,) * len(tag),
+            completion.token_ids[:length] + tag,
+            completion.logprobs[:length] + (0.0,) * len(tag),
             False,
             (length, length + len(tag)),
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import collate
-from r1v3.data.tokenizer import THINK_CLOSE
+from r1v3.data.tokenizer import THINK_CLOSE, THINK_OPEN
 from r1v3.engine.contract import Decoder
 from r1v3.kernels import ban_tokens_, logprobs_and_entropy
 from r1v3.ranks import ALONE, Ranks
@@ -86,7 +86,7 @@ def generate(
     """
     logits = decoder.prefill(prompts, group_size, sampling.max_tokens)
     uniforms = uniforms.to(logits.device)
-    state = _State(len(logits), sampling, pad_id, uniforms)
+    state = _State(len(logits), sampling, pad_id, uniforms, closing)
     banned = torch.tensor(sorted(set(sampling.banned)), dtype=torch.int64, device=logits.device)
     for step in range(sampling.max_tokens):
         tokens = _emit(logits, state, step, sampling, closing, stop_id, banned)
@@ -112,7 +112,9 @@ def generate(
 class _State:
     """The completions so far, all rows of them; `active` are those that are still decoded."""
 
-    def __init__(self, rows: int, sampling: Sampling, pad: int, uniforms: Tensor) -> None:
+    def __init__(
+        self, rows: int, sampling: Sampling, pad: int, uniforms: Tensor, closing: ThoughtClosing
+    ) -> None:
         shape, device = (rows, sampling.max_tokens), uniforms.device
         self.ids = torch.full(shape, pad, device=device)
         self.logprobs = torch.zeros(shape, device=device)
@@ -123,6 +125,11 @@ class _State:
         self.uniforms = uniforms
         self.closed = torch.zeros(rows, dtype=torch.bool, device=device)
         self.tails = [""] * rows
+        # The step at which an open thought is closed: at its budget, or while the tag still fits.
+        self.last_closing = sampling.max_tokens - len(closing.forced)
+        first = sampling.max_tokens if sampling.budget is None else sampling.budget
+        due = min(first, self.last_closing) if first < sampling.max_tokens else first
+        self.due = torch.full((rows,), due, device=device)
         self.forcing = torch.full((rows,), -1, device=device)
         self.active = torch.arange(rows, device=device)
 
@@ -156,8 +163,8 @@ def _emit(
     state.sampled[rows, step] = fresh & ~forced
     state.logprobs[rows, step] = torch.where(fresh, logprobs, 0.0)
     state.entropy[rows, step] = torch.where(fresh, entropy, 0.0)
-    if sampling.budget is not None and step < sampling.budget:
-        _note_closing(state, step, closing)
+    if sampling.budget is not None:
+        _note_tags(state, step, sampling.budget, closing)
     state.finished[rows] |= tokens == stop_id
     return tokens
 
@@ -167,8 +174,13 @@ def _forced_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The active rows whose thought is being closed at this step, and the token for each."""
     rows = state.active
-    if sampling.budget is not None and step == sampling.budget:
-        state.forcing[rows] = torch.where(state.closed[rows], -1, 0)
+    if sampling.budget is not None:
+        due = (state.due[rows] == step) & ~state.closed[rows]
+        for row in rows[due].tolist():
+            if step < state.last_closing and _inside_tag(state.tails[row]):
+                state.due[row] += 1  # the model is writing the tag itself
+            else:
+                state.forcing[row] = 0
     position = state.forcing[rows]
     forced = position >= 0
     table = torch.tensor([*closing.forced, 0], device=position.device)
@@ -179,14 +191,26 @@ def _forced_tokens(
     return forced, tokens
 
 
-def _note_closing(state: _State, step: int, closing: ThoughtClosing) -> None:
-    """Mark the rows whose thought this step's token closes."""
+def _inside_tag(tail: str) -> bool:
+    """Return whether text ends in the beginning of a closing tag."""
+    return any(tail.endswith(THINK_CLOSE[:n]) for n in range(2, len(THINK_CLOSE)))
+
+
+def _note_tags(state: _State, step: int, budget: int, closing: ThoughtClosing) -> None:
+    """Mark the rows whose thought this step's token closes, or opens again with its own budget."""
     rows = state.active.tolist()
     for row, token in zip(rows, state.ids[state.active, step].tolist(), strict=True):
         written = state.tails[row] + (closing.texts[token] if token < len(closing.texts) else "")
-        if THINK_CLOSE in written:
-            state.closed[row] = True
-        state.tails[row] = written[-len(THINK_CLOSE) :]
+        while True:
+            tag = THINK_OPEN if state.closed[row] else THINK_CLOSE
+            _, found, rest = written.partition(tag)
+            if not found:
+                break
+            state.closed[row] = tag == THINK_CLOSE
+            if tag == THINK_OPEN:
+                state.due[row] = min(step + 1 + budget, state.last_closing)
+            written = rest
+        state.tails[row] = written[1 - len(THINK_CLOSE) :]
 
 
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:

@@ -87,13 +87,14 @@ class Episode:
         return batch, targets
 
     def metrics(self) -> dict[str, Any]:
-        """Return mean rewards, mean length in tokens, and the share of completions cut short."""
+        """Return mean rewards, mean length in tokens, and the shares refused and cut short."""
         rewards, g = self.rewards, self.group_size
         groups = [rewards[i : i + g] for i in range(0, len(rewards), g)]
         return {
             "reward": sum(reward.total for reward in rewards) / len(rewards),
             "accuracy": sum(reward.accuracy for reward in rewards) / len(rewards),
             "format": sum(reward.format for reward in rewards) / len(rewards),
+            "reward_refused": sum(reward.refused for reward in rewards) / len(rewards),
             "response_length": float(self.rollout.mask.sum(1).float().mean()),
             "truncated": float((~self.rollout.finished).float().mean()),
             "groups_kept": sum(has_signal(group) for group in groups),

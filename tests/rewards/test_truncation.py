@@ -55,6 +55,25 @@ def test_a_draft_before_the_answer_does_not_matter() -> None:
     assert accuracy_reward("<think>\\boxed{3}</think>\\boxed{4}", "4") == 1.0
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{1}, \\boxed{2}", "1 , 2"), ("\\boxed{1} and \\boxed{2}", "1 and 2"),
+        ("\\boxed{3} or \\boxed{4}", "3 or 4"), ("$\\boxed{1}$ and $\\boxed{-2}$.", "1 and -2"),
+        ("\\boxed{1}、\\boxed{2}、\\boxed{3}", "1 , 2 , 3"), ("\\boxed{5}, \\boxed{5}", "5"),
+        ("\\boxed{1} \\quad \\text{and} \\quad \\boxed{2}", "1 and 2"),
+        ("\\boxed{1} then \\boxed{2}", "2"), ("\\boxed{1}. \\boxed{2}", "2"),
+        ("\\boxed{\\boxed{3}}", "3"), ("\\boxed{1}, so \\boxed{2}", "2"),
+        ("\\boxed{A}或\\boxed{B}", "A 或 B"),
+        ("The answer is $100$. I hope it is correct", "$100$"),
+        ("The answer is 12,000. I hope it is correct.", "12,000"),
+    ],
+)  # fmt: skip
+def test_boxes_that_stand_in_a_list_are_one_answer(text: str, answer: str) -> None:
+    r"""`\boxed{3} or \boxed{4}` was paid for a 4."""
+    assert extract_answer(text) == answer
+
+
 @given(st.text(max_size=200), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_form_and_extraction_never_raise(text: str, thinking: bool) -> None:

@@ -287,9 +287,47 @@ def test_forced_tokens_have_the_logprobs_that_the_model_gives_them() -> None:
     assert (~found.sampled & found.mask).any()
 
 
-def test_a_budget_cut_by_the_longest_completion_is_not_an_error() -> None:
-    found = rollout(banned=(*NEVER, STOP), budget=23)
-    assert all(row[23:] == forced_ids()[:1] for row in rows(found))
+@pytest.mark.parametrize("budget", [23, 22, 24 - 3])
+def test_a_tag_that_would_not_fit_behind_the_budget_is_forced_earlier_and_whole(
+    budget: int,
+) -> None:
+    """A tag that is cut in half closes nothing."""
+    found = rollout(banned=(*NEVER, STOP), budget=budget)
+    start = min(budget, 24 - len(forced_ids()))
+    assert all(row[start : start + len(forced_ids())] == forced_ids() for row in rows(found))
+
+
+def test_a_thought_that_is_opened_again_has_its_budget_too(
+    scripted: Callable[[str | list[int]], None],
+) -> None:
+    """Closing once must not let a second thought run to the end."""
+    again = WORDS.encode("<think>", add_special_tokens=False)
+    filler = WORDS.encode(" 5", add_special_tokens=False)[0]
+    forced = forced_ids()
+    start = 2 + len(forced)
+    scripted([filler] * start + again + [filler] * 30)
+    found = rollout(budget=2)
+    for row in rows(found):
+        assert row[2:start] == forced
+        assert row[start : start + len(again)] == again
+        second = start + len(again) + 2
+        if second + len(forced) <= 24:
+            assert row[second : second + len(forced)] == forced
+        assert decode_texts(WORDS, found, STOP)[0].count("</think>") == 1 + (
+            second + len(forced) <= 24
+        )
+
+
+@pytest.mark.parametrize("budget", [2, 3, 5, 7])
+def test_a_tag_that_the_model_is_writing_is_not_cut_by_the_budget(
+    scripted: Callable[[str | list[int]], None], budget: int
+) -> None:
+    """`</thi` and then a forced tag would leave half a tag in the thought."""
+    ids = [WORDS.encode(c, add_special_tokens=False)[0] for c in "</think>"]
+    scripted([*ids, *ids[:1] * 30])
+    found = rollout(budget=budget)
+    assert found.sampled[found.mask].all()
+    assert decode_texts(WORDS, found, STOP)[0].startswith("</think>")
 
 
 def test_rows_that_ended_before_their_budget_are_left_alone() -> None:
