@@ -21,7 +21,7 @@ from r1v3.rewards.formula import (
     parse_formula,
     tokenize,
 )
-from r1v3.rewards.notation import tidy
+from r1v3.rewards.notation import tidy, without_full_stop
 from r1v3.rewards.symbolic import proved_proportional
 from r1v3.rewards.values import Value, parse_value, rational, values_agree
 
@@ -117,7 +117,7 @@ def read_answer(text: str) -> Answer:
         Unreadable: it is not of a known form, completely.
         Undecided: it has a number that is too large.
     """
-    text = tidy(text).rstrip(".。 ")
+    text = without_full_stop(tidy(text))
     if len(text) > 2 and text[0] == text[-1] == '"':
         text = text[1:-1]
     return _read(tokenize(text))
@@ -465,6 +465,9 @@ def answers_agree(gold: Answer, answer: Answer) -> bool:
     if isinstance(gold, Region) or isinstance(answer, Region):
         return _regions_agree(gold, answer)
     if isinstance(gold, Several) and isinstance(answer, Several):
+        named = [any(isinstance(i, Named) for i in several.items) for several in (gold, answer)]
+        if named[0] != named[1]:
+            return False  # x = 1, y = 2 is not the set of 1 and 2
         return _matched(gold.items, answer.items, answers_agree)
     if isinstance(gold, Sequenced) and isinstance(answer, Sequenced):
         return _sequences_agree(gold, answer)

@@ -346,15 +346,12 @@ class _Parser:
         return number(whole if part is None else whole + part)
 
     def based(self, value: str) -> Tree:
-        """`204_5`: a numeral in base 5."""
+        """`204_5`: a numeral in base 5, which equals itself alone; the base is part of it."""
         self.at += 1
         base = self.group()
-        if base[0] != "num" or not base[1].isdigit() or not 2 <= int(base[1]) <= 10:
+        if base[0] != "num" or not value.isdigit():
             raise Unreadable("a numeral with an index")
-        try:
-            return number(int(value, int(base[1])))
-        except ValueError as error:
-            raise Unreadable("a digit that the base does not have") from error
+        return ("sym", f"{value}_{base[1]}")
 
     def repeating(self, value: str) -> Tree:
         r"""`0.1\overline{6}` and `0.1\dot{6}`."""

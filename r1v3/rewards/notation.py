@@ -21,6 +21,8 @@ _STYLE = re.compile(
 )
 _VARIANT = re.compile(r"\\[dtc](frac|binom)(?![A-Za-z])")
 _DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]|\$\$")
+_FULL_STOP = re.compile(r"(?<![.。])[.。]?\s*\Z")
+_DEGREE = re.compile(r"\\degree(?![A-Za-z])")
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}%])")
 _PULLED_GROUP = re.compile(r"(?<=\d)(?:,\s?\\!|\s?\{,\s?\})\s?(?=\d{3}(?!\d))")
 _THIN_GROUP = re.compile(r"(?<=\d)\\[,;](?=\d{3}(?!\d))")
@@ -42,7 +44,7 @@ _NAMES = {
     "∪⋃": "\\cup ", "∩⋂": "\\cap ", "∈": "\\in ", "∅Ø": "\\emptyset ", "ℝ": "\\mathbb{R}",
     "∠": "\\angle ", "△": "\\triangle ", "∨": "\\lor ", "∧": "\\land ", "→": "\\to ",
     "‘’′": "'", "【〔": "(", "】〕": ")", "“”": '"', "、": ",",
-    "：": ":", "℃": "\\celsius ", "℉": "\\fahrenheit ",
+    "：∶": ":", "℃": "\\celsius ", "℉": "\\fahrenheit ",
     "￥¥": "\\yuan ", "€": "\\euro ", "£": "\\pound ", "￠¢": "\\cent ",
     "㎝": "cm", "㎞": "km", "㎜": "mm", "㎏": "kg", "㎡": "m^2", "㎥": "m^3", "㎎": "mg",
     "㎖": "mL",
@@ -92,7 +94,7 @@ def is_blank(text: str) -> bool:
 def unwrap_text(text: str) -> str:
     r"""Text with `\text{...}` and its like, up to four deep, replaced by what they hold."""
     for _ in range(4):
-        unwrapped = _WRAPPER.sub(r"\1", text)
+        unwrapped = _WRAPPER.sub(lambda wrapper: wrapper[1] or " ", text)
         if unwrapped == text:
             break
         text = unwrapped
@@ -126,7 +128,7 @@ def tidy(text: str) -> str:
     if "\\" in text:
         if "\\begin" not in text:  # where there are no rows, a doubled backslash is an escape
             text = _DOUBLED.sub("\\\\", text)
-        text = _THIN_GROUP.sub("{,}", text)
+        text = _THIN_GROUP.sub("{,}", _DEGREE.sub(r"^\\circ ", text))
         text = _STYLE.sub(" ", _DELIMITER.sub(" ", text))
         text = _VARIANT.sub(r"\\\1", text.replace("\\%", "%"))
         text = _TEMPERATURE.sub(
@@ -135,7 +137,12 @@ def tidy(text: str) -> str:
     return _SPACE.sub(" ", text.replace("{,}", "\u2063")).replace("\u2063", "{,}").strip()
 
 
+def without_full_stop(text: str) -> str:
+    """Text without one full stop at its end; dots that go on stay, for they leave something out."""
+    return _FULL_STOP.sub("", text)
+
+
 def same_key(text: str) -> str:
     """Answers with equal keys are the same text but for spacing, fonts and a final full stop."""
-    key = unwrap_text(tidy(text)).replace("{,}", "").rstrip(".。 ")
+    key = without_full_stop(unwrap_text(tidy(text)).replace("{,}", ""))
     return re.sub(r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1", key).strip()

@@ -223,7 +223,7 @@ def parse_unit(text: str) -> Unit | None:
     nouns = text.split()
     if len(nouns) > 1 and all(word.isalpha() and find_unit(word) is None for word in nouns):
         return _squared_units(nouns) or _counted(nouns)
-    unit, sign, power, last, position = ONE, 1, 1, None, 0
+    unit, sign, power, last, position, word = ONE, 1, 1, None, 0, None
     while position < len(text):
         piece = _PIECE.match(text, position)
         if piece is None:
@@ -247,7 +247,8 @@ def parse_unit(text: str) -> Unit | None:
                 return None
             last = ONE.times(found, power)
             unit, power = unit.times(last, sign), 1
-    return unit if power == 1 else None
+    # It must end in a word or a power, not in an operator.
+    return unit if power == 1 and word is not None and text[-1] not in "/*·^" else None
 
 
 def _squared_units(words: list[str]) -> Unit | None:
