@@ -38,13 +38,6 @@ def group_size(name: str) -> int:
     return dist.get_world_size(process_group(name)) if name else 1
 
 
-def gather_rows(rows: Tensor, name: str) -> Tensor:
-    """[n, ...] of each rank -> [ranks x n, ...] in rank order."""
-    gathered = rows.new_empty(group_size(name), *rows.shape)
-    dist.all_gather(list(gathered.unbind()), rows.contiguous(), group=process_group(name))
-    return gathered.flatten(0, 1)
-
-
 def shard_bounds(width: int, vocab_size: int | None, name: str, device: torch.device) -> Tensor:
     """int64 [2] on `device`: this shard's first token id and the true vocabulary size."""
     group = process_group(name)

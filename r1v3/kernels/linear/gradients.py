@@ -7,7 +7,7 @@ from torch import Tensor
 from r1v3.kernels import cpu
 from r1v3.kernels.linear.head import TiledHead, multiply
 from r1v3.kernels.linear.rows import SelectedRows
-from r1v3.kernels.vocab_parallel import group_size, process_group
+from r1v3.kernels.vocab_parallel import process_group
 
 
 class WeightGradient:
@@ -73,47 +73,30 @@ class HiddenReduction:
     """Sum of the gradient of hidden over a group while the caller multiplies something else.
 
     Args:
-        rows: which rows of hidden have a gradient; with their `sequence_parallel` each rank keeps
-            the gradient of its own total / ranks rows.
+        rows: which rows of hidden have a gradient.
         group: name of the process group, or empty: then nothing is summed.
     """
 
     def __init__(self, rows: SelectedRows, group: str) -> None:
         self.rows, self.group = rows, group
         self._pending: list[dist.Work | None] = []
-        self._own: Tensor | None = None
 
     def start(self, gradient: Tensor, rows: slice) -> None:
         """Start summing these rows of the gradient [n, H]; the rows before them are complete.
 
         They must not be touched until `finish`.
         """
-        if self.group and not self.rows.sequence_parallel:
+        if self.group:
             group = process_group(self.group)
             self._pending.append(dist.all_reduce(gradient[rows], group=group, async_op=True))
-        elif self.group and rows.stop == gradient.shape[0]:
-            self._scatter(gradient)
 
     def finish(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        """The gradient of all hidden rows, or of this rank's, in this dtype."""
-        if self.rows.sequence_parallel and self._own is None:
-            self._scatter(gradient)  # of no rows: `start` was never called
+        """The gradient of all hidden rows in this dtype."""
         for work in self._pending:
             if work is not None:
                 work.wait()
         self._pending.clear()
-        if self._own is not None:
-            return self._own.to(dtype)
-        return self._of_all_rows(gradient.to(dtype))
-
-    def _scatter(self, gradient: Tensor) -> None:
-        group = process_group(self.group)
-        parts = self._of_all_rows(gradient).chunk(group_size(self.group))
-        self._own = torch.empty_like(parts[0])
-        work = dist.reduce_scatter(self._own, list(parts), group=group, async_op=True)
-        self._pending.append(work)
-
-    def _of_all_rows(self, gradient: Tensor) -> Tensor:
+        gradient = gradient.to(dtype)
         return gradient if self.rows.whole else self.rows.scatter(gradient)
 
 

@@ -37,7 +37,6 @@ def _linear_grpo(
     temperature: Tensor,
     vocab_size: int | None,
     group: str,
-    sequence_parallel: bool,
     reduce_hidden_grad: bool,
     row_tile: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,7 +47,7 @@ def _linear_grpo(
         needed: whether hidden and weight get a gradient.
     """
     head = TiledHead(weight, None, hidden.dtype, temperature, vocab_size, group, row_tile)
-    selected = SelectedRows(hidden, token_ids, loss_mask, rows, group, sequence_parallel)
+    selected = SelectedRows(hidden, token_ids, loss_mask, rows)
     gradients = Gradients(
         head, selected, [*needed, False], weight_grad_accumulator,
         HiddenReduction(selected, group if reduce_hidden_grad else ""),

@@ -31,7 +31,6 @@ def _linear_logprobs(
     temperature: Tensor,
     vocab_size: int | None,
     group: str,
-    sequence_parallel: bool,
     reduce_hidden_grad: bool,
     row_tile: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,7 +40,7 @@ def _linear_logprobs(
     the backward.
     """
     head = TiledHead(weight, bias, hidden.dtype, temperature, vocab_size, group, row_tile)
-    selected = SelectedRows(hidden, token_ids, loss_mask, rows, group, sequence_parallel)
+    selected = SelectedRows(hidden, token_ids, loss_mask, rows)
     softmax_rows.check_labels(selected.token_ids, head.bounds[1])
     logprobs, entropy, saved = row_results(head, selected)
     if rows is None:
@@ -89,7 +88,6 @@ def _linear_gradient(
     upstream: list[Tensor | None],
     needed: list[bool],
     group: str,
-    sequence_parallel: bool,
     reduce_hidden_grad: bool,
     row_tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +99,7 @@ def _linear_gradient(
         upstream: gradients of the log-probabilities and the entropy.
     """
     head = TiledHead(weight, bias, hidden.dtype, temperature, None, group, row_tile, bounds)
-    selected = SelectedRows(hidden, token_ids, loss_mask, rows, group, sequence_parallel)
+    selected = SelectedRows(hidden, token_ids, loss_mask, rows)
     if rows is None:
         saved = saved[selected.row_index]
         upstream = [_part(x, selected.row_index) for x in upstream]
@@ -169,7 +167,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad_logprobs, grad_entropy, _saved, _bounds):  # type: ignore[no-untyped-def]
     needed = list(ctx.needs_input_grad[:3])
-    rest = (None,) * 10
+    rest = (None,) * 9
     if (grad_logprobs is None and grad_entropy is None) or not any(needed):
         return None, None, None, *rest
     *tensors, temperature, bounds, saved = ctx.saved_tensors

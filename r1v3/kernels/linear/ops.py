@@ -36,7 +36,6 @@ def linear_logprobs_and_entropy(
     loss_mask: Tensor | None = None,
     rows: Tensor | None = None,
     group: ProcessGroup | None = None,
-    sequence_parallel: bool = False,
     reduce_hidden_grad: bool = True,
     weight_grad_accumulator: Tensor | None = None,
     row_tile: int | None = None,
@@ -59,10 +58,6 @@ def linear_logprobs_and_entropy(
             synchronization with the host; with `rows` there is none.
         rows: int64 [n] into the flattened leading dimensions, without repetition, instead of a
             loss_mask: only these rows are computed, and the results are [n].
-        sequence_parallel: with `group` of k ranks: hidden holds this rank's 1/k of the flattened
-            rows, in rank order. They are gathered inside (in the backward once more), and each
-            rank gets the gradient of its own. token_ids, loss_mask, rows and the results are
-            about all rows.
         reduce_hidden_grad: with `group`: sum the gradient of hidden over the ranks, while the
             last products for the weight run. False leaves each rank its own part, for a caller
             who sums it.
@@ -81,7 +76,7 @@ def linear_logprobs_and_entropy(
         ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
             vocab_size exceeds V, or, on the CPU, a label or row is out of range.
     """
-    shape = _check_head(hidden, weight, token_ids, group, sequence_parallel, reduce_hidden_grad)
+    shape = _check_head(hidden, weight, token_ids)
     check_logits(weight.T, temperature, vocab_size if group is None else None)
     _check_buffers(weight, hidden, weight_grad_accumulator, row_tile)
     if bias is not None:
@@ -103,7 +98,6 @@ def linear_logprobs_and_entropy(
         as_scalar(temperature),
         vocab_size,
         group_name(group),
-        sequence_parallel,
         reduce_hidden_grad,
         row_tile or 0,
     )
@@ -133,7 +127,6 @@ def linear_grpo_loss(
     vocab_size: int | None = None,
     rows: Tensor | None = None,
     group: ProcessGroup | None = None,
-    sequence_parallel: bool = False,
     reduce_hidden_grad: bool = True,
     weight_grad_accumulator: Tensor | None = None,
     row_tile: int | None = None,
@@ -152,8 +145,8 @@ def linear_grpo_loss(
 
     Args:
         hidden: [B, T, H], or [N, H] with cu_seqlens.
-        weight, token_ids, temperature, vocab_size, group, sequence_parallel, reduce_hidden_grad,
-            row_tile: as in `linear_logprobs_and_entropy`.
+        weight, token_ids, temperature, vocab_size, group, reduce_hidden_grad, row_tile: as in
+            `linear_logprobs_and_entropy`.
         old_logprobs ... weights: as in `grpo_loss`. Without old_logprobs the policy is the one
             that sampled, and its own log-probabilities take their place, detached.
         rows: int64 [n], where the flattened loss_mask is nonzero, to spare CUDA a synchronization.
@@ -171,7 +164,7 @@ def linear_grpo_loss(
             vocab_size exceeds V, an option is one that `grpo_loss` refuses, or, on the CPU, a
             label is out of range or rows are not those of the mask.
     """
-    shape = _check_head(hidden, weight, token_ids, group, sequence_parallel, reduce_hidden_grad)
+    shape = _check_head(hidden, weight, token_ids)
     check_logits(weight.T, temperature, vocab_size if group is None else None)
     _check_buffers(weight, hidden, weight_grad_accumulator, row_tile)
     options = GrpoOptions(clip_low, clip_high, dual_clip, kl_coef, kl, aggregation)
@@ -184,8 +177,8 @@ def linear_grpo_loss(
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     states, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
     sharding = (
-        as_scalar(temperature), vocab_size, group_name(group), sequence_parallel,
-        reduce_hidden_grad, row_tile or 0,
+        as_scalar(temperature), vocab_size, group_name(group), reduce_hidden_grad,
+        row_tile or 0,
     )  # fmt: skip
     if any(needed):
         logprobs, entropy, *gradients = linear_grpo_op(
@@ -222,38 +215,15 @@ def _without_gradient(
     return zero.index_copy(0, rows, logprobs), zero.index_copy(0, rows, entropy)
 
 
-def _check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    group: ProcessGroup | None,
-    sequence_parallel: bool,
-    reduce_hidden_grad: bool,
-) -> tuple[int, ...]:
+def _check_head(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[int, ...]:
     """The shape of the results; raises ValueError unless the three fit together."""
     if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must be [V, {hidden.shape[-1] if hidden.dim() else 'H'}] for hidden "
             f"{list(hidden.shape)}, got {list(weight.shape)}"
         )
-    if not sequence_parallel:
-        check_token_ids(token_ids, tuple(hidden.shape[:-1]))
-        return tuple(hidden.shape[:-1])
-    if group is None:
-        raise ValueError("sequence_parallel needs the group whose ranks hold the rows, got None")
-    if not reduce_hidden_grad:
-        raise ValueError(
-            "sequence_parallel returns the gradient of this rank's rows, which needs the sum over "
-            "the group: reduce_hidden_grad must be True"
-        )
-    check_token_ids(token_ids, tuple(token_ids.shape))
-    rows = hidden.shape[:-1].numel() * torch.distributed.get_world_size(group)
-    if token_ids.numel() != rows:
-        raise ValueError(
-            f"with sequence_parallel, token_ids must be about the {rows} rows of all ranks, "
-            f"got {list(token_ids.shape)} for hidden {list(hidden.shape)}"
-        )
-    return tuple(token_ids.shape)
+    check_token_ids(token_ids, tuple(hidden.shape[:-1]))
+    return tuple(hidden.shape[:-1])
 
 
 def _check_buffers(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from r1v3.kernels import softmax_rows, vocab_parallel
+from r1v3.kernels import softmax_rows
 from r1v3.kernels.reference import IGNORED_TOKEN
 
 
@@ -11,9 +11,8 @@ class SelectedRows:
     """The rows of hidden states that count.
 
     Args:
-        hidden: [M, H], or with sequence_parallel this rank's [M / ranks, H].
-        token_ids: [M]; loss_mask: bool [M] or None; rows: int64 [n] into M, or None.
-        group: name of the process group, or empty.
+        hidden: [M, H]; token_ids: [M].
+        loss_mask: bool [M] or None; rows: int64 [n] into M, or None.
 
     Attributes:
         row_index: int64 [n]; finding it is one synchronization on CUDA unless given.
@@ -28,11 +27,8 @@ class SelectedRows:
         token_ids: Tensor,
         loss_mask: Tensor | None = None,
         rows: Tensor | None = None,
-        group: str = "",
-        sequence_parallel: bool = False,
     ) -> None:
-        self.total, self.sequence_parallel = token_ids.shape[0], sequence_parallel
-        self._hidden, self._group = hidden, group
+        self.total, self._hidden = token_ids.shape[0], hidden
         if rows is None:
             keep = token_ids != IGNORED_TOKEN
             if loss_mask is not None:
@@ -47,11 +43,8 @@ class SelectedRows:
         self.token_ids = token_ids[self.row_index]
 
     def states(self, dtype: torch.dtype) -> Tensor:
-        """Hidden states [n, H] of the rows; with sequence_parallel from all ranks."""
-        hidden = self._hidden
-        if self.sequence_parallel:
-            hidden = vocab_parallel.gather_rows(hidden, self._group)
-        return (hidden if self.whole else hidden[self.row_index]).to(dtype)
+        """Hidden states [n, H] of the rows."""
+        return (self._hidden if self.whole else self._hidden[self.row_index]).to(dtype)
 
     def scatter(self, values: Tensor) -> Tensor:
         """[n, ...] of the rows to [total, ...], zero elsewhere."""
