@@ -8,6 +8,7 @@
 
 namespace r1v3 {
 
+enum class RatioClip { kPpo = 0, kCispo = 1 };
 enum class KL { kK1 = 0, kK2 = 1, kK3 = 2 };
 enum class Aggregation { kSequenceMean = 0, kTokenMean = 1, kSequenceSum = 2, kConstant = 3 };
 
@@ -16,15 +17,16 @@ constexpr float kMaximumLogRatio = 20.0f;
 
 struct GrpoOptions {
   double clip_low, clip_high;
-  double dual_clip;  // <= 0: none
+  double dual_clip;  // <= 0: none; without effect on kCispo
+  RatioClip ratio_clip;
   double kl_coef;
   KL kl;
   Aggregation aggregation;
 };
 
 inline GrpoOptions grpo_options(const std::vector<double>& numbers) {
-  if (numbers.size() != 6) {
-    throw std::invalid_argument("options must be 6 numbers, got " + std::to_string(numbers.size()));
+  if (numbers.size() != 7) {
+    throw std::invalid_argument("options must be 7 numbers, got " + std::to_string(numbers.size()));
   }
   const auto code = [](double number, int count, const char* names) {
     for (int i = 0; i < count; ++i) {
@@ -32,12 +34,13 @@ inline GrpoOptions grpo_options(const std::vector<double>& numbers) {
     }
     throw std::invalid_argument(std::string(names) + ", got " + std::to_string(number));
   };
-  const int kl = code(numbers[4], 3, "kl must be 0 (k1), 1 (k2) or 2 (k3)");
-  const int aggregation = code(numbers[5], 4,
+  const int ratio_clip = code(numbers[3], 2, "ratio_clip must be 0 (ppo) or 1 (cispo)");
+  const int kl = code(numbers[5], 3, "kl must be 0 (k1), 1 (k2) or 2 (k3)");
+  const int aggregation = code(numbers[6], 4,
                                "aggregation must be 0 (sequence-mean), 1 (token-mean), "
                                "2 (sequence-sum) or 3 (constant)");
-  return {numbers[0], numbers[1], numbers[2], numbers[3], static_cast<KL>(kl),
-          static_cast<Aggregation>(aggregation)};
+  return {numbers[0], numbers[1], numbers[2], static_cast<RatioClip>(ratio_clip), numbers[4],
+          static_cast<KL>(kl), static_cast<Aggregation>(aggregation)};
 }
 
 }  // namespace r1v3

@@ -246,6 +246,8 @@ def test_values_that_cannot_be_run_are_refused(
         ({"prompts_per_step": 8, "gradient_steps": 3}, "prompts_per_step 8 must be a multiple"),
         ({"loss": {"dual_clip": 1}}, "`loss.dual_clip` = 1"),
         ({"loss": {"kl": "k4"}}, "`loss.kl` = 'k4'"),
+        ({"loss": {"ratio_clip": "gspo"}}, "`loss.ratio_clip` = 'gspo'"),
+        ({"loss": {"ratio_clip": "cispo", "dual_clip": 3}}, "null with ratio_clip `cispo`"),
         ({"steps": 0}, "`steps` = 0"),
     ],
 )

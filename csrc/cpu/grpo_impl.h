@@ -99,19 +99,32 @@ struct LaneSums {
   Lanes clip_low, clip_high, dual_clip, tokens, nonfinite;  // negative counts
 };
 
-// The clipped surrogate: adds to `sums` and returns the derivative by the log-prob. Comparisons are
+// Which policy term of the loss, see grpo_loss.py.
+enum class Policy { kClipped, kDualClipped, kCispo };
+
+// The policy term: adds to `sums` and returns the derivative by the log-prob. Comparisons are
 // written so that NaN takes the free branch and stays visible.
-template <bool DualClip>
-inline F surrogate(const Terms& terms, const Difference& log_ratio, F advantage, F weight,
-                   Lanes valid, LaneSums& sums) {
+template <Policy kPolicy>
+inline F surrogate(const Terms& terms, F logprob, const Difference& log_ratio, F advantage,
+                   F weight, Lanes valid, LaneSums& sums) {
   const F ratio = exp_small(log_ratio.value).value, zero = {};
   const Lanes low = ratio < terms.low, high = ratio > terms.high, negative = advantage < zero;
-  const F free = ratio * advantage;
   const F clipped = choose(high, terms.high, choose(low, terms.low, ratio)) * advantage;
-  const Lanes flat = clipped < free;
-  F loss = -choose(flat, clipped, free);
-  F slope = choose(log_ratio.clamped | flat, zero, -free);
-  if constexpr (DualClip) {
+  F loss, slope;
+  if constexpr (kPolicy == Policy::kCispo) {
+    slope = -clipped;
+    loss = slope * only(valid, logprob);
+    sums.clip_low += low;
+    sums.clip_high += high;
+  } else {
+    const F free = ratio * advantage;
+    const Lanes flat = clipped < free;
+    loss = -choose(flat, clipped, free);
+    slope = choose(log_ratio.clamped | flat, zero, -free);
+    sums.clip_low += negative & low;
+    sums.clip_high += (advantage > zero) & high;
+  }
+  if constexpr (kPolicy == Policy::kDualClipped) {
     const F bound = -terms.dual_clip * advantage;
     const Lanes dual = negative & (loss > bound);
     loss = choose(dual, bound, loss);
@@ -119,8 +132,6 @@ inline F surrogate(const Terms& terms, const Difference& log_ratio, F advantage,
     sums.dual_clip += dual;
   }
   sums.loss += weight * loss;
-  sums.clip_low += negative & low;
-  sums.clip_high += (advantage > zero) & high;
   sums.approx_kl -= log_ratio.value;
   const F counted = only(valid, ratio);
   sums.ratio += counted;
@@ -145,7 +156,7 @@ inline F kl_penalty(const Terms& terms, const Difference& d, LaneSums& sums) {
   return choose(d.clamped, F{}, terms.kl_coef * slope);
 }
 
-template <bool DualClip, bool Reference>
+template <Policy kPolicy, bool Reference>
 inline F token_slopes(const Terms& terms, int64_t t, int64_t n, Lanes valid, LaneSums& sums) {
   const F logprob = load_floats(terms.logprobs + t, n);
   const F old = terms.old_logprobs ? load_floats(terms.old_logprobs + t, n) : logprob;
@@ -153,7 +164,7 @@ inline F token_slopes(const Terms& terms, int64_t t, int64_t n, Lanes valid, Lan
   const F advantage = terms.advantages.load_at(t, n, valid);
   const F weight = terms.weights.load_at(t, n, valid);
   F infinities = log_ratio.infinity + advantage * 0.0f + weight * 0.0f;
-  F slope = surrogate<DualClip>(terms, log_ratio, advantage, weight, valid, sums);
+  F slope = surrogate<kPolicy>(terms, logprob, log_ratio, advantage, weight, valid, sums);
   if constexpr (Reference) {
     const F reference = load_floats(terms.ref_logprobs + t, n);
     const Difference d = clamped_difference(logprob, reference, valid);
@@ -171,7 +182,7 @@ inline double lane_count(Lanes mask) {
   return static_cast<double>(result);
 }
 
-template <bool DualClip, bool Reference>
+template <Policy kPolicy, bool Reference>
 __attribute__((always_inline)) inline void add_tokens(const Terms& terms, const uint8_t* mask,
                                                       int64_t t, int64_t n, float* grad,
                                                       LaneSums& sums) {
@@ -184,7 +195,7 @@ __attribute__((always_inline)) inline void add_tokens(const Terms& terms, const 
   // In two steps: GCC converts bytes to 32 bits one by one.
   const Halves halves = __builtin_convertvector(bytes, Halves);
   const Lanes valid = __builtin_convertvector(halves, Lanes) != 0;
-  const F slope = token_slopes<DualClip, Reference>(terms, t, n, valid, sums);
+  const F slope = token_slopes<kPolicy, Reference>(terms, t, n, valid, sums);
   const F slopes = only(valid, terms.coefficient * slope);
   memcpy(grad + t, &slopes, n * sizeof(float));
 }
@@ -197,7 +208,7 @@ inline void add_run(LaneSums& sums, GrpoSums* out) {
   sums.loss = sums.approx_kl = sums.ref_kl = sums.ratio = F{};
 }
 
-template <bool DualClip, bool Reference>
+template <Policy kPolicy, bool Reference>
 void block_sums(const Terms& given, const uint8_t* mask, const GrpoBlock& block, float* grad,
                 GrpoSums* out) {
   const Terms terms = given;  // nothing else points to it, so it can stay in registers
@@ -208,12 +219,12 @@ void block_sums(const Terms& given, const uint8_t* mask, const GrpoBlock& block,
     const int64_t vectors = (block.end - t) / kWidth;
     const int64_t stop = t + (vectors < kRun ? vectors : kRun) * kWidth;
     for (; t < stop; t += kWidth) {
-      add_tokens<DualClip, Reference>(terms, mask, t, kWidth, grad, sums);
+      add_tokens<kPolicy, Reference>(terms, mask, t, kWidth, grad, sums);
     }
     add_run(sums, out);
   }
   if (t < block.end) {
-    add_tokens<DualClip, Reference>(terms, mask, t, block.end - t, grad, sums);
+    add_tokens<kPolicy, Reference>(terms, mask, t, block.end - t, grad, sums);
     add_run(sums, out);
   }
   out->clip_low = lane_count(sums.clip_low);
@@ -225,6 +236,11 @@ void block_sums(const Terms& given, const uint8_t* mask, const GrpoBlock& block,
   for (int i = 0; i < kWidth; ++i) top = sums.ratio_max[i] > top ? sums.ratio_max[i] : top;
   // A sum of ratios is NaN where one is; a maximum that hides it would look healthy.
   out->ratio_max = out->ratio == out->ratio ? top : out->ratio;
+}
+
+template <Policy kPolicy>
+auto sums_of(bool reference) {
+  return reference ? block_sums<kPolicy, true> : block_sums<kPolicy, false>;
 }
 
 void grpo_block(const GrpoInputs& in, const GrpoOptions& options,
@@ -243,9 +259,11 @@ void grpo_block(const GrpoInputs& in, const GrpoOptions& options,
       options.kl,
       options.kl_coef != 0.0,
   };
-  const bool dual_clip = options.dual_clip > 0.0, reference = in.ref_logprobs != nullptr;
-  const auto sums = dual_clip ? (reference ? block_sums<true, true> : block_sums<true, false>)
-                              : (reference ? block_sums<false, true> : block_sums<false, false>);
+  const bool reference = in.ref_logprobs != nullptr;
+  const auto sums =
+      options.ratio_clip == RatioClip::kCispo ? sums_of<Policy::kCispo>(reference)
+      : options.dual_clip > 0.0               ? sums_of<Policy::kDualClipped>(reference)
+                                              : sums_of<Policy::kClipped>(reference);
   sums(terms, in.mask, block, grad, out);
 }
 

@@ -243,13 +243,14 @@ R1V3_BOTH State merge(const State& a, const State& b, float scale) {
 // Of GrpoOptions, what a token's loss depends on.
 struct TokenOptions {
   float clip_low, clip_high, dual_clip, kl_coef;  // dual_clip 0 is none
+  RatioClip ratio_clip;
   KL kl;
 };
 
 inline TokenOptions single_precision(const GrpoOptions& options) {
   const auto narrow = [](double x) { return static_cast<float>(x); };
   return {narrow(options.clip_low), narrow(options.clip_high), narrow(options.dual_clip),
-          narrow(options.kl_coef), options.kl};
+          narrow(options.kl_coef), options.ratio_clip, options.kl};
 }
 
 // What is known of a token before its logits are read. loss_scale is the factor of its loss in the
@@ -264,18 +265,26 @@ R1V3_BOTH float clamped(float x) {
   return x != x ? x : fminf(fmaxf(x, -kMaximumLogRatio), kMaximumLogRatio);
 }
 
-// The derivative of the token's loss by its log-probability.
-R1V3_BOTH float grad_logprob(float logprob, const Token& token, const TokenOptions& options) {
-  const float raw = logprob - (token.has_old ? token.old_logprob : logprob);
+// The derivative of the policy term by the log-probability, without the token's weight.
+R1V3_BOTH float policy_slope(float raw, float a, const TokenOptions& options) {
   const float ratio = expf(clamped(raw));
-  const float a = token.advantage;
+  const float low = 1.0f - options.clip_low, high = 1.0f + options.clip_high;
+  if (options.ratio_clip == RatioClip::kCispo) {
+    return -(ratio > high ? high : ratio < low ? low : ratio) * a;  // NaN stays
+  }
   const float free = ratio * a;
-  const float bounded = fminf(fmaxf(ratio, 1.0f - options.clip_low), 1.0f + options.clip_high) * a;
+  const float bounded = fminf(fmaxf(ratio, low), high) * a;
   const bool constant = free > bounded;
   const float loss = -(constant ? bounded : free);
   bool flat = constant || fabsf(raw) > kMaximumLogRatio;
   if (options.dual_clip > 0.0f) flat = flat || (a < 0.0f && loss > -options.dual_clip * a);
-  float grad = (flat ? 0.0f : -free) * token.weight;
+  return flat ? 0.0f : -free;
+}
+
+// The derivative of the token's loss by its log-probability.
+R1V3_BOTH float grad_logprob(float logprob, const Token& token, const TokenOptions& options) {
+  const float raw = logprob - (token.has_old ? token.old_logprob : logprob);
+  float grad = policy_slope(raw, token.advantage, options) * token.weight;
   if (token.has_ref && options.kl_coef != 0.0f) {
     const float raw_gap = token.ref_logprob - logprob;
     const float gap = clamped(raw_gap);

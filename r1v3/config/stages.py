@@ -124,6 +124,7 @@ class PolicyLoss(Section):
     clip_low: Annotated[float, Field(ge=0)] = 0.2
     clip_high: Annotated[float, Field(ge=0)] = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
+    ratio_clip: Literal["ppo", "cispo"] = "ppo"
     kl_coef: Annotated[float, Field(ge=0)] = 0.0
     kl: Literal["k1", "k2", "k3"] = "k3"
     aggregation: Literal["sequence-mean", "token-mean", "sequence-sum", "constant"] = (
@@ -131,6 +132,12 @@ class PolicyLoss(Section):
     )
     old_logprobs: Literal["current", "rollout"] = "current"
     importance_cap: Annotated[float, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "PolicyLoss":
+        if self.dual_clip is not None and self.ratio_clip == "cispo":
+            raise ValueError("dual_clip must be null with ratio_clip `cispo`")
+        return self
 
 
 class GRPO(Stage):

@@ -22,6 +22,7 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    ratio_clip: str = "ppo",
     kl_coef: float = 0.0,
     kl: str = "k3",
     aggregation: str = "sequence-mean",
@@ -35,8 +36,13 @@ def grpo_loss(
 
         l = -weight * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef * KL
 
-    For A < 0 and a dual_clip c, the min is bounded below by c A (Ye et al. 2020). Tokens with
-    loss_mask 0 are selected out before any arithmetic, whatever they hold.
+    For A < 0 and a dual_clip c, the min is bounded below by c A (Ye et al. 2020). With ratio_clip
+    "cispo" (MiniMax-M1, arXiv:2506.13585) the clipped ratio is a factor without gradient, so that
+    every token, whatever its ratio, keeps the gradient -weight * clip(r) A:
+
+        l = -weight * stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) A logprob + kl_coef * KL
+
+    Tokens with loss_mask 0 are selected out before any arithmetic, whatever they hold.
 
     Args:
         logprobs: [B, T], or [N] with cu_seqlens; the only input that gets a gradient.
@@ -44,8 +50,9 @@ def grpo_loss(
         advantages: [B] (packed [S]) or per token. Packed with S == N is read per token.
         loss_mask: the shape of logprobs, nonzero where a token counts.
         ref_logprobs: the shape of logprobs, or None for no KL term.
-        clip_low, clip_high: distances of the clip range from 1.
-        dual_clip: > 1, or None.
+        clip_low, clip_high: distances of the clip range from 1; a clip_low of 1 is no lower bound.
+        dual_clip: > 1, or None, which it must be with ratio_clip "cispo".
+        ratio_clip: "ppo" (the min above) or "cispo".
         kl_coef: weight of the KL to the reference.
         kl: "k1", "k2" or "k3" (Schulman 2020), on ref_logprob - logprob clamped to +-20.
         aggregation: "sequence-mean" (eq. 7: mean over a sequence's tokens, then over
@@ -61,15 +68,17 @@ def grpo_loss(
     Returns:
         loss, 0-d float32 (float64 for float64 logprobs), and the metrics: detached 0-d tensors
         under `METRICS`. Fractions and means are over this call's valid tokens; clip_low_fraction
-        counts r < 1 - clip_low with A < 0, clip_high_fraction r > 1 + clip_high with A > 0;
+        counts r < 1 - clip_low with A < 0, clip_high_fraction r > 1 + clip_high with A > 0, both
+        whatever A with ratio_clip "cispo";
         approx_kl is the mean of old - new; nonfinite counts valid tokens with a non-finite
         log-ratio, advantage, weight or reference log-ratio.
 
     Raises:
         ValueError: if shapes do not match, a name is not known, a clip range is negative, dual_clip
-            is at most 1, or normalizer is not > 0 or missing where the aggregation needs one.
+            is at most 1 or comes with ratio_clip "cispo", or normalizer is not > 0 or missing where
+            the aggregation needs one.
     """
-    options = GrpoOptions(clip_low, clip_high, dual_clip, kl_coef, kl, aggregation)
+    options = GrpoOptions(clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation)
     if not logprobs.is_floating_point():
         raise ValueError(f"logprobs must be floating point, got {logprobs.dtype}")
     logprobs = logprobs.to(reference.accumulation_dtype(logprobs))

@@ -9,6 +9,7 @@ from torch import Tensor
 from r1v3.kernels.arguments import as_scalar, check_choice, check_shape
 
 # The position of a name is the number that ops and compiled kernels take for it.
+RATIO_CLIPS = ("ppo", "cispo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("sequence-mean", "token-mean", "sequence-sum", "constant")
 # Tokens that one program of the loss kernel works on, where no sequence matters.
@@ -20,17 +21,20 @@ class GrpoOptions:
     """Options of the loss, as `grpo_loss` documents them.
 
     Raises:
-        ValueError: for a name that is not known, a negative clip range or a dual_clip up to 1.
+        ValueError: for a name that is not known, a negative clip range, a dual_clip up to 1, or one
+            with ratio_clip "cispo".
     """
 
     clip_low: float
     clip_high: float
     dual_clip: float | None
+    ratio_clip: str
     kl_coef: float
     kl: str
     aggregation: str
 
     def __post_init__(self) -> None:
+        check_choice("ratio_clip", self.ratio_clip, RATIO_CLIPS)
         check_choice("kl", self.kl, KL_ESTIMATORS)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         if self.clip_low < 0 or self.clip_high < 0:
@@ -40,6 +44,11 @@ class GrpoOptions:
             )
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"dual_clip must be > 1 or None, got {self.dual_clip}")
+        if self.dual_clip is not None and self.ratio_clip == "cispo":
+            raise ValueError(
+                'dual_clip bounds the loss of ratio_clip "ppo" and must be None with '
+                f'ratio_clip "cispo", got {self.dual_clip}'
+            )
 
     def as_floats(self) -> list[float]:
         """The options as ops and compiled kernels take them; a dual_clip of None is 0."""
@@ -47,6 +56,7 @@ class GrpoOptions:
             self.clip_low,
             self.clip_high,
             self.dual_clip or 0.0,
+            float(RATIO_CLIPS.index(self.ratio_clip)),
             self.kl_coef,
             float(KL_ESTIMATORS.index(self.kl)),
             float(AGGREGATIONS.index(self.aggregation)),
@@ -55,9 +65,10 @@ class GrpoOptions:
     @classmethod
     def of_floats(cls, floats: list[float]) -> "GrpoOptions":
         """The options from which `as_floats` made these."""
-        clip_low, clip_high, dual_clip, kl_coef, kl, aggregation = floats
+        clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation = floats
         names = KL_ESTIMATORS[int(kl)], AGGREGATIONS[int(aggregation)]
-        return cls(clip_low, clip_high, dual_clip or None, kl_coef, *names)
+        clip = RATIO_CLIPS[int(ratio_clip)]
+        return cls(clip_low, clip_high, dual_clip or None, clip, kl_coef, *names)
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `grpo_loss`."""

@@ -29,6 +29,7 @@ def logits_grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    ratio_clip: str = "ppo",
     kl_coef: float = 0.0,
     kl: str = "k3",
     aggregation: str = "sequence-mean",
@@ -77,7 +78,7 @@ def logits_grpo_loss(
     check_logits(logits, temperature, vocab_size if group is None else None)
     shape = tuple(logits.shape[:-1])
     check_token_ids(token_ids, shape)
-    options = GrpoOptions(clip_low, clip_high, dual_clip, kl_coef, kl, aggregation)
+    options = GrpoOptions(clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation)
     like = logits.new_empty(shape, dtype=reference.accumulation_dtype(logits))
     inputs = GrpoInputs.of(
         like, old_logprobs, advantages, loss_mask, ref_logprobs, weights, cu_seqlens, normalizer,

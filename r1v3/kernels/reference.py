@@ -344,12 +344,15 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    ratio_clip: str = "ppo",
     kl_coef: float = 0.0,
     kl: str = "k3",
     aggregation: str = "sequence-mean",
     normalizer: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clipped policy loss (eq. 4, 5 and 7) over flat tokens, differentiable in `logprobs`.
+
+    With ratio_clip "cispo" the policy term is that of MiniMax-M1 (arXiv:2506.13585).
 
     Args:
         logprobs, old_logprobs, loss_mask: [N]; old_logprobs None means on-policy.
@@ -377,8 +380,10 @@ def grpo_loss(
     raw = new - new.detach() if old_logprobs is None else new - per_token(old_logprobs)
     log_ratio = raw.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
-    policy, flat, dual = _surrogate(ratio, a, clip_low, clip_high, dual_clip)
-    grad = torch.where(flat | _clamped(raw), 0.0, -ratio * a)
+    if ratio_clip == "cispo":
+        policy, grad, low, high, dual = _cispo(new, ratio, a, clip_low, clip_high)
+    else:
+        policy, grad, low, high, dual = _surrogate(raw, ratio, a, clip_low, clip_high, dual_clip)
     finite = raw.isfinite() & a.isfinite()
     if weights is not None:
         w = per_token(weights)
@@ -398,23 +403,38 @@ def grpo_loss(
     with torch.no_grad():
         gradient = torch.zeros_like(logprobs, dtype=dtype)
         gradient[row_index] = grad * scale
-        low = (a < 0) & (ratio < 1 - clip_low)
-        high = (a > 0) & (ratio > 1 + clip_high)
         metrics = _metrics(low, high, dual, log_ratio, divergence, ratio, finite)
     return loss, gradient, metrics
 
 
 def _surrogate(
-    ratio: Tensor, a: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-token loss, where it is constant in the ratio, and where by the dual clip."""
+    raw: Tensor,
+    ratio: Tensor,
+    a: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, ...]:
+    """Per-token loss, its derivative by the log-probability, and where which of the clips acts."""
     clipped = ratio.detach().clamp(1 - clip_low, 1 + clip_high)
     constant = ratio * a > clipped * a
     policy = -torch.where(constant, clipped * a, ratio * a)
-    if dual_clip is None:
-        return policy, constant, torch.zeros_like(constant)
-    dual = (a < 0) & (policy > -dual_clip * a)
-    return torch.where(dual, -dual_clip * a, policy), constant | dual, dual
+    low, high = (a < 0) & (ratio < 1 - clip_low), (a > 0) & (ratio > 1 + clip_high)
+    dual = torch.zeros_like(constant)
+    if dual_clip is not None:
+        dual = (a < 0) & (policy > -dual_clip * a)
+        policy = torch.where(dual, -dual_clip * a, policy)
+    grad = torch.where(constant | dual | _clamped(raw), 0.0, -ratio * a)
+    return policy, grad, low, high, dual
+
+
+def _cispo(
+    logprobs: Tensor, ratio: Tensor, a: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, ...]:
+    """Per-token loss, its derivative by the log-probability, and where which of the clips acts."""
+    slope = -ratio.detach().clamp(1 - clip_low, 1 + clip_high) * a
+    low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
+    return slope * logprobs, slope, low, high, torch.zeros_like(low)
 
 
 def _clamped(log_ratio: Tensor) -> Tensor:

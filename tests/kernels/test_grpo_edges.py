@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from tests.kernels.tokens import AGGREGATIONS, random_batch
 pytestmark = pytest.mark.usefixtures("backend")
 
 
+@pytest.mark.parametrize("ratio_clip", ["ppo", "cispo"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_masked_tokens_cannot_leak(bad: float) -> None:
+def test_masked_tokens_cannot_leak(bad: float, ratio_clip: str) -> None:
     """Fails if whatever stands at a masked token changes a bit of the result."""
     logprobs, old, _, mask = random_batch()
     advantages, ref, weights = torch.randn(6, 1100), logprobs + 0.1, torch.rand(6, 1100)
@@ -23,8 +25,9 @@ def test_masked_tokens_cannot_leak(bad: float) -> None:
         filled = [torch.where(mask, x, value) for x in (logprobs, old, advantages, ref, weights)]
         x = filled[0].requires_grad_()
         loss, metrics = grpo_loss(
-            x, filled[1], filled[2], mask, ref_logprobs=filled[3], weights=filled[4], kl_coef=0.1
-        )
+            x, filled[1], filled[2], mask, ref_logprobs=filled[3], weights=filled[4], kl_coef=0.1,
+            ratio_clip=ratio_clip,
+        )  # fmt: skip
         loss.backward()
         results.append((loss.detach(), x.grad, torch.stack(list(metrics.values()))))
     for clean, dirty in zip(*results, strict=True):
@@ -60,9 +63,11 @@ def test_extreme_ratios_stay_finite(gap: float, advantage: float) -> None:
     assert metrics["ratio_max"] <= math.exp(20) * 1.0001
 
 
-@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize(
+    "policy", [{"dual_clip": None}, {"dual_clip": 3.0}, {"ratio_clip": "cispo"}]
+)
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
-def test_hostile_tokens_match_the_specification(kl: str, dual_clip: float | None) -> None:
+def test_hostile_tokens_match_the_specification(kl: str, policy: dict[str, Any]) -> None:
     """Fails if a ratio or a KL that overflows, or is infinite or NaN, gets another gradient.
 
     Every combination of log-probability, old, reference and advantage is a token of its own.
@@ -70,7 +75,7 @@ def test_hostile_tokens_match_the_specification(kl: str, dual_clip: float | None
     hostile = [-1.0, -1.3, -31.0, -201.0, 199.0, 1e30, math.inf, -math.inf, math.nan]
     tokens = torch.tensor(list(itertools.product(hostile, hostile, hostile[::2], (-1.0, 0.0, 2.0))))
     new, old, ref, advantages = tokens.T[:, None]
-    options = dict(kl_coef=0.1, kl=kl, dual_clip=dual_clip, aggregation="constant", normalizer=2.0)
+    options = dict(kl_coef=0.1, kl=kl, aggregation="constant", normalizer=2.0, **policy)
     mask = torch.ones_like(new, dtype=torch.bool)
     leaf = new.clone().requires_grad_()
     loss, metrics = grpo_loss(leaf, old, advantages, mask, ref_logprobs=ref, **options)

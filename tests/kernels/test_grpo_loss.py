@@ -88,6 +88,37 @@ def test_clip_higher_dual_clip_and_weights_by_hand() -> None:
     assert torch.equal(per_token, loss)
 
 
+def test_cispo_by_hand() -> None:
+    """Fails if the clipped ratio gets a gradient, or a token outside the bounds loses its own.
+
+    Bounds 0.8 and 1.2: ratios 1.2, 1.1, 0.8 for A = 2, and 0.8, 1.2 for A = -1. The loss is the
+    sum of -ratio * A * logprob, its derivative -ratio * A.
+    """
+    logprobs, old, advantages, mask = by_hand()
+    logprobs.requires_grad_()
+    slopes = torch.tensor([[-2.4, -2.2, -1.6], [0.8, 1.2, 0.0]]) / 5
+    loss, metrics = grpo_loss(
+        logprobs, old, advantages, mask, ratio_clip="cispo", aggregation="token-mean"
+    )
+    torch.testing.assert_close(loss, (slopes * logprobs).sum())
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, slopes)
+    # Whatever the sign of the advantage: 1.5 and 3.0 are above, 0.5 and 0.5 below.
+    for name, value in {"clip_low_fraction": 0.4, "clip_high_fraction": 0.4}.items():
+        torch.testing.assert_close(metrics[name], torch.tensor(value))
+    assert metrics["dual_clip_fraction"] == 0
+    torch.testing.assert_close(metrics["ratio_max"], torch.tensor(3.0))
+    unbounded = logprobs.detach().requires_grad_()
+    loss, metrics = grpo_loss(
+        unbounded, old, advantages, mask, ratio_clip="cispo", clip_low=1.0,
+        aggregation="token-mean",
+    )  # fmt: skip
+    loss.backward()
+    expected = torch.tensor([[-2.4, -2.2, -1.0], [0.5, 1.2, 0.0]]) / 5
+    torch.testing.assert_close(unbounded.grad, expected)
+    assert metrics["clip_low_fraction"] == 0
+
+
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 def test_kl_by_hand(kl: str) -> None:
     """Fails if an estimator or its gradient is another one: logprob - ref = log 2 and -log 2."""
@@ -112,10 +143,15 @@ OPTIONS: list[dict[str, Any]] = [
     {"kl_coef": 0.1, "kl": "k1", "aggregation": "constant", "normalizer": 1000.0},
     {"kl_coef": 0.3, "kl": "k2", "normalizer": 4},
 ]
+CISPO: list[dict[str, Any]] = [
+    {"ratio_clip": "cispo"},
+    {"ratio_clip": "cispo", "clip_low": 1.0, "clip_high": 0.28, "aggregation": "token-mean",
+     "kl_coef": 0.1},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS + CISPO)
 def test_matches_float64(options: dict[str, Any], per_token: bool) -> None:
     """Fails if loss, gradient or a metric is less accurate than float32 PyTorch allows."""
     inputs = random_batch()
@@ -178,6 +214,76 @@ def test_gradcheck() -> None:
             )[0],
             (x,),
         )
+
+
+@pytest.mark.parametrize("options", CISPO)
+def test_cispo_is_the_derivative_of_the_loss_with_the_clipped_ratio_frozen(
+    options: dict[str, Any],
+) -> None:
+    """Fails if the gradient is not that of -clip(r) A logprob, clip(r) taken as a number."""
+    logprobs, old, advantages, _ = random_batch(torch.float64)
+    few = (slice(0, 3), slice(0, 7))
+    new, old, a = logprobs[few], old[few], advantages[:3, None]
+    mask = torch.rand(3, 7) < 0.8
+    options = {**options, "aggregation": "constant", "normalizer": 1.0, "kl_coef": 0.1}
+    ratio = (new - old).exp()
+    bounds = 1 - options.get("clip_low", 0.2), 1 + options.get("clip_high", 0.2)
+    assert (ratio < bounds[0]).any() != (bounds[0] == 0) and (ratio > bounds[1]).any()
+    frozen, ref = ratio.clamp(*bounds), new + 0.1
+
+    def surrogate(x: Tensor) -> Tensor:
+        gap = ref - x
+        return (mask * (-frozen * a * x + 0.1 * (gap.exp() - 1 - gap))).sum()
+
+    x = new.clone().requires_grad_()
+    loss, _ = grpo_loss(x, old, advantages[:3], mask, ref_logprobs=ref, **options)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), surrogate(new))
+    step = 1e-5
+    for token in range(new.numel()):
+        shift = torch.zeros_like(new)
+        shift.view(-1)[token] = step
+        slope = (surrogate(new + shift) - surrogate(new - shift)) / (2 * step)
+        torch.testing.assert_close(x.grad.view(-1)[token], slope, rtol=1e-7, atol=1e-9)
+
+
+def test_cispo_gradcheck() -> None:
+    """Fails if, where the ratio is a constant, the gradient is not the derivative of the loss."""
+    logprobs, old, advantages, _ = random_batch(torch.float64)
+    few = (slice(0, 3), slice(0, 7))
+    mask = torch.rand(3, 7) < 0.8
+    on_policy = {"clip_low": 1.0, "clip_high": 4.0}
+    empty_range = {"clip_low": 0.0, "clip_high": 0.0}
+    for sampled, bounds in ((None, on_policy), (old[few], empty_range)):
+        x = logprobs[few].clone().requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x, sampled=sampled, bounds=bounds: grpo_loss(
+                x, sampled, advantages[:3], mask, ref_logprobs=logprobs[few] + 0.1, kl_coef=0.1,
+                ratio_clip="cispo", **bounds,
+            )[0],
+            (x,),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("clip_low", [0.2, 1.0])
+def test_cispo_never_takes_a_gradient_away(clip_low: float) -> None:
+    """Fails if a ratio outside the bounds, beyond the clamp of +-20 too, gives another slope."""
+    gaps = torch.tensor([-30.0, -19.0, -1.0, -0.1, 0.0, 0.1, 1.0, 19.0, 30.0])
+    advantages = torch.tensor([[-1.5], [2.0]]).expand(2, 9)
+    logprobs = (-0.5 - torch.rand(2, 9)).requires_grad_()
+    loss, metrics = grpo_loss(
+        logprobs, logprobs.detach() - gaps, advantages, torch.ones(2, 9), clip_low=clip_low,
+        clip_high=0.28, ratio_clip="cispo", aggregation="constant", normalizer=1.0,
+    )  # fmt: skip
+    loss.backward()
+    low = 1 - clip_low
+    inside = torch.tensor([-1.0, -0.1, 0.0, 0.1]).exp().clamp(min=low).tolist()
+    tiny = [max(low, math.exp(-20.0)), max(low, math.exp(-19.0))]
+    factor = torch.tensor([*tiny, *inside, 1.28, 1.28, 1.28])
+    torch.testing.assert_close(logprobs.grad, -factor * advantages, rtol=1e-5, atol=0.0)
+    assert (logprobs.grad != 0).all()
+    torch.testing.assert_close(metrics["clip_high_fraction"], torch.tensor(3 / 9))
+    assert metrics["clip_low_fraction"] == (torch.tensor(3 / 9) if clip_low < 1 else 0)
 
 
 def test_packed_equals_padded() -> None:
@@ -295,6 +401,8 @@ def test_wrong_arguments_raise(backend: str) -> None:
         (lambda: grpo_loss(x, x, a, m, normalizer=0.0), "normalizer must be > 0, got 0.0"),
         (lambda: grpo_loss(x, x, a, m, clip_low=-0.1), "clip_low=-0.1"),
         (lambda: grpo_loss(x, x, a, m, dual_clip=0.9), "dual_clip must be > 1"),
+        (lambda: grpo_loss(x, x, a, m, ratio_clip="gspo"), "ratio_clip must be one of ppo, cispo"),
+        (lambda: grpo_loss(x, x, a, m, ratio_clip="cispo", dual_clip=3.0), 'dual_clip .*"cispo"'),
     ]
     if backend in HOST_BACKENDS:
         ends = torch.tensor([0, 5, 4])

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from r1v3 import _C
 from tests.kernels.host import CAPABILITIES, each_capability
 
+RATIO_CLIPS = {"ppo": 0, "cispo": 1}
 KLS = {"k1": 0, "k2": 1, "k3": 2}
 AGGREGATIONS = {"sequence-mean": 0, "token-mean": 1, "sequence-sum": 2, "constant": 3}
 NAMES = (
@@ -48,6 +50,7 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float = 0.0,
+    ratio_clip: str = "ppo",
     kl_coef: float = 0.0,
     kl: str = "k3",
     aggregation: str = "sequence-mean",
@@ -74,7 +77,15 @@ def grpo_loss(
         seq_offsets=address["offsets"],
         n_seqs=batch.offsets.shape[0] - 1,
         normalizer=normalizer,
-        options=[clip_low, clip_high, dual_clip, kl_coef, KLS[kl], AGGREGATIONS[aggregation]],
+        options=[
+            clip_low,
+            clip_high,
+            dual_clip,
+            RATIO_CLIPS[ratio_clip],
+            kl_coef,
+            KLS[kl],
+            AGGREGATIONS[aggregation],
+        ],
         loss=loss.data_ptr(),
         grad=grad.data_ptr(),
         metrics=metrics.data_ptr(),
@@ -89,6 +100,7 @@ def autograd_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float = 0.0,
+    ratio_clip: str = "ppo",
     kl_coef: float = 0.0,
     kl: str = "k3",
     aggregation: str = "sequence-mean",
@@ -116,6 +128,8 @@ def autograd_loss(
         losses = -torch.minimum(ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a)
         if dual_clip > 0:
             losses = torch.where(a < 0, torch.minimum(losses, -dual_clip * a), losses)
+        if ratio_clip == "cispo":
+            losses = -ratio.detach().clamp(1 - clip_low, 1 + clip_high) * a * new
         if batch.weights is not None:
             losses = losses * pick(batch.weights)
         if batch.ref_logprobs is not None and kl_coef:
@@ -143,17 +157,17 @@ def assert_float32_gradient(got: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("dual_clip", [0.0, 1.4])
+@pytest.mark.parametrize(
+    "policy", [{"dual_clip": 0.0}, {"dual_clip": 1.4}, {"ratio_clip": "cispo"}]
+)
 def test_loss_and_gradient_match_autograd(
-    aggregation: str, kl: str, per_token: bool, dual_clip: float
+    aggregation: str, kl: str, per_token: bool, policy: dict[str, Any]
 ) -> None:
     """Fails if a clip branch, an estimator or a denominator is wrong in loss or gradient."""
     batch = make_batch([5, 1, 0, 40, 9000], per_token)
     batch.weights = torch.rand(9046 if per_token else 5) + 0.5
     normalizer = 3.5 if aggregation == "constant" else 0.0
-    options = dict(
-        dual_clip=dual_clip, kl_coef=0.1, kl=kl, aggregation=aggregation, normalizer=normalizer
-    )
+    options = dict(kl_coef=0.1, kl=kl, aggregation=aggregation, normalizer=normalizer, **policy)
     exact_loss, exact_grad = autograd_loss(batch, **options)
     for capability in CAPABILITIES:
         loss, grad, _ = grpo_loss(batch, **options, capability=capability)

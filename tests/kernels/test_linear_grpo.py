@@ -101,10 +101,11 @@ def run(
 @pytest.mark.parametrize(
     "aggregation", ["sequence-mean", *([] if INTERPRETED else ["token-mean", "sequence-sum"])]
 )
-def test_is_the_composition(aggregation: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("policy", [{"dual_clip": 3.0}, {"ratio_clip": "cispo"}])
+def test_is_the_composition(aggregation: str, dtype: torch.dtype, policy: dict[str, Any]) -> None:
     """Fails if loss, gradients or metrics are worse than logits -> log-probabilities -> loss."""
     inputs = make(dtype)
-    options = dict(aggregation=aggregation, dual_clip=3.0, kl_coef=0.1)
+    options = dict(aggregation=aggregation, kl_coef=0.1, **policy)
     truth, exact = run(composed, inputs, torch.float64, 0.37, **options)
     baseline, _ = run(composed, inputs, dtype, 0.37, **options)
     got, metrics = run(linear_grpo_loss, inputs, dtype, 0.37, **options)

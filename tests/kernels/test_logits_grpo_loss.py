@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "aggregation": "token-mean", "temperature": 0.7, "vocab_size": 990,
     },
     "constant": {"aggregation": "constant", "normalizer": 40.0, "kl": "k1", "kl_coef": 0.1},
+    "cispo": {"ratio_clip": "cispo", "clip_low": 0.3, "kl_coef": 0.1},
 }  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def check(given: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["everything"] if INTERPRETED else OPTIONS)
+@pytest.mark.parametrize("name", ["everything", "cispo"] if INTERPRETED else OPTIONS)
 def test_matches_float64(name: str, dtype: torch.dtype) -> None:
     """Fails if a result is less accurate than the specification in float32 allows."""
     check(batch(1003, dtype), dtype, **OPTIONS[name])

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc/cuda/logits_grpo_loss.cu"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 OPTIONS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "kl_coef": 0.1, "kl": "k3"}
+CISPO = {**OPTIONS, "dual_clip": None, "ratio_clip": "cispo"}
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing here is a Triton kernel")
 
 
@@ -57,14 +58,15 @@ def emulate(
     reads, writes = torch.zeros(2, vocab, dtype=torch.int32).unbind()
     values = (token.get("loss_scale", 1.0), token.get("old", 0.0), token.get("advantage", 1.0),
               token.get("weight", 1.0), token.get("ref", 0.0))  # fmt: skip
-    chosen = (options["clip_low"], options["clip_high"], options["dual_clip"],
-              options["kl_coef"], int(options["kl"][1]) - 1, 0)  # fmt: skip
+    chosen = (options["clip_low"], options["clip_high"], options["dual_clip"] or 0.0,
+              options.get("ratio_clip") == "cispo", options["kl_coef"],
+              int(options["kl"][1]) - 1, 0)  # fmt: skip
     results = (ctypes.c_float * 2)()
     aligned = emulator(
         DTYPES[logits.dtype], ctypes.c_void_p(logits.data_ptr()), ctypes.c_void_p(out.data_ptr()),
         ctypes.c_int64(vocab), blocks, ctypes.c_int64(label), (ctypes.c_float * 5)(*values),
         "old" in token, "ref" in token, ctypes.c_float(temperature),
-        (ctypes.c_double * 6)(*chosen), ctypes.c_void_p(reads.data_ptr()),
+        (ctypes.c_double * 7)(*chosen), ctypes.c_void_p(reads.data_ptr()),
         ctypes.c_void_p(writes.data_ptr()), results,
     )  # fmt: skip
     assert aligned, "a 16-byte access off its boundary"
@@ -175,6 +177,31 @@ def test_every_branch_of_the_loss(emulator: Any) -> None:
     truth = exact(row, 5, {"advantage": 1.0})[2]
     got = emulate(emulator, row, 5, 1, {"advantage": 1.0})[2]
     torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_every_branch_of_cispo(emulator: Any) -> None:
+    """Fails if a ratio within or outside the bounds, KL or the clamp differ from the specification.
+
+    With an advantage every token has a gradient, whatever its ratio.
+    """
+    row = offset_row(40, torch.float32, 1)
+    logprob = exact(row, 5, {})[0]
+    distances = (None, -30.0, -1.0, -0.1, 0.0, 0.1, 0.24, 0.26, 1.0, 30.0)
+    for distance, advantage, low, gap in itertools.product(
+        distances, (-1.5, 0.0, 2.0), (0.2, 1.0), (None, -0.3, 25.0)
+    ):
+        options = {**CISPO, "clip_low": low}
+        token = {"advantage": advantage, "weight": 0.8, "loss_scale": 0.5}
+        if distance is not None:
+            token["old"] = logprob - distance
+        if gap is not None:
+            token["ref"] = logprob + gap
+        truth = exact(row, 5, token, options=options)[2]
+        got = emulate(emulator, row, 5, 2, token, options=options)[2]
+        torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-13)
+        assert advantage == 0 or (got != 0).any()
+    token = {"old": math.nan, "advantage": 1.0}
+    assert emulate(emulator, row, 5, 2, token, options=CISPO)[2].isnan().all()
 
 
 def test_edge_rows(emulator: Any) -> None:

@@ -91,7 +91,7 @@ def loss_arguments(padded: bool) -> dict[str, Any]:
         "ticket_ptr": "*i32:16", "tokens": "i64", "sequences": "i32", "parts": "i32",
         "clip_low": "fp32", "clip_high": "fp32", "dual_clip": "fp32", "kl_coef": "fp32",
         "HAS_OFFSETS": not padded, "HAS_OLD": True, "HAS_REF": True, "HAS_WEIGHTS": True,
-        "HAS_NORMALIZER": True, "TOKEN_ADVANTAGES": True, "TOKEN_WEIGHTS": True, "DUAL": True,
+        "HAS_NORMALIZER": True, "TOKEN_ADVANTAGES": True, "TOKEN_WEIGHTS": True, "POLICY": 1,
         "PENALTY": True, "KL": 2, "AGGREGATION": 0, "BLOCK": grpo_loss.BLOCK,
         "MASK_BLOCK": grpo_loss.MASK_BLOCK,
     }  # fmt: skip
@@ -111,8 +111,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "entropy_ptr": f, "saved_ptr": f, "temperature": "fp32", "parts": "i32", "FINAL": True,
         "HAS_IDS": True, "HAS_SHARD": True, "PARTS": 32, "ROWS": 16,
     }  # fmt: skip
-    scale = {"x_ptr": "*bf16:16", "factor_ptr": f, "n": "i64", "programs": "i64",
-             "BLOCK": scale.BLOCK}  # fmt: skip
+    scaling = {"x_ptr": "*bf16:16", "factor_ptr": f, "n": "i64", "programs": "i64",
+               "BLOCK": scale.BLOCK}  # fmt: skip
     ban = {
         "logits_ptr": "*bf16:16", "ids_ptr": i, "enabled_ptr": u, "n_ids": "i32",
         "blocks": "i32", "HAS_ENABLED": True, "BLOCK": ban_tokens.BLOCK,
@@ -130,7 +130,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "loss": (_grpo_loss_kernel, loss_arguments(False), 4),
         "loss padded": (_grpo_loss_kernel, loss_arguments(True), 4),
         "ban": (ban_tokens._ban_tokens_kernel, ban, 1),
-        "scale": (scale._scale_kernel, scale, 8),
+        "scale": (scale._scale_kernel, scaling, 8),
     }
 
 

@@ -103,10 +103,15 @@ def double_logprobs(made: GRPOTrainer, episode: Episode) -> tuple[Any, Any, Tens
     return model, batch, chosen
 
 
-@pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean", "constant"])
-def test_a_step_is_the_public_reference_in_float64(tmp_path: Path, aggregation: str) -> None:
+@pytest.mark.parametrize(
+    ("aggregation", "ratio_clip"),
+    [("sequence-mean", "ppo"), ("token-mean", "ppo"), ("constant", "ppo"), ("token-mean", "cispo")],
+)
+def test_a_step_is_the_public_reference_in_float64(
+    tmp_path: Path, aggregation: str, ratio_clip: str
+) -> None:
     """Otherwise what trains would not be what the kernels document (eq. 4 to 7)."""
-    made = trainer(tmp_path, f"loss.aggregation={aggregation}")
+    made = trainer(tmp_path, f"loss.aggregation={aggregation}", f"loss.ratio_clip={ratio_clip}")
     episode = sampled_episode(made)
     rewards = torch.tensor([r.total for r in episode.rewards], dtype=torch.float64)
     n, g = len(rewards), made.config.group_size
@@ -122,6 +127,7 @@ def test_a_step_is_the_public_reference_in_float64(tmp_path: Path, aggregation: 
         batch.loss_mask.flatten(),
         torch.arange(0, n * width + 1, width),
         aggregation=aggregation,
+        ratio_clip=ratio_clip,
         normalizer=float(n * 24) if aggregation == "constant" else None,
     )
     loss.backward()

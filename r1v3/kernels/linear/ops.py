@@ -117,6 +117,7 @@ def linear_grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    ratio_clip: str = "ppo",
     kl_coef: float = 0.0,
     kl: str = "k3",
     aggregation: str = "sequence-mean",
@@ -167,7 +168,7 @@ def linear_grpo_loss(
     shape = _check_head(hidden, weight, token_ids)
     check_logits(weight.T, temperature, vocab_size if group is None else None)
     _check_buffers(weight, hidden, weight_grad_accumulator, row_tile)
-    options = GrpoOptions(clip_low, clip_high, dual_clip, kl_coef, kl, aggregation)
+    options = GrpoOptions(clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation)
     inputs = GrpoInputs.of(
         hidden.new_empty(shape, dtype=reference.accumulation_dtype(hidden)), old_logprobs,
         advantages, loss_mask, ref_logprobs, weights, cu_seqlens, normalizer, options,

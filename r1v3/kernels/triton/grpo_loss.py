@@ -14,6 +14,7 @@ from torch import Tensor
 
 from r1v3.kernels import devices
 from r1v3.kernels.arguments import METRICS
+from r1v3.kernels.grpo_terms import RATIO_CLIPS
 from r1v3.kernels.reference import LOG_RATIO_LIMIT
 
 BLOCK = 512
@@ -73,6 +74,29 @@ def _surrogate(raw, ratio, a, clip_low, clip_high, dual_clip, DUAL: tl.constexpr
         token = tl.where(bounded, -dual_clip * a, token)
         flat = flat | bounded
     return token, tl.where(flat, 0.0, -free), bounded
+
+
+@triton.jit
+def _policy(new, raw, ratio, a, clip_low, clip_high, dual_clip, POLICY: tl.constexpr):
+    """A token's loss, its derivative by the log-probability, and where which of the clips acts.
+
+    POLICY 0 is the clipped surrogate, 1 has a dual clip, 2 is CISPO.
+    """
+    low = 1.0 - clip_low
+    high = 1.0 + clip_high
+    below = ratio < low
+    above = ratio > high
+    if POLICY == 2:
+        grad = -tl.where(above, high, tl.where(below, low, ratio)) * a  # NaN stays
+        token = grad * new
+        bounded = tl.zeros(raw.shape, tl.int1)
+    else:
+        token, grad, bounded = _surrogate(
+            raw, ratio, a, clip_low, clip_high, dual_clip, POLICY == 1
+        )
+        below = (a < 0) & below
+        above = (a > 0) & above
+    return token, grad, below, above, bounded
 
 
 @triton.jit
@@ -137,7 +161,7 @@ def _grpo_loss_kernel(
     HAS_NORMALIZER: tl.constexpr,
     TOKEN_ADVANTAGES: tl.constexpr,
     TOKEN_WEIGHTS: tl.constexpr,
-    DUAL: tl.constexpr,
+    POLICY: tl.constexpr,
     PENALTY: tl.constexpr,
     KL: tl.constexpr,
     AGGREGATION: tl.constexpr,
@@ -183,7 +207,9 @@ def _grpo_loss_kernel(
             raw = new - old
             log_ratio = _clamp(raw)
             ratio = tl.exp(log_ratio)
-            token, grad, bounded = _surrogate(raw, ratio, a, clip_low, clip_high, dual_clip, DUAL)
+            token, grad, below, above, bounded = _policy(
+                new, raw, ratio, a, clip_low, clip_high, dual_clip, POLICY
+            )
             dual += tl.where(bounded, 1.0, 0.0)
             bad = _nonfinite(raw) | _nonfinite(a)
             if HAS_WEIGHTS:
@@ -201,8 +227,8 @@ def _grpo_loss_kernel(
                     token += kl_coef * divergence
                     grad += kl_coef * tl.where(tl.abs(raw_gap) > LIMIT, 0.0, grad_kl)
             loss += (tl.where(valid, token, 0.0) * own).to(tl.float64)
-            low += tl.where((a < 0) & (ratio < 1.0 - clip_low), 1.0, 0.0)
-            high += tl.where((a > 0) & (ratio > 1.0 + clip_high), 1.0, 0.0)
+            low += tl.where(below, 1.0, 0.0)
+            high += tl.where(above, 1.0, 0.0)
             approx_kl -= tl.where(valid, log_ratio, 0.0)
             ratios += tl.where(valid, ratio, 0.0)
             biggest = _max_or_nan(biggest, tl.where(valid, ratio, 0.0))
@@ -222,10 +248,8 @@ def _grpo_loss_kernel(
     ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
     if ticket == tl.num_programs(0) - 1:
         tl.store(ticket_ptr, 0)
-        _total(
-            sums_ptr, normalizer_ptr, loss_ptr, metrics_ptr, inverse_ptr, HAS_NORMALIZER,
-            AGGREGATION,
-        )  # fmt: skip
+        _total(sums_ptr, normalizer_ptr, loss_ptr, metrics_ptr, inverse_ptr, HAS_NORMALIZER,
+               AGGREGATION)  # fmt: skip
 
 
 @triton.jit
@@ -299,7 +323,7 @@ def grpo_loss(
     """
     advantages, old_logprobs, ref_logprobs, weights = terms
     assert advantages is not None
-    clip_low, clip_high, dual_clip, kl_coef, kl, aggregation = options
+    clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation = options
     tokens = logprobs.shape[0]
     if offsets is not None:
         sequences = offsets.shape[0] - 1
@@ -321,8 +345,9 @@ def grpo_loss(
             HAS_WEIGHTS=weights is not None, HAS_NORMALIZER=normalizer is not None,
             TOKEN_ADVANTAGES=advantages.shape[0] == tokens,
             TOKEN_WEIGHTS=weights is not None and weights.shape[0] == tokens,
-            DUAL=dual_clip > 0, PENALTY=kl_coef != 0, KL=int(kl), AGGREGATION=int(aggregation),
-            BLOCK=BLOCK, MASK_BLOCK=MASK_BLOCK, num_warps=4,
+            POLICY=2 if RATIO_CLIPS[int(ratio_clip)] == "cispo" else int(dual_clip > 0),
+            PENALTY=kl_coef != 0, KL=int(kl), AGGREGATION=int(aggregation), BLOCK=BLOCK,
+            MASK_BLOCK=MASK_BLOCK, num_warps=4,
         )  # fmt: skip
         if normalizer is None:
             gradient.mul_(inverse)
