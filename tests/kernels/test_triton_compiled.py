@@ -129,6 +129,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "advantages of equal groups": (_group_advantages_kernel, advantage_arguments(True), 4),
         "loss": (_grpo_loss_kernel, loss_arguments(False), 4),
         "loss padded": (_grpo_loss_kernel, loss_arguments(True), 4),
+        "loss cispo": (_grpo_loss_kernel, {**loss_arguments(False), "POLICY": 2}, 4),
         "ban": (ban_tokens._ban_tokens_kernel, ban, 1),
         "scale": (scale._scale_kernel, scaling, 8),
     }
