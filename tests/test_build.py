@@ -15,16 +15,26 @@ from packaging.utils import canonicalize_name
 
 from r1v3 import _C
 from r1v3.doctor import read_pins
+from r1v3.kernels.grpo_terms import GrpoOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_NVCC = shutil.which("nvcc") is not None
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+OPTIONS = GrpoOptions(
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    ratio_clip="ppo",
+    kl_coef=0.0,
+    kl="k3",
+    aggregation="token-mean",
+)
 # One row of one logit at address 0, or no row.
 SINGLE_READ = (
     "_C.logits_grpo_loss_cuda(0, [1, 1, 1], 0, [1, 1, 1], 1, {rows}, 1, 1, 0, 0, 0, 0, 0, 0, "
-    "1.0, [0.2, 0.2, 0.0, 0.0, 0, 0], 0, 0, 1, 0)"
+    f"1.0, {OPTIONS.as_floats()}, 0, 0, 1, 0)"
 )
 
 
