@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import InternVLForConditionalGeneration
 
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import Example, collate
 from r1v3.engine.head import Head
-from r1v3.engine.hf.engine import HFEngine
+from r1v3.engine.hf.engine import HFEngine, response_hidden
 from r1v3.model.internvl import load_model
 from r1v3.model.parts import PARTS, part_of
 from tests import tiny
@@ -346,3 +347,20 @@ def test_saved_weights_load_bit_for_bit_here_and_in_transformers(tmp_path: Path)
 
 def test_exported_tensors_are_not_part_of_the_graph() -> None:
     assert not any(tensor.requires_grad for _, tensor in an_engine().export_hf())
+
+
+@torch.no_grad()
+def test_lengths_are_asked_for_at_once() -> None:
+    """Fails if the forward waits for the device once per 32 responses."""
+    net = tiny.model()
+
+    def waits(responses: int) -> int:
+        texts = [tiny.an_example(i, response=1 + i % 3).response_ids for i in range(responses)]
+        prompt = tiny.an_example(0, tiles=0, words=2)
+        batch = collate([prompt], 0, responses=texts, group_size=responses)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            hidden = response_hidden(net, batch)
+        assert hidden.shape[:2] == (responses, 3)
+        return sum(x.count for x in seen.key_averages() if x.key == "aten::_local_scalar_dense")
+
+    assert waits(34) == waits(66) == waits(98)

@@ -58,27 +58,3 @@ def test_full_graph_equals_eager_and_compiles_few_times(step: Any) -> None:
                 torch.testing.assert_close(graph, eager)
     # Static, then a dynamic length, then a dynamic temperature.
     assert counter.frame_count <= 3
-
-
-def test_accumulators_in_a_graph() -> None:
-    """Fails if functionalisation drops what a compiled step adds to the accumulator."""
-
-    def step(hidden: Tensor, weight: Tensor, ids: Tensor, buffer: Tensor) -> Tensor:
-        logprobs, _ = linear_logprobs_and_entropy(
-            hidden, weight, ids, weight_grad_accumulator=buffer
-        )
-        loss, _ = linear_grpo_loss(
-            hidden[None], weight, ids[None], None, torch.ones(1), torch.ones_like(ids[None]),
-            weight_grad_accumulator=buffer,
-        )  # fmt: skip
-        return loss + logprobs.sum()
-
-    hidden, ids = torch.randn(5, 4, requires_grad=True), torch.randint(0, 11, (5,))
-    weight = torch.randn(11, 4, requires_grad=True)
-    buffers = [torch.ones(11, 4), torch.ones(11, 4)]
-    for buffer, function in zip(
-        buffers, (step, torch.compile(step, fullgraph=True, backend="aot_eager")), strict=True
-    ):
-        function(hidden, weight, ids, buffer).backward()
-    assert (buffers[0] != 1).any() and weight.grad is None
-    torch.testing.assert_close(buffers[1], buffers[0])

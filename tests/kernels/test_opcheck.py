@@ -69,7 +69,6 @@ def linear_cases() -> dict[str, tuple[Any, ...]]:
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     bias = torch.randn(11).requires_grad_()
     ids, mask = torch.randint(0, 9, (6,)), torch.ones(6, dtype=torch.bool)
-    buffer, loss = torch.zeros(11, 4), torch.randn(())
     sharding = "", True, 0
     rest = scalar(0.7), None, *sharding
     per_token: list[Tensor | None] = [torch.rand(6) for _ in range(5)]
@@ -77,23 +76,22 @@ def linear_cases() -> dict[str, tuple[Any, ...]]:
     bounds, saved, slope = torch.tensor([0, 11]), torch.rand(6, 3), torch.randn(6)
     gradient = scalar(0.7), bounds, saved, [slope, slope]
     return {
-        "linear_logprobs_and_entropy": (*leaves, None, ids, mask, None, None, *rest),
-        "linear_logprobs_and_entropy of rows": (*leaves, bias, ids, None, ids[:1], None, *rest),
+        "linear_logprobs_and_entropy": (*leaves, None, ids, mask, None, *rest),
+        "linear_logprobs_and_entropy of rows": (*leaves, bias, ids, None, ids[:1], *rest),
         "linear_gradient": (
-            hidden, weight, bias.detach(), ids, mask, None, None, *gradient, [True, True, True],
+            hidden, weight, bias.detach(), ids, mask, None, *gradient, [True, True, True],
             *sharding,
         ),
-        "linear_gradient with accumulator": (
-            hidden, weight, None, ids, mask, None, buffer, *gradient, [False, True, False],
-            *sharding,
+        "linear_gradient of the weight": (
+            hidden, weight, None, ids, mask, None, *gradient, [False, True, False], *sharding,
         ),
         "linear_grpo": (
-            hidden, weight, ids, mask, None, None, per_token, options, [True, True], *rest,
+            hidden, weight, ids, mask, None, per_token, options, [True, True], *rest,
         ),
-        "linear_grpo with accumulator": (
-            hidden, weight, ids, mask, ids[:1], buffer, per_token, options, [True, True], *rest,
+        "linear_grpo of rows": (
+            hidden, weight, ids, mask, ids[:1], per_token, options, [True, True], *rest,
         ),
-        "with_gradient": (loss, *leaves, torch.randn(6, 4), torch.randn(11, 4), False),
+        "with_gradient": (torch.ones(()), *leaves, torch.randn(6, 4), torch.randn(11, 4)),
     }  # fmt: skip
 
 

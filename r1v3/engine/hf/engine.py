@@ -58,17 +58,19 @@ def response_hidden(model: InternVLForConditionalGeneration, batch: Batch) -> Te
         return hidden[prompts, :0]
     numbers = torch.arange(1, width + 1, device=hidden.device)
     lengths = (batch.loss_mask * numbers).amax(1).clamp(min=1)
-    parts = []
     by_length = lengths.argsort(stable=True)
-    for chosen in by_length.split(_ROWS):
+    parts = by_length.split(_ROWS)
+    # In one transfer: every number asked of a GPU waits for all that it has to do.
+    longest = lengths[torch.stack([part[-1] for part in parts])].tolist()
+    results = []
+    for chosen, length in zip(parts, longest, strict=True):
         cache.prompts = prompts[chosen]
-        longest = int(lengths[chosen[-1]])
         states = hidden[cache.prompts, -1:]
-        if longest > 1:
-            rest = _continue(model, cache, batch, batch.response_ids[chosen, : longest - 1])
+        if length > 1:
+            rest = _continue(model, cache, batch, batch.response_ids[chosen, : length - 1])
             states = torch.cat([states, rest], 1)
-        parts.append(nn.functional.pad(states, (0, 0, 0, width - longest)))
-    return torch.cat(parts).index_select(0, by_length.argsort())
+        results.append(nn.functional.pad(states, (0, 0, 0, width - length)))
+    return torch.cat(results).index_select(0, by_length.argsort())
 
 
 def _continue(

@@ -13,17 +13,13 @@ from r1v3.kernels.vocab_parallel import process_group
 class WeightGradient:
     """The gradient of the weight, or of some of its rows, from any number of contributions.
 
-    A 16-bit weight's sum is kept in float32 from its first contribution to its last; with an
-    accumulator there is no other memory.
+    A 16-bit weight's sum is kept in float32 from its first contribution to its last.
     """
 
-    def __init__(
-        self, head: TiledHead, accumulator: Tensor | None, dtype: torch.dtype, *, empty: bool
-    ) -> None:
-        self.head, self.accumulator = head, accumulator
-        shape = head.weight.shape if accumulator is None else (0,)
+    def __init__(self, head: TiledHead, dtype: torch.dtype, *, empty: bool) -> None:
+        self.head = head
         make = head.weight.new_zeros if empty else head.weight.new_empty
-        self.result = make(shape, dtype=dtype)
+        self.result = make(head.weight.shape, dtype=dtype)
         if not empty:
             cpu.prefer_huge_pages(self.result)
         self._sums: dict[int, Tensor] = {}
@@ -31,12 +27,12 @@ class WeightGradient:
     @property
     def sums(self) -> bool:
         """Whether contributions need memory of their own until the last one."""
-        return self.accumulator is None and self.result.dtype != self.head.result
+        return self.result.dtype != self.head.result
 
     def can_hold(self, n: int) -> bool:
         """Whether the memory of some columns' gradient is enough for n rows of their logits."""
         row = self.head.weight.shape[1] * self.result.itemsize
-        return self.accumulator is None and n * self.head.result.itemsize <= row
+        return n * self.head.result.itemsize <= row
 
     def memory(self, columns: slice, n: int) -> Tensor:
         """The same memory as these columns' gradient, for n rows of their logits: [n, columns]."""
@@ -49,9 +45,6 @@ class WeightGradient:
     ) -> None:
         """Add gradient.T @ states, the first or last of the contributions to these columns."""
         transposed = gradient.T
-        if self.accumulator is not None:
-            multiply(transposed, states, self.accumulator[columns], add=True)
-            return
         out = self.result[columns]
         if out.dtype == self.head.result:
             multiply(transposed, states, out, add=not first)
@@ -105,7 +98,6 @@ class Gradients:
 
     Args:
         needed: whether hidden, weight and bias have one.
-        accumulator: float32 buffer for the weight's gradient, or None.
         reduction: sums the hidden rows' gradient over the group.
         hidden_at_once: every row's gradient comes in one piece, so that its product can be
             written in the dtype of the result without a float32 sum.
@@ -117,7 +109,6 @@ class Gradients:
         head: TiledHead,
         rows: SelectedRows,
         needed: list[bool],
-        accumulator: Tensor | None,
         reduction: HiddenReduction,
         dtypes: tuple[torch.dtype, torch.dtype],
         *,
@@ -135,7 +126,7 @@ class Gradients:
             dtype = self.dtype if self.at_once else head.result
             self.hidden = make(self.n, weight.shape[1], dtype=dtype)
         if need_weight:
-            self.weight = WeightGradient(head, accumulator, dtypes[1], empty=self.n == 0)
+            self.weight = WeightGradient(head, dtypes[1], empty=self.n == 0)
         if need_bias:
             self.bias = weight.new_zeros(weight.shape[0], dtype=head.result)
 

@@ -30,7 +30,6 @@ def _linear_grpo(
     token_ids: Tensor,
     loss_mask: Tensor,
     rows: Tensor | None,
-    weight_grad_accumulator: Tensor | None,
     terms: list[Tensor | None],
     options: list[float],
     needed: list[bool],
@@ -49,7 +48,7 @@ def _linear_grpo(
     head = TiledHead(weight, None, hidden.dtype, temperature, vocab_size, group, row_tile)
     selected = SelectedRows(hidden, token_ids, loss_mask, rows)
     gradients = Gradients(
-        head, selected, [*needed, False], weight_grad_accumulator,
+        head, selected, [*needed, False],
         HiddenReduction(selected, group if reduce_hidden_grad else ""),
         (_saved_dtype(hidden), _saved_dtype(weight)), hidden_at_once=head.whole_rows,
     )  # fmt: skip
@@ -153,29 +152,21 @@ def _saved_dtype(tensor: Tensor) -> torch.dtype:
 def _fake_linear_grpo(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weight_grad_accumulator, needed = rest[2], rest[5]
+    needed = rest[4]
     logprobs = hidden.new_empty(token_ids.shape[0], dtype=accumulation_dtype(hidden))
-    own_weight = needed[1] and weight_grad_accumulator is None
     return (
         logprobs,
         torch.empty_like(logprobs),
         hidden.new_empty(hidden.shape if needed[0] else (0,), dtype=_saved_dtype(hidden)),
-        weight.new_empty(weight.shape if own_weight else (0,), dtype=_saved_dtype(weight)),
+        weight.new_empty(weight.shape if needed[1] else (0,), dtype=_saved_dtype(weight)),
     )
 
 
-linear_grpo_op = register_op(
-    "linear_grpo", _linear_grpo, fake=_fake_linear_grpo, mutates_args=("weight_grad_accumulator",)
-)
+linear_grpo_op = register_op("linear_grpo", _linear_grpo, fake=_fake_linear_grpo)
 
 
 def _with_gradient(
-    loss: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    grad_hidden: Tensor,
-    grad_weight: Tensor,
-    accumulated: bool,
+    loss: Tensor, hidden: Tensor, weight: Tensor, grad_hidden: Tensor, grad_weight: Tensor
 ) -> Tensor:
     """The loss [], whose gradients by hidden and weight are known.
 
@@ -183,24 +174,17 @@ def _with_gradient(
 
     Args:
         grad_hidden, grad_weight: as hidden and weight; empty where they have none.
-        accumulated: the weight's gradient has gone elsewhere; the upstream gradient must be 1.
     """
     return loss.clone()
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, hidden, weight, grad_hidden, grad_weight, ctx.accumulated = inputs
+    _, hidden, weight, grad_hidden, grad_weight = inputs
     ctx.like = (hidden.shape, hidden.dtype), (weight.shape, weight.dtype)
     ctx.save_for_backward(grad_hidden, grad_weight)
 
 
 def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
-    if ctx.accumulated:
-        torch._assert_async(
-            grad_loss == 1,
-            "linear_grpo_loss with weight_grad_accumulator: the upstream gradient of the loss "
-            "must be 1, as the weight's gradient is already added; use normalizer to scale",
-        )
     given = []
     for gradient, (shape, dtype), wanted in zip(
         ctx.saved_tensors, ctx.like, ctx.needs_input_grad[1:3], strict=True
@@ -210,7 +194,7 @@ def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
             given.append(gradient.to(dtype))
         else:
             given.append(None)
-    return None, *given, None, None, None
+    return None, *given, None, None
 
 
 with_gradient_op = register_op(

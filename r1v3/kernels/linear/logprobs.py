@@ -27,7 +27,6 @@ def _linear_logprobs(
     token_ids: Tensor,
     loss_mask: Tensor | None,
     rows: Tensor | None,
-    weight_grad_accumulator: Tensor | None,
     temperature: Tensor,
     vocab_size: int | None,
     group: str,
@@ -36,8 +35,7 @@ def _linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities [n], entropy [n], (m, log s, entropy) [n, 3], the shard's bounds [2].
 
-    n counts tokens, or entries of `rows`. weight_grad_accumulator and reduce_hidden_grad are for
-    the backward.
+    n counts tokens, or entries of `rows`. reduce_hidden_grad is for the backward.
     """
     head = TiledHead(weight, bias, hidden.dtype, temperature, vocab_size, group, row_tile)
     selected = SelectedRows(hidden, token_ids, loss_mask, rows)
@@ -81,7 +79,6 @@ def _linear_gradient(
     token_ids: Tensor,
     loss_mask: Tensor | None,
     rows: Tensor | None,
-    weight_grad_accumulator: Tensor | None,
     temperature: Tensor,
     bounds: Tensor,
     saved: Tensor,
@@ -93,8 +90,6 @@ def _linear_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, empty where not needed.
 
-    With weight_grad_accumulator, the weight's gradient is added to it and returned empty.
-
     Args:
         upstream: gradients of the log-probabilities and the entropy.
     """
@@ -104,7 +99,7 @@ def _linear_gradient(
         saved = saved[selected.row_index]
         upstream = [_part(x, selected.row_index) for x in upstream]
     gradients = Gradients(
-        head, selected, needed, weight_grad_accumulator,
+        head, selected, needed,
         HiddenReduction(selected, group if reduce_hidden_grad else ""),
         (hidden.dtype, weight.dtype), hidden_at_once=False,
     )  # fmt: skip
@@ -145,44 +140,38 @@ def _part(vector: Tensor | None, part: slice | Tensor) -> Tensor | None:
 def _fake_linear_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight_grad_accumulator, needed = rest[3], rest[8]
+    needed = rest[7]
     bias_like = weight if bias is None else bias
-    own_weight = needed[1] and weight_grad_accumulator is None
     return (
         hidden.new_empty(hidden.shape if needed[0] else (0,)),
-        weight.new_empty(weight.shape if own_weight else (0,)),
+        weight.new_empty(weight.shape if needed[1] else (0,)),
         bias_like.new_empty(weight.shape[:1] if needed[2] else (0,)),
     )
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.accumulator, temperature, _ = inputs[:9]
-    ctx.sharding = inputs[9:]
+    *tensors, temperature, _ = inputs[:8]
+    ctx.sharding = inputs[8:]
     _, _, saved, bounds = output
     ctx.set_materialize_grads(False)
-    # The accumulator is not saved: that would forbid adding to it between forward and backward.
     ctx.save_for_backward(*tensors, temperature, bounds, saved)
 
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad_logprobs, grad_entropy, _saved, _bounds):  # type: ignore[no-untyped-def]
     needed = list(ctx.needs_input_grad[:3])
-    rest = (None,) * 9
+    rest = (None,) * 8
     if (grad_logprobs is None and grad_entropy is None) or not any(needed):
         return None, None, None, *rest
     *tensors, temperature, bounds, saved = ctx.saved_tensors
     gradients = linear_gradient_op(
-        *tensors, ctx.accumulator, temperature, bounds, saved, [grad_logprobs, grad_entropy],
+        *tensors, temperature, bounds, saved, [grad_logprobs, grad_entropy],
         needed, *ctx.sharding,
     )  # fmt: skip
-    returned = needed[0], needed[1] and ctx.accumulator is None, needed[2]
-    return *(g if own else None for g, own in zip(gradients, returned, strict=True)), *rest
+    return *(g if own else None for g, own in zip(gradients, needed, strict=True)), *rest
 
 
-linear_gradient_op = register_op(
-    "linear_gradient", _linear_gradient, fake=_fake_linear_gradient,
-    mutates_args=("weight_grad_accumulator",),
-)  # fmt: skip
+linear_gradient_op = register_op("linear_gradient", _linear_gradient, fake=_fake_linear_gradient)
 linear_logprobs_op = register_op(
     "linear_logprobs_and_entropy", _linear_logprobs, fake=_fake_linear_logprobs,
     backward=_backward, setup_context=_save,

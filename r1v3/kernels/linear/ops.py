@@ -37,7 +37,6 @@ def linear_logprobs_and_entropy(
     rows: Tensor | None = None,
     group: ProcessGroup | None = None,
     reduce_hidden_grad: bool = True,
-    weight_grad_accumulator: Tensor | None = None,
     row_tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`logprobs_and_entropy(hidden @ weight.T + bias, token_ids)` without all the logits.
@@ -61,12 +60,11 @@ def linear_logprobs_and_entropy(
         reduce_hidden_grad: with `group`: sum the gradient of hidden over the ranks, while the
             last products for the weight run. False leaves each rank its own part, for a caller
             who sums it.
-        weight_grad_accumulator: float32 [V, H] (float64 for float64 hidden), such as Megatron's
-            `main_grad`, to which the backward adds the weight's gradient; weight.grad is then
-            left alone. Used only where weight requires a gradient.
         row_tile: if given, every product is of exactly this many rows, padded with zeros, so that
             a row's result has the same bits in any batch, as far as the BLAS treats the rows of
-            one shape alike. Without it, matrix libraries choose kernels by the number of rows.
+            one shape alike. Without it, matrix libraries choose kernels by the number of rows. Give
+            it to compare log-probabilities from different batches bit for bit, where the hidden
+            states do not depend on the batch either.
 
     Returns:
         logprobs and entropy, [...] or [n], float32 (float64 for float64 hidden), differentiable
@@ -78,7 +76,7 @@ def linear_logprobs_and_entropy(
     """
     shape = _check_head(hidden, weight, token_ids)
     check_logits(weight.T, temperature, vocab_size if group is None else None)
-    _check_buffers(weight, hidden, weight_grad_accumulator, row_tile)
+    _check_row_tile(row_tile)
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
     if loss_mask is not None:
@@ -94,7 +92,6 @@ def linear_logprobs_and_entropy(
         token_ids.reshape(-1),
         loss_mask,
         rows,
-        weight_grad_accumulator,
         as_scalar(temperature),
         vocab_size,
         group_name(group),
@@ -129,7 +126,6 @@ def linear_grpo_loss(
     rows: Tensor | None = None,
     group: ProcessGroup | None = None,
     reduce_hidden_grad: bool = True,
-    weight_grad_accumulator: Tensor | None = None,
     row_tile: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`grpo_loss` of the log-probabilities of `hidden @ weight.T`, in one pass over the head.
@@ -141,8 +137,7 @@ def linear_grpo_loss(
     their logits where the weight's gradient will be.
 
     If that is more than one chunk, the gradient of a 16-bit weight is summed in a float32 [V, H]
-    of its own, unless there is a weight_grad_accumulator. On the CPU the logits are then computed
-    twice instead.
+    of its own. On the CPU the logits are then computed twice instead.
 
     Args:
         hidden: [B, T, H], or [N, H] with cu_seqlens.
@@ -151,9 +146,6 @@ def linear_grpo_loss(
         old_logprobs ... weights: as in `grpo_loss`. Without old_logprobs the policy is the one
             that sampled, and its own log-probabilities take their place, detached.
         rows: int64 [n], where the flattened loss_mask is nonzero, to spare CUDA a synchronization.
-        weight_grad_accumulator: as in `linear_logprobs_and_entropy`, but added to right away, in
-            this call; the upstream gradient of the loss must then be 1, else the backward raises.
-            Scale the loss by normalizer instead.
 
     Returns:
         loss and metrics of `grpo_loss`, and besides, detached: "entropy", the mean over valid
@@ -167,7 +159,7 @@ def linear_grpo_loss(
     """
     shape = _check_head(hidden, weight, token_ids)
     check_logits(weight.T, temperature, vocab_size if group is None else None)
-    _check_buffers(weight, hidden, weight_grad_accumulator, row_tile)
+    _check_row_tile(row_tile)
     options = GrpoOptions(clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation)
     inputs = GrpoInputs.of(
         hidden.new_empty(shape, dtype=reference.accumulation_dtype(hidden)), old_logprobs,
@@ -183,15 +175,14 @@ def linear_grpo_loss(
     )  # fmt: skip
     if any(needed):
         logprobs, entropy, *gradients = linear_grpo_op(
-            states.detach(), weight.detach(), ids, mask, rows, weight_grad_accumulator,
-            terms.tensors(), terms.options, needed, *sharding,
+            states.detach(), weight.detach(), ids, mask, rows, terms.tensors(), terms.options,
+            needed, *sharding,
         )  # fmt: skip
     else:
         logprobs, entropy = _without_gradient(states, weight, ids, mask, rows, sharding)
     loss, metrics = loss_and_metrics(logprobs, inputs, options)
     if any(needed):
-        given = needed[1] and weight_grad_accumulator is not None
-        loss = with_gradient_op(loss, states, weight, *gradients, given)
+        loss = with_gradient_op(loss, states, weight, *gradients)
     metrics["entropy"] = entropy.sum() / metrics["tokens"].clamp(min=1)
     metrics |= {"token_entropy": entropy.view(shape), "token_logprobs": logprobs.view(shape)}
     return loss, metrics
@@ -208,7 +199,7 @@ def _without_gradient(
     """Log-probabilities and entropy of all tokens, zero where the mask is False."""
     loss_mask = mask if rows is None else None
     logprobs, entropy, _, _ = linear_logprobs_op(
-        states.detach(), weight.detach(), None, token_ids, loss_mask, rows, None, *sharding
+        states.detach(), weight.detach(), None, token_ids, loss_mask, rows, *sharding
     )
     if rows is None:
         return logprobs, entropy
@@ -227,21 +218,9 @@ def _check_head(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[int,
     return tuple(hidden.shape[:-1])
 
 
-def _check_buffers(
-    weight: Tensor, hidden: Tensor, weight_grad_accumulator: Tensor | None, row_tile: int | None
-) -> None:
-    """Raises ValueError for an accumulator that cannot be added to, or a row_tile below 1."""
+def _check_row_tile(row_tile: int | None) -> None:
     if row_tile is not None and row_tile < 1:
         raise ValueError(f"row_tile must be >= 1 or None, got {row_tile}")
-    if weight_grad_accumulator is None:
-        return
-    check_shape("weight_grad_accumulator", weight_grad_accumulator, tuple(weight.shape))
-    dtype = reference.accumulation_dtype(hidden)
-    if weight_grad_accumulator.dtype != dtype or weight_grad_accumulator.device != weight.device:
-        raise ValueError(
-            f"weight_grad_accumulator must be {dtype} on {weight.device}, got "
-            f"{weight_grad_accumulator.dtype} on {weight_grad_accumulator.device}"
-        )
 
 
 def _check_rows_are_the_mask(rows: Tensor | None, mask: Tensor) -> None:
