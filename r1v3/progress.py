@@ -27,6 +27,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def say(line: str, *, shown: bool = True) -> None:
+    """Print a line as it is, without wrapping or colors; `shown`: see `progress_bar`."""
+    if shown:
+        Console().print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 class _TimeLeft(ProgressColumn):
     """Counts down to the end that the last update foresaw."""
 

@@ -276,3 +276,23 @@ def test_a_loaded_configuration_cannot_be_changed(tmp_path: Path) -> None:
 
 def test_a_configuration_error_is_a_value_error() -> None:
     assert issubclass(configuration.ConfigError, ValueError)
+
+
+@pytest.mark.parametrize(
+    "zero", ["0", "0.0", "-0", "-0.0", "+0.0", "0.000", ".0", "0e0", "0e7", "'0'", "false", "0x0"]
+)
+def test_grpo_refuses_greedy_completions(tmp_path: Path, zero: str) -> None:
+    """Fails if a run samples the same completion G times and trains on none of them."""
+    message = refused(GRPO, tmp_path, {**STAGE, "steps": 3}, f"decoding.temperature={zero}")
+    assert "decoding.temperature must be above 0" in message
+
+
+@pytest.mark.parametrize("temperature", ["1e-3", "0.1", "1", "1.0", "2.5"])
+def test_grpo_accepts_other_temperatures_and_evaluation_greedy(
+    tmp_path: Path, temperature: str
+) -> None:
+    """Fails if the refusal takes in temperatures that sample, or stages that may be greedy."""
+    path = written(tmp_path, {**STAGE, "steps": 3})
+    made = load(GRPO, path, [f"decoding.temperature={temperature}"])
+    assert made.decoding.temperature == float(temperature)
+    assert load(Evaluate, None, ["run=r", "data=[d]", "decoding.temperature=0"])

@@ -9,6 +9,7 @@ is where a kill can leave something behind.
 import atexit
 import functools
 import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -240,6 +241,15 @@ def home() -> Path:
         write_samples(folder / f"short/{name}.parquet", shortened)
     succeed(folder, "sft", "base.yaml")
     (folder / "run/models/sft").rename(folder / "base")
+    return folder
+
+
+def with_positions(folder: Path, positions: int) -> Path:
+    """A copy of the base model whose language model has so many positions."""
+    shutil.copytree(home() / "base", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = positions
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -25,7 +25,9 @@ class Stage(Section):
     torch's own choice. model: the folder of the weights to start from. engine: `hf` is one
     process; `megatron` runs under torchrun, laid out by `parallel`. dtype: of the weights in the
     forward; gradients and optimizer state are float32 in any case. wandb_project: also log to
-    Weights & Biases, which must be installed.
+    Weights & Biases, which must be installed. too_long: rows that with their response, or the
+    longest one that may be sampled, exceed the model's max_position_embeddings are an error, or
+    are dropped and counted.
     """
 
     run: Path
@@ -38,6 +40,7 @@ class Stage(Section):
     wandb_project: str | None = None
     model: Path | None = None
     max_tiles: Positive = 1
+    too_long: Literal["error", "drop"] = "error"
 
     @model_validator(mode="after")
     def _check_engine(self) -> "Stage":
@@ -51,9 +54,11 @@ class Stage(Section):
 class Supervised(Stage):
     """Supervised tuning on responses: cold-start SFT, connector-only tuning, pre-training.
 
-    max_length: samples of more tokens than this, prompt and response together, are left out; null
-    keeps all. early_stopping: validations without a better loss after which the stage ends; null
-    trains to the end. The weights of the best validation loss are what the stage hands on.
+    epochs: passes over the rows. A batch goes on into the next pass where one ends; the last one of
+    the stage is smaller, so that every pass sees each row once. max_length: samples of more tokens
+    than this, prompt and response together, are left out; null keeps all. early_stopping:
+    validations without a better loss after which the stage ends; null trains to the end. The
+    weights of the best validation loss are what the stage hands on.
     """
 
     architecture: Architecture | None = None
@@ -100,7 +105,10 @@ class LengthStep(Section):
 
 
 class DynamicSampling(Section):
-    """DAPO's filter: groups whose rewards are all equal are replaced, at most `rounds` times."""
+    """DAPO's filter: groups whose rewards are all equal are replaced, at most `rounds` times.
+
+    A question whose group has signal and finds no place in the step is asked again in the next one.
+    """
 
     enabled: bool = False
     rounds: Positive = 3
@@ -145,7 +153,8 @@ class GRPO(Stage):
 
     One episode samples `prompts_per_step` x `group_size` completions and takes
     `gradient_steps` optimizer steps on them, each on an equal part of the prompts. With one step
-    and `old_logprobs: current` the ratio is 1 and clipping is inert, as in the report.
+    and `old_logprobs: current` the ratio is 1 and clipping is inert, as in the report. Prompts come
+    in shuffled passes over the data; a step that ends a pass goes on into the next one.
     """
 
     modules: Modules = Modules()
@@ -173,6 +182,11 @@ class GRPO(Stage):
     def _check(self) -> "GRPO":
         if self.model is None:
             raise ValueError("`model` must name the folder of the weights to start from")
+        if self.decoding.temperature == 0:
+            raise ValueError(
+                "decoding.temperature must be above 0: greedy completions of a prompt are all the "
+                "same, so that no group has an advantage, and have no log-probs to train on"
+            )
         if self.prompts_per_step % self.gradient_steps:
             raise ValueError(
                 f"prompts_per_step {self.prompts_per_step} must be a multiple of gradient_steps "

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from r1v3.config import Evaluate
-from r1v3.data.encoding import encode_sample, model_image_shape
+from r1v3.data.encoding import encode_all, model_image_shape
+from r1v3.data.lengths import PositionLimit
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import load_tokenizer
@@ -98,9 +99,9 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
     ranks = connect(config)
     run = Path(config.run)
     path = run / "evaluation" / f"{config.name}.json"
-    samples = [sample for file in config.data for sample in load_samples(file)]
-    policy = _policy(config, samples, ranks)
+    policy, samples, dropped = _policy(config, ranks)
     record = ranks.on_main(lambda: _read(path, config))
+    record["dropped"] = dropped
     modes = [*config.modes, *(f"budget-{n}" for n in config.budgets)]
     missing = [mode for mode in modes if mode not in record["modes"]]
     total = sum(len(samples) * _repeats(config, mode) for mode in missing)
@@ -121,19 +122,27 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
     return record
 
 
-def _policy(config: Evaluate, samples: Sequence[Sample], ranks: Ranks) -> Policy:
-    """The checkpoint, sampled as the configuration says; vLLM loads it elsewhere."""
+def _policy(config: Evaluate, ranks: Ranks) -> tuple[Policy, list[Sample], int]:
+    """The checkpoint, sampled as the configuration says (vLLM loads it elsewhere), its questions,
+    and how many were dropped as too long."""
     assert config.model is not None
-    tokenizer = load_tokenizer(config.model)
-    shape = model_image_shape(load_config(config.model), config.max_tiles)
+    tokenizer, model = load_tokenizer(config.model), load_config(config.model)
+    shape = model_image_shape(model, config.max_tiles)
+    limit = PositionLimit.of(model, config.too_long, config.decoding.max_tokens)
+    samples: list[Sample] = []
+    total = longest = 0
+    for file in config.data:
+        asked = load_samples(file)
+        examples = encode_all(file, asked, tokenizer, shape)
+        kept = limit.rows(file, examples, shown=ranks.is_main)
+        samples += [asked[i] for i in kept]
+        total += len(asked)
+        longest = max(longest, *(len(examples[i].prompt_ids) for i in kept))
 
     def local() -> tuple[Decoder, Ranks]:
         engine = build_engine(config, ranks)
         return engine.decoder(), engine.replicas
 
-    longest = 0
-    if config.rollout.engine != "local":
-        longest = max(len(encode_sample(s, tokenizer, shape).prompt_ids) for s in samples)
     sampler = build_sampler(
         config.rollout,
         config,
@@ -142,7 +151,7 @@ def _policy(config: Evaluate, samples: Sequence[Sample], ranks: Ranks) -> Policy
         max_length=longest + config.decoding.max_tokens,
         local=local,
     )
-    return Policy(sampler, tokenizer, shape)
+    return Policy(sampler, tokenizer, shape), samples, total - len(samples)
 
 
 def _read(path: Path, config: Evaluate) -> dict[str, Any]:
@@ -170,6 +179,7 @@ def _scoring(config: Evaluate) -> dict[str, Any]:
     fields = {
         "seed",
         "max_tiles",
+        "too_long",
         "out_of_domain",
         "samples",
         "mode_samples",

@@ -22,8 +22,9 @@ def has_signal(rewards: Sequence[Reward]) -> bool:
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt with G completions and their rewards."""
+    """The prompt at `index` of the training data, with G completions and their rewards."""
 
+    index: int
     example: Example
     rollout: Rollout
     rewards: list[Reward]

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from r1v3.config import GRPO
-from r1v3.data.encoding import encode_all, model_image_shape
+from r1v3.data.encoding import Example, ImageShape, encode_all, model_image_shape
+from r1v3.data.lengths import PositionLimit
+from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.words import expand_words
 from r1v3.engine.build import Training, build_engine
@@ -28,7 +31,8 @@ from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.episode import Episode, Group, MicroBatch, has_signal
 from r1v3.trainer.loop import run_steps
 from r1v3.trainer.policy_loss import PolicyLossFn, combine
-from r1v3.trainer.randomness import order, torch_stream
+from r1v3.trainer.questions import Questions
+from r1v3.trainer.randomness import torch_stream
 from r1v3.trainer.schedule import learning_rate
 from r1v3.trainer.stage import open_stage, publish, resume
 from r1v3.trainer.telemetry import Telemetry
@@ -50,6 +54,7 @@ class GRPOTrainer:
         self.step += 1
         return {
             **episode.metrics(),
+            "rows_dropped": self.dropped,
             "verifier_failures": self.verifier_failures() - failures,
             **metrics,
             "seconds_rollout": seconds_rollout,
@@ -58,17 +63,16 @@ class GRPOTrainer:
 
     def sample_groups(self) -> list[Group]:
         """Sample and reward this step's prompts, with dynamic sampling until enough have signal."""
-        config, size = self.config, self.config.prompts_per_step
-        rounds = config.dynamic_sampling.rounds if config.dynamic_sampling.enabled else 1
-        first = self.step * size * rounds
-        pool = order(len(self.samples), first, size * rounds, config.seed, "grpo")
+        dynamic, size = self.config.dynamic_sampling, self.config.prompts_per_step
         groups: list[Group] = []
-        for n in range(rounds):
-            groups += self.sample_and_reward(pool[n * size : (n + 1) * size], key=n)
+        for n in range(dynamic.rounds if dynamic.enabled else 1):
+            groups += self.sample_and_reward(self.questions.take(size), key=n)
             if sum(has_signal(group.rewards) for group in groups) >= size:
                 break
         # Groups with signal first; the others fill the places that are left.
-        return sorted(groups, key=lambda group: not has_signal(group.rewards))[:size]
+        groups.sort(key=lambda group: not has_signal(group.rewards))
+        self.questions.put_back([g.index for g in groups[size:] if has_signal(g.rewards)])
+        return groups[:size]
 
     def sample_and_reward(self, indices: list[int], key: int) -> list[Group]:
         """Sample and reward completions of the prompts at these positions of the training data."""
@@ -86,7 +90,7 @@ class GRPOTrainer:
             lambda: score(texts, asked, weight=weight, verifier=self.verifier)
         )
         return [
-            Group(self.examples[i], rollout.rows(n * g, n * g + g), rewards[n * g : n * g + g])
+            Group(i, self.examples[i], rollout.rows(n * g, n * g + g), rewards[n * g : n * g + g])
             for n, i in enumerate(indices)
         ]
 
@@ -102,18 +106,38 @@ class GRPOTrainer:
         return Episode([group.example for group in groups], rollout, rewards, advantages)
 
     def update(self, episode: Episode) -> dict[str, Any]:
-        """Take the gradient steps of an episode, each on an equal part of its prompts."""
+        """Take the gradient steps of an episode, each on an equal part of its prompts.
+
+        Returns:
+            Metrics over the tokens of all gradient steps, each with the weights that its step
+            found; the loss, the learning rate and the gradient norms are means over the steps.
+        """
         config, n = self.config, self.config.gradient_steps
         parts = episode.micro_batches(
             n, config.micro_batch_prompts, self.engine.tokenizer.pad_token_id
         )
         parts = [self.with_fixed_logprobs(micro_batches) for micro_batches in parts]
-        metrics: dict[str, Any] = {}
         self.telemetry.start()
-        for i, micro_batches in enumerate(parts):
-            rate = learning_rate(self.step * n + i, config.steps * n, config.optimizer)
-            metrics = self.gradient_step(micro_batches, rate)
-        return metrics | self.telemetry.finish([batch for part in parts for batch, _ in part])
+        steps = [
+            self.gradient_step(
+                micro_batches,
+                learning_rate(self.step * n + i, self.total * n, config.optimizer),
+            )
+            for i, micro_batches in enumerate(parts)
+        ]
+        batches = [batch for part in parts for batch, _ in part]
+        machine = self.telemetry.finish(batches)
+        targets = [one for part in parts for _, one in part]
+        outputs = [output for _, found in steps for output in found]
+        self.monitor.reset()
+        for batch, output in zip(batches, outputs, strict=True):
+            self.monitor.update(batch.response_ids, output["token_entropy"], batch.loss_mask)
+        return {
+            **{key: sum(metrics[key] for metrics, _ in steps) / n for key in steps[0][0]},
+            **combine(targets, outputs, config.loss.importance_cap),
+            **self.monitor.result(),
+            **machine,
+        }
 
     def with_fixed_logprobs(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """Add the log-probs of the policies that do not move: the old one and the reference.
@@ -138,8 +162,14 @@ class GRPOTrainer:
             ]
         return list(zip(batches, targets, strict=True))
 
-    def gradient_step(self, micro_batches: list[MicroBatch], rate: float) -> dict[str, Any]:
-        """Take one optimizer step; skip it when every advantage is zero and there is no KL term."""
+    def gradient_step(
+        self, micro_batches: list[MicroBatch], rate: float
+    ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
+        """Take one optimizer step; skip it when every advantage is zero and there is no KL term.
+
+        Returns:
+            Metrics and outputs, as `Engine.train_step`.
+        """
         batches = [batch for batch, _ in micro_batches]
         targets = [one for _, one in micro_batches]
         loss = PolicyLossFn(self.config.loss, targets, self.config.decoding.max_tokens)
@@ -147,14 +177,8 @@ class GRPOTrainer:
             found = self.engine.evaluate(batches)
             outputs = [loss.metrics(*values, i) for i, values in enumerate(found)]
             zeros = dict.fromkeys(["grad_norm", *(f"grad_norm_{part}" for part in PARTS)], 0.0)
-            metrics = {"loss": 0.0, "learning_rate": rate, **zeros}
-        else:
-            metrics, outputs = self.engine.train_step(batches, loss, learning_rate=rate)
-        self.monitor.reset()
-        for batch, output in zip(batches, outputs, strict=True):
-            self.monitor.update(batch.response_ids, output["token_entropy"], batch.loss_mask)
-        combined = combine(targets, outputs, self.config.loss.importance_cap)
-        return {**metrics, **combined, **self.monitor.result()}
+            return {"loss": 0.0, "learning_rate": rate, **zeros}, outputs
+        return self.engine.train_step(batches, loss, learning_rate=rate)
 
     def validate(self) -> dict[str, Any]:
         """Return the accuracy on the validation questions, sampled as in training."""
@@ -204,8 +228,8 @@ class GRPOTrainer:
         return self.step >= self.total
 
     def state(self) -> dict[str, Any]:
-        """See `loop.Steps.state`: everything follows from the step."""
-        return {}
+        """See `loop.Steps.state`."""
+        return {"questions": self.questions.state()}
 
     def loop(self) -> None:
         """Train to the last step; keep all checkpoints, to select from."""
@@ -221,7 +245,7 @@ class GRPOTrainer:
         self.name, self.config, self.run = "grpo", config, Path(config.run)
         self.step, self.total = 0, config.steps
         ranks = open_stage(self.name, config, resuming=resuming)
-        temperature = config.decoding.temperature or 1.0
+        temperature = config.decoding.temperature
         training = Training(config.modules, config.optimizer)
         self.engine = build_engine(config, ranks, training, temperature=temperature)
         # The policy that training started from, for the KL term.
@@ -230,13 +254,13 @@ class GRPOTrainer:
             self.reference = build_engine(config, ranks, temperature=temperature)
         tokenizer = self.engine.tokenizer
         shape = model_image_shape(self.engine.config, config.max_tiles)
-        self.samples = load_samples(config.train_data)
-        self.examples = encode_all(config.train_data, self.samples, tokenizer, shape)
-        self.validation = load_samples(config.validation_data)
-        # Encoded now, so that an image that cannot be decoded ends the run before the first step.
-        asked = encode_all(config.validation_data, self.validation, tokenizer, shape)
-        longest_prompt = max(len(example.prompt_ids) for example in [*self.examples, *asked])
         lengths = [config.decoding.max_tokens, *(change.max_tokens for change in config.lengths)]
+        limit = PositionLimit.of(self.engine.config, config.too_long, max(lengths))
+        self.samples, self.examples, self.dropped = self.load(config.train_data, shape, limit)
+        # Encoded now, so that an image that cannot be decoded ends the run before the first step.
+        self.validation, asked, _ = self.load(config.validation_data, shape, limit)
+        longest_prompt = max(len(example.prompt_ids) for example in [*self.examples, *asked])
+        self.questions = Questions(len(self.samples), config.seed)
         self.sampler = build_sampler(
             config.rollout,
             config,
@@ -261,7 +285,18 @@ class GRPOTrainer:
         loaded = resume(self.name, self.run, self.engine, resuming)
         if loaded is not None:
             self.step = loaded.step
+            self.questions.restore(loaded.state["questions"])
         self.resume_after = self.step if resuming else None
+
+    def load(
+        self, path: Path, shape: ImageShape, limit: PositionLimit
+    ) -> tuple[list[Sample], list[Example], int]:
+        """Return the samples of a file, encoded, and how many were dropped as too long."""
+        samples = load_samples(path)
+        examples = encode_all(path, samples, self.engine.tokenizer, shape)
+        kept = limit.rows(path, examples, shown=self.engine.ranks.is_main)
+        dropped = len(samples) - len(kept)
+        return [samples[i] for i in kept], [examples[i] for i in kept], dropped
 
 
 def make_verifier(config: GRPO) -> LLMVerifier | None:

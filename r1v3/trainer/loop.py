@@ -19,7 +19,6 @@ class Steps(Protocol):
 
     Attributes:
         step: finished steps.
-        total: all steps of the stage.
         finished: whether no further step is to be taken.
         resume_after: see `MetricsLogger`.
     """
@@ -29,11 +28,15 @@ class Steps(Protocol):
     engine: Engine
     monitor: CriticalTokenMonitor
     step: int
-    total: int
     resume_after: int | None
 
     @property
     def config(self) -> Stage: ...
+
+    @property
+    def total(self) -> int:
+        """All steps of the stage."""
+        ...
 
     @property
     def finished(self) -> bool: ...

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 
 from r1v3.config import Supervised
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import Example, collate, encode_sample, in_row, model_image_shape
+from r1v3.data.lengths import PositionLimit, TooLong
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import SYSTEM_PROMPT, THINK_OPEN, train_tokenizer
 from r1v3.data.words import expand_words
 from r1v3.engine.build import Training, build_engine
 from r1v3.engine.contract import Engine
 from r1v3.engine.head import Head
+from r1v3.progress import say
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.loop import run_steps
 from r1v3.trainer.randomness import order
@@ -47,18 +48,28 @@ class Best:
 
 
 def load_examples(
-    path: Path, engine: Engine, max_tiles: int, max_length: int | None = None
-) -> list[Example]:
+    path: Path,
+    engine: Engine,
+    max_tiles: int,
+    *,
+    too_long: TooLong = "error",
+    max_length: int | None = None,
+) -> tuple[list[Example], int]:
     """Encode the samples of a file, each in the template (thinking or not) it was written for.
 
-    Samples of more than `max_length` tokens, prompt and response together, are left out, and
-    their number is printed.
+    Samples of more than `max_length` tokens, prompt and response together, are left out; so are
+    those beyond the model's positions if `too_long` is "drop".
+
+    Returns:
+        The examples, and how many samples were left out, which is printed as well.
 
     Raises:
-        ValueError: a sample has no response (named by file and row), or no sample is left.
+        ValueError: a sample has no response or is beyond the model's positions (named by file and
+            row), or no sample is left.
     """
     shape = model_image_shape(engine.config, max_tiles)
-    examples, too_long = [], 0
+    examples: dict[int, Example] = {}
+    left_out = 0
     for row, sample in enumerate(load_samples(path)):
         thinking = bool(sample.extra_info.get("thinking", True))
         with in_row(path, row):
@@ -67,17 +78,18 @@ def load_examples(
             example = encode_sample(sample, engine.tokenizer, shape, thinking=thinking)
         length = len(example.prompt_ids) + len(example.response_ids)
         if max_length is None or length <= max_length:
-            examples.append(example)
+            examples[row] = example
         else:
-            too_long += 1
-    if too_long:
-        told = f"{too_long} of {too_long + len(examples)} samples of {path} have more than "
+            left_out += 1
+    if left_out:
+        told = f"{left_out} of {left_out + len(examples)} samples of {path} have more than "
         told += f"max_length {max_length} tokens"
         if not examples:
             raise ValueError(f"{told}; none is left")
-        if engine.ranks.is_main:
-            Console().print(f"{told} and are left out", highlight=False, soft_wrap=True)
-    return examples
+        say(f"{told} and are left out", shown=engine.ranks.is_main)
+    limit = PositionLimit.of(engine.config, too_long)
+    kept = limit.rows(path, examples, shown=engine.ranks.is_main)
+    return [examples[row] for row in kept], left_out + len(examples) - len(kept)
 
 
 def sum_loss(logprobs: Tensor, tokens: int) -> Tensor:
@@ -116,10 +128,8 @@ class SupervisedTrainer:
             architecture=config.architecture,
             tokenizer=tokenizer,
         )
-        limits = config.max_tiles, config.max_length
-        self.train = load_examples(config.train_data, self.engine, *limits)
-        self.validation = load_examples(config.validation_data, self.engine, *limits)
-        self.total = max(1, round(len(self.train) * config.epochs / config.batch_size))
+        self.train, self.dropped = self.load(config.train_data)
+        self.validation, _ = self.load(config.validation_data)
         words = expand_words(self.engine.tokenizer, config.monitor.words)
         self.monitor = CriticalTokenMonitor(
             words, high_entropy_nats=config.monitor.high_entropy_nats
@@ -132,12 +142,39 @@ class SupervisedTrainer:
             ranks=ranks,
         )
         self.best = Best()
-        self.step = 0
+        self.step, self.seen = 0, 0
         loaded = resume(name, self.run, self.engine, resuming)
         if loaded is not None:
-            self.step = loaded.step
+            self.step, self.seen = loaded.step, loaded.state["seen"]
             self.best = Best(**loaded.state["best"])
         self.resume_after = self.step if resuming else None
+
+    def load(self, path: Path) -> tuple[list[Example], int]:
+        """Encode the samples of a file; count those that are too long."""
+        config = self.config
+        return load_examples(
+            path,
+            self.engine,
+            config.max_tiles,
+            too_long=config.too_long,
+            max_length=config.max_length,
+        )
+
+    @property
+    def unseen(self) -> int:
+        """Rows that are still to be taken, those of every pass over the data counted."""
+        return max(1, round(len(self.train) * self.config.epochs)) - self.seen
+
+    @property
+    def total(self) -> int:
+        """See `loop.Steps.total`."""
+        return self.step + math.ceil(max(0, self.unseen) / self.config.batch_size)
+
+    def next_rows(self) -> list[int]:
+        """Take the rows of the next batch: a full one, or all that are left."""
+        start, size = self.seen, min(self.config.batch_size, self.unseen)
+        self.seen += size
+        return order(len(self.train), start, size, self.config.seed, self.name, "order")
 
     @property
     def finished(self) -> bool:
@@ -147,11 +184,9 @@ class SupervisedTrainer:
 
     def take_step(self) -> dict[str, Any]:
         """Take one optimizer step; return its metrics."""
-        config, started = self.config, time.perf_counter()
-        size = config.batch_size
-        chosen = order(len(self.train), self.step * size, size, config.seed, self.name, "order")
+        config, total, started = self.config, self.total, time.perf_counter()
         batches = micro_batches(
-            [self.train[i] for i in chosen],
+            [self.train[i] for i in self.next_rows()],
             config.micro_batch_size,
             self.engine.tokenizer.pad_token_id,
         )
@@ -162,7 +197,7 @@ class SupervisedTrainer:
             logprobs, entropy = head.logprobs_and_entropy()
             return sum_loss(logprobs, tokens), {"entropy": entropy}
 
-        rate = learning_rate(self.step, self.total, config.optimizer)
+        rate = learning_rate(self.step, total, config.optimizer)
         self.telemetry.start()
         metrics, outputs = self.engine.train_step(batches, loss_fn, learning_rate=rate)
         metrics |= self.telemetry.finish(batches)
@@ -173,6 +208,7 @@ class SupervisedTrainer:
             **metrics,
             **self.monitor.result(),
             "tokens": tokens,
+            "rows_dropped": self.dropped,
             "seconds": time.perf_counter() - started,
         }
 
@@ -191,7 +227,7 @@ class SupervisedTrainer:
 
     def state(self) -> dict[str, Any]:
         """See `loop.Steps.state`."""
-        return {"best": vars(self.best)}
+        return {"best": vars(self.best), "seen": self.seen}
 
     def loop(self) -> None:
         """Train until finished."""
@@ -203,11 +239,9 @@ class SupervisedTrainer:
             shown=_SHOWN,
         )
         if self.best.stale and self.best.loss is not None and self.engine.ranks.is_main:
-            Console().print(
+            say(
                 f"{self.name}: best validation loss {self.best.loss:.4f} at step "
-                f"{self.best.step} of {self.step}; those weights are kept",
-                highlight=False,
-                soft_wrap=True,
+                f"{self.best.step} of {self.step}; those weights are kept"
             )
 
 

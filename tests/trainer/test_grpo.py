@@ -28,6 +28,7 @@ from tests.tiny_run import (
     home,
     result,
     seeded_moments,
+    with_positions,
     write_configs,
 )
 
@@ -176,6 +177,66 @@ def test_the_second_gradient_step_is_off_policy(tmp_path: Path) -> None:
     assert metrics["clip_low_fraction"] + metrics["clip_high_fraction"] > 0
 
 
+COVERED = [
+    (1, 4, []),
+    (1, 1, []),
+    (2, 2, []),
+    (2, 1, []),
+    (2, 3, []),
+    (4, 1, []),
+    (4, 4, []),
+    (4, 1, ["loss.old_logprobs=rollout"]),
+    (2, 1, ["loss.importance_cap=2"]),
+    (4, 2, ["loss.aggregation=token-mean"]),
+    (2, 1, ["decoding.max_tokens=3"]),
+    (4, 1, ["monitor.words=[So, Wait]", "group_size=2"]),
+]
+
+
+@pytest.mark.parametrize(("steps", "size", "more"), COVERED)
+def test_metrics_cover_the_tokens_of_all_gradient_steps(
+    tmp_path: Path, steps: int, size: int, more: list[str]
+) -> None:
+    """Fails if the critical-token entropy, by which checkpoints are selected, or another metric is
+    that of the last gradient step alone."""
+    settings = [f"gradient_steps={steps}", f"micro_batch_prompts={size}", *more]
+    # Too small a rate to move a float32 weight: one pass over all tokens has the same numbers.
+    made = trainer(tmp_path, "optimizer.learning_rate=1e-30", *settings)
+    episode = sampled_episode(made)
+    metrics = made.update(episode)
+    batch = whole_batch(made, episode)
+    [(logprobs, entropy)] = made.engine.evaluate([batch])
+    mask, ids = batch.loss_mask, batch.response_ids
+    critical = mask & torch.isin(ids, torch.tensor(made.monitor.token_ids))
+    assert metrics["tokens"] == int(mask.sum()) == sum(metrics["entropy_histogram"])
+    assert metrics["critical_tokens"] == int(critical.sum())
+    assert metrics["entropy"] == pytest.approx(float(entropy[mask].mean()), rel=1e-4)
+    if critical.any():
+        wanted = float(entropy[critical].mean())
+        assert metrics["critical_entropy"] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    gap = float((episode.rollout.logprobs - logprobs)[mask].mean())
+    assert metrics["rollout_gap"] == pytest.approx(gap, rel=1e-3, abs=1e-6)
+
+
+def test_losses_and_norms_are_means_over_the_gradient_steps(tmp_path: Path) -> None:
+    """Fails if the curves of a run show every other update only."""
+    made = trainer(tmp_path, "gradient_steps=4")
+    episode = sampled_episode(made)
+    taken: list[dict[str, float]] = []
+    step = made.gradient_step
+
+    def watched(*arguments: Any) -> Any:
+        found = step(*arguments)
+        taken.append(found[0])
+        return found
+
+    made.gradient_step = watched  # type: ignore[method-assign]
+    metrics = made.update(replace(episode, advantages=torch.tensor([1.0, -1.0] * 8)))
+    assert len(taken) == 4
+    for key in ("loss", "learning_rate", "grad_norm", "grad_norm_llm"):
+        assert metrics[key] == pytest.approx(sum(one[key] for one in taken) / 4)
+
+
 def test_a_gradient_step_without_signal_is_skipped_whatever_the_others_hold(
     tmp_path: Path,
 ) -> None:
@@ -240,8 +301,7 @@ def test_strange_answers_are_rewarded_and_trained_on(tmp_path: Path) -> None:
     totals = torch.tensor([r.total for r in rewards])
     advantages = reference.group_advantages(totals, torch.arange(4), torch.tensor([0, 4]))
     episode = Episode([made.examples[0]], rollout, rewards, advantages)
-    [micro_batches] = episode.micro_batches(1, 1, made.engine.tokenizer.pad_token_id)
-    metrics = made.gradient_step(micro_batches, 1e-4)
+    metrics = made.update(episode)
     assert metrics["nonfinite"] == 0 and 0 < metrics["grad_norm"] < float("inf")
 
 
@@ -333,3 +393,21 @@ def test_a_broken_verifier_is_counted_and_the_step_goes_on(tmp_path: Path, answe
     plain = trainer(tmp_path).take_step()
     assert line["verifier_failures"] > 0
     assert (line["reward"], line["loss"]) == (plain["reward"], plain["loss"])
+
+
+def test_questions_beyond_the_models_positions_are_refused_or_dropped(tmp_path: Path) -> None:
+    """Fails if completions run past the model's positions, where its numbers mean nothing."""
+    made = trainer(tmp_path)
+    lengths = sorted(len(example.prompt_ids) for example in made.examples)
+    limit = lengths[len(lengths) // 2] + 30
+    small = [f"model={with_positions(tmp_path / 'base', limit)}"]
+    assert trainer(tmp_path, *small, "decoding.max_tokens=2").dropped == 0
+    # The longest response of the whole stage counts, not that of its first step.
+    growing = "lengths=[{step: 2, max_tokens: 30}]"
+    with pytest.raises(ValueError, match=rf"{limit} positions .* row \d+: .* up to 30 = "):
+        trainer(tmp_path, *small, growing)
+    dropping = trainer(tmp_path, *small, growing, "too_long=drop")
+    fitting = sum(length + 30 <= limit for length in lengths)
+    assert len(dropping.samples) == len(dropping.examples) == fitting < len(lengths)
+    assert dropping.take_step()["rows_dropped"] == len(lengths) - fitting
+    assert sorted({g.index for g in dropping.sample_groups()})[-1] < fitting

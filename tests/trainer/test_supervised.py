@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from r1v3.config import SFT, load
+from r1v3.config import SFT, Optimizer, load
 from r1v3.trainer.metrics import read_metrics
 from r1v3.trainer.supervised import Best, SupervisedTrainer
 from tests.tiny_run import (
@@ -22,6 +22,7 @@ from tests.tiny_run import (
     result,
     seeded_moments,
     stage_arguments,
+    with_positions,
     write_configs,
 )
 
@@ -184,3 +185,68 @@ def test_samples_over_the_greatest_length_are_left_out_and_counted(
     none = config(tmp_path, f"run={tmp_path / 'none'}", "max_length=3")
     with pytest.raises(ValueError, match="max_length 3 tokens; none is left"):
         SupervisedTrainer("sft", none, resuming=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "size"),
+    [
+        (70, 1, 32),
+        (33, 1, 32),
+        (100, 2, 64),
+        (91, 3, 16),
+        (10, 1, 64),
+        (5, 4, 8),
+        (1, 7, 3),
+        (47, 1, 46),
+        (64, 2, 64),
+        (81, 1.5, 20),
+        (30, 0.5, 4),
+        (12, 0.01, 4),
+    ],
+)
+def test_every_pass_takes_each_row_once(rows: int, epochs: float, size: int) -> None:
+    """Fails if the rest of an epoch is lost by rounding, or rows are repeated to fill a batch."""
+    trainer = SupervisedTrainer.__new__(SupervisedTrainer)
+    trainer.name, trainer.step, trainer.seen, trainer.best = "sft", 0, 0, Best()
+    trainer.train = [None] * rows  # type: ignore[list-item]
+    trainer.config = SFT(
+        run=Path("r"),
+        model=Path("m"),
+        train_data=Path("t"),
+        validation_data=Path("v"),
+        optimizer=Optimizer(learning_rate=1.0),
+        epochs=epochs,
+        batch_size=size,
+        micro_batch_size=1,
+    )
+    batches, total = [], trainer.total
+    while not trainer.finished:
+        assert trainer.total == total
+        batches.append(trainer.next_rows())
+        trainer.step += 1
+    assert trainer.step == total == len(batches)
+    assert {len(batch) for batch in batches[:-1]} <= {size} and 0 < len(batches[-1]) <= size
+    taken = [row for batch in batches for row in batch]
+    assert len(taken) == max(1, round(rows * epochs))
+    for start in range(0, len(taken), rows):
+        one_pass = taken[start : start + rows]
+        assert len(set(one_pass)) == len(one_pass)
+
+
+def test_rows_beyond_the_models_positions_are_refused_or_dropped_and_counted(
+    tmp_path: Path,
+) -> None:
+    """Fails if the stage trains at positions that the model does not have, or hides what it
+    drops."""
+    made = SupervisedTrainer("sft", config(tmp_path), resuming=False)
+    lengths = sorted(len(e.prompt_ids) + len(e.response_ids) for e in made.train)
+    limit = lengths[len(lengths) // 2]
+    base = with_positions(tmp_path / "base", limit)
+    small = [f"model={base}", f"run={tmp_path / 'small'}"]
+    with pytest.raises(ValueError, match=rf"exceed the model's {limit} positions .* row \d+: "):
+        SupervisedTrainer("sft", config(tmp_path, *small), resuming=False)
+    dropping = config(tmp_path, *small, "too_long=drop", "epochs=1", "batch_size=8")
+    trainer = SupervisedTrainer("sft", dropping, resuming=False)
+    kept = sum(length <= limit for length in lengths)
+    assert len(trainer.train) == kept < len(lengths)
+    assert trainer.take_step()["rows_dropped"] == len(lengths) - kept

@@ -1,0 +1,44 @@
+"""The order in which GRPO asks its questions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from r1v3.trainer.randomness import order
+
+
+class Questions:
+    """Endless shuffled passes over the questions; those that were put back come first.
+
+    Args:
+        count: of questions.
+        seed: of the passes.
+
+    Attributes:
+        drawn: questions taken from the passes so far.
+        waiting: positions of the questions that were put back.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self.drawn = 0
+        self.waiting: list[int] = []
+
+    def take(self, size: int) -> list[int]:
+        """Return the positions of the next questions."""
+        taken, self.waiting = self.waiting[:size], self.waiting[size:]
+        new = size - len(taken)
+        taken += order(self._count, self.drawn, new, self._seed, "grpo")
+        self.drawn += new
+        return taken
+
+    def put_back(self, positions: Sequence[int]) -> None:
+        """Let these questions come next, in this order."""
+        self.waiting = [*positions, *self.waiting]
+
+    def state(self) -> dict[str, Any]:
+        """Return the JSON values to go on from."""
+        return {"drawn": self.drawn, "waiting": self.waiting}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.drawn, self.waiting = state["drawn"], list(state["waiting"])
