@@ -183,6 +183,12 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
     seed: Annotated[int, typer.Option()] = 0,
+    max_tiles: Annotated[
+        int | None, typer.Option(min=1, help="Most tiles; by default the model's own number.")
+    ] = None,
+    ground: Annotated[
+        Literal["white", "black"], typer.Option(help="What transparency is laid on.")
+    ] = "white",
 ) -> None:
     """Answer a question about a picture of your own."""
     with _friendly():
@@ -197,6 +203,8 @@ def generate(
             temperature=temperature,
             max_tokens=max_tokens,
             seed=seed,
+            max_tiles=max_tiles,
+            ground=ground,
         )
 
 

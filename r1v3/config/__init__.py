@@ -8,12 +8,14 @@ from r1v3.config.base import ConfigError, Section
 from r1v3.config.data import Data, Teacher
 from r1v3.config.loading import load, to_yaml
 from r1v3.config.sections import (
+    DEFAULT_PICTURES,
     Architecture,
     Decoding,
     Modules,
     Monitor,
     Optimizer,
     Parallel,
+    Pictures,
     Rewards,
     RolloutEngine,
 )
@@ -32,6 +34,7 @@ from r1v3.config.stages import (
 )
 
 __all__ = [
+    "DEFAULT_PICTURES",
     "GRPO",
     "SFT",
     "Advantage",
@@ -47,6 +50,7 @@ __all__ = [
     "Monitor",
     "Optimizer",
     "Parallel",
+    "Pictures",
     "PolicyLoss",
     "Rewards",
     "RolloutEngine",

@@ -31,6 +31,21 @@ class Architecture(Section):
     text: dict[str, int]
 
 
+class Pictures(Section):
+    """Decoding of pictures, the same for every engine.
+
+    ground: the color that transparency is laid on. truncated: a file that ends before its last
+    pixel is an error that names its row, is padded (accept), or has its row left out and counted
+    (skip).
+    """
+
+    ground: Literal["white", "black"] = "white"
+    truncated: Literal["error", "accept", "skip"] = "error"
+
+
+DEFAULT_PICTURES = Pictures()
+
+
 class Optimizer(Section):
     """AdamW and its schedule; `warmup_ratio` is the fraction of steps with linear warm-up."""
 

@@ -13,6 +13,7 @@ from r1v3.config.sections import (
     Monitor,
     Optimizer,
     Parallel,
+    Pictures,
     Rewards,
     RolloutEngine,
 )
@@ -25,9 +26,10 @@ class Stage(Section):
     torch's own choice. model: the folder of the weights to start from. engine: `hf` is one
     process; `megatron` runs under torchrun, laid out by `parallel`. dtype: of the weights in the
     forward; gradients and optimizer state are float32 in any case. wandb_project: also log to
-    Weights & Biases, which must be installed. too_long: rows that with their response, or the
-    longest one that may be sampled, exceed the model's max_position_embeddings are an error, or
-    are dropped and counted.
+    Weights & Biases, which must be installed. max_tiles: most tiles of a picture beside its
+    thumbnail; null takes the model's own number, `max_dynamic_patch` in its config.json, or 1 where
+    that says nothing. too_long: rows that with their response, or the longest one that may be
+    sampled, exceed the model's max_position_embeddings are an error, or are dropped and counted.
     """
 
     run: Path
@@ -39,7 +41,8 @@ class Stage(Section):
     parallel: Parallel = Parallel()
     wandb_project: str | None = None
     model: Path | None = None
-    max_tiles: Positive = 1
+    max_tiles: Positive | None = None
+    pictures: Pictures = Pictures()
     too_long: Literal["error", "drop"] = "error"
 
     @model_validator(mode="after")

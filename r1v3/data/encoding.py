@@ -1,35 +1,88 @@
 """From samples to tensors: token ids, pixel values and left-padded batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
+from r1v3.config import DEFAULT_PICTURES, Pictures
 from r1v3.data.batch import Batch
-from r1v3.data.images import load_image, normalize, tile_image
+from r1v3.data.images import TruncatedImage, load_image, normalize, tile_image
 from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END, render_prompt, token_id
+from r1v3.progress import say
 
 
 @dataclass(frozen=True)
 class ImageShape:
-    """The tiling of pictures: tile size in pixels, most tiles, tokens per tile."""
+    """From a picture's file to tiles.
+
+    Attributes:
+        tile_size: in pixels.
+        max_tiles, min_tiles: bounds on a picture's tiles beside its thumbnail.
+        tokens_per_tile: image tokens in the prompt.
+        thumbnail: whether a picture of several tiles also gets one of the whole.
+        pictures: how files are decoded.
+    """
 
     tile_size: int
     max_tiles: int
     tokens_per_tile: int
+    min_tiles: int = 1
+    thumbnail: bool = True
+    pictures: Pictures = DEFAULT_PICTURES
 
 
-def model_image_shape(config: InternVLConfig, max_tiles: int) -> ImageShape:
-    """The tiling that a model was trained with."""
-    vision: Any = config.vision_config
-    return ImageShape(vision.image_size[0], max_tiles, config.image_seq_length)
+def _tiling_fields(config: InternVLConfig) -> dict[str, Any]:
+    """Where a model's configuration keeps InternVL's fields of tiling; writes go there too."""
+    fields: dict[str, Any] = getattr(config, "original_config", None) or vars(config)
+    return fields
+
+
+def model_image_shape(
+    config: InternVLConfig, max_tiles: int | None = None, pictures: Pictures = DEFAULT_PICTURES
+) -> ImageShape:
+    """The tiling that a model was trained with.
+
+    From config.json, in either layout: `max_dynamic_patch`, `min_dynamic_patch`, `use_thumbnail`
+    and `dynamic_image_size`. Without `max_dynamic_patch` a picture is one tile.
+
+    Args:
+        max_tiles: in place of the model's own number.
+
+    Raises:
+        ValueError: a field is not a whole number of at least 1, or the bounds contradict.
+    """
+    fields, vision = _tiling_fields(config), cast(Any, config.vision_config)
+    most, least = fields.get("max_dynamic_patch", 1), fields.get("min_dynamic_patch", 1)
+    for name, value in {"max_dynamic_patch": most, "min_dynamic_patch": least}.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"config.json: {name} is {value!r}; it must be a number from 1 on")
+    if not fields.get("dynamic_image_size", True):
+        most = least = 1
+    if max_tiles is not None:
+        most, least = max_tiles, min(least, max_tiles)
+    if least > most:
+        raise ValueError(
+            f"config.json: min_dynamic_patch {least} is above max_dynamic_patch {most}"
+        )
+    thumbnail = bool(fields.get("use_thumbnail", True))
+    return ImageShape(
+        vision.image_size[0], most, config.image_seq_length, least, thumbnail, pictures
+    )
+
+
+def record_max_tiles(config: InternVLConfig, max_tiles: int) -> None:
+    """Make `max_tiles` the model's own number: its config.json says what it was trained with."""
+    if model_image_shape(config).max_tiles != max_tiles:
+        _tiling_fields(config).update(max_dynamic_patch=max_tiles, dynamic_image_size=True)
 
 
 @dataclass(frozen=True)
@@ -39,6 +92,11 @@ class Example:
     prompt_ids: tuple[int, ...]
     tiles: np.ndarray
     response_ids: tuple[int, ...] = ()
+
+
+def decode_picture(data: bytes, pictures: Pictures) -> Image.Image:
+    """The pixels of a picture that every engine gets; raises as `load_image`."""
+    return load_image(data, ground=pictures.ground, truncated=pictures.truncated)
 
 
 def encode_sample(
@@ -53,12 +111,19 @@ def encode_sample(
     The thinking template already opens `<think>`, so an opening tag in the response is dropped.
 
     Raises:
-        ValueError: as `render_prompt`, or the response contains a special token.
+        TruncatedImage: the file of a picture ends early, and the shape does not accept that.
+        ValueError: as `load_image` and `render_prompt`, or the response contains a special token.
     """
     tiles: list[np.ndarray] = []
     counts: list[int] = []
     for data in sample.images:
-        cut = tile_image(load_image(data), tile_size=shape.tile_size, max_tiles=shape.max_tiles)
+        cut = tile_image(
+            decode_picture(data, shape.pictures),
+            tile_size=shape.tile_size,
+            min_tiles=shape.min_tiles,
+            max_tiles=shape.max_tiles,
+            thumbnail=shape.thumbnail,
+        )
         counts.append(len(cut) * shape.tokens_per_tile)
         tiles.extend(np.asarray(tile) for tile in cut)
     messages = [{"role": m["role"], "content": m["content"]} for m in sample.prompt]
@@ -121,15 +186,34 @@ def in_row(path: Path, row: int) -> Iterator[None]:
 
 
 def encode_all(
-    path: Path, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerFast, shape: ImageShape
-) -> list[Example]:
-    """Encode the samples of a file.
+    path: Path,
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerFast,
+    shape: ImageShape,
+    *,
+    thinking: Callable[[Sample], bool] = lambda sample: True,
+    shown: bool = True,
+) -> dict[int, Example]:
+    """Encode the samples of a file, by row; without truncated pictures where the shape skips them.
+
+    Args:
+        thinking: whether a sample's prompt opens a thought.
+        shown: print how many rows are left out.
 
     Raises:
-        ValueError: as `encode_sample`, with the file and the row in front.
+        ValueError: as `encode_sample`, with the file and the row in front; or no sample is left.
     """
-    examples = []
+    examples: dict[int, Example] = {}
     for row, sample in enumerate(samples):
         with in_row(path, row):
-            examples.append(encode_sample(sample, tokenizer, shape))
+            try:
+                examples[row] = encode_sample(sample, tokenizer, shape, thinking=thinking(sample))
+            except TruncatedImage:
+                if shape.pictures.truncated != "skip":
+                    raise
+    if left_out := len(samples) - len(examples):
+        told = f"{left_out} of {len(samples)} samples of {path} have a truncated picture"
+        if not examples:
+            raise ValueError(f"{told}; none is left")
+        say(f"{told} and are left out", shown=shown)
     return examples

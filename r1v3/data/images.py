@@ -1,4 +1,4 @@
-"""Images as InternVL sees them: dynamic tiling and normalization, with PIL only.
+"""Images as InternVL sees them: decoding, dynamic tiling and normalization, with PIL only.
 
 Follows the released preprocessing (InternVL `dynamic_preprocess`, used unchanged by Skywork-R1V):
 a grid of square tiles close to the image's shape, bicubic resize, row-major crops, and a thumbnail.
@@ -8,13 +8,17 @@ At 448 pixels and up to 12 tiles, 640x480 becomes 4x3 + 1 = 13 tiles and 448x448
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+
+from r1v3.data.pixels import Ground, to_rgb
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +28,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 89_478_485  # PIL's own limit, above which it warns of a decompression bomb
 MAX_FILE_BYTES = 64 << 20
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+Truncated = Literal["error", "accept", "skip"]
+
+# PIL reads a PNG's texts and color profile with the picture, and refuses 1 MiB of them. They may
+# be as large as a file; what inflates beyond that is a decompression bomb.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_FILE_BYTES
+# What PIL's decoders say where a file ends before its last pixel.
+_ENDS_EARLY = ("truncated", "not enough image data", "cannot load this image")
+_TRUNCATION = threading.Lock()
+
+
+class TruncatedImage(ValueError):
+    """A picture whose file ends before its last pixel."""
 
 
 def _open(data: bytes, name: str) -> Image.Image:
@@ -35,10 +51,14 @@ def _open(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
+        if _is_cut_before_header(data):
+            raise _truncated(name) from error
         raise ValueError(f"{name} is not an image in one of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is too large to decode: {error}") from error
     except Exception as error:  # PIL's readers raise struct.error, SyntaxError, ... on bad headers
+        if _is_cut_before_header(data):
+            raise _truncated(name) from error
         raise ValueError(f"{name} is not a readable image: {error}") from error
     width, height = image.size
     if width < 1 or height < 1:
@@ -48,8 +68,43 @@ def _open(data: bytes, name: str) -> Image.Image:
     return image
 
 
+def _truncated(name: str) -> TruncatedImage:
+    return TruncatedImage(
+        f"{name} is truncated: the file ends before its last pixel "
+        "(`pictures.truncated`: accept pads it, skip leaves its row out)"
+    )
+
+
+def _is_cut_before_header(data: bytes) -> bool:
+    """Whether a file ends early whose reader needs more than the first bytes to open it.
+
+    A WebP file states its length; a TIFF file says where its directory is, often at the end.
+    """
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return 30 <= len(data) < int.from_bytes(data[4:8], "little") + 8
+    orders: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
+    if len(data) < 8 or data[:4] not in orders:
+        return False
+    order = orders[data[:4]]
+    directory = int.from_bytes(data[4:8], order)
+    entries = int.from_bytes(data[directory : directory + 2], order)
+    return len(data) < directory + 2 + 12 * entries
+
+
+def _is_cut_png(data: bytes) -> bool:
+    """Whether a PNG file ends before its end chunk."""
+    position = len(b"\x89PNG\r\n\x1a\n")
+    while position + 12 <= len(data):
+        if data[position + 4 : position + 8] == b"IEND":
+            return False
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return True
+
+
 def check_image_header(data: bytes, name: str) -> None:
     """Cheap check that `data` starts like an image of an accepted format and size.
+
+    A file that is whole up to where it ends passes: `load_image` decides about truncated ones.
 
     Args:
         data: the encoded image.
@@ -58,39 +113,79 @@ def check_image_header(data: bytes, name: str) -> None:
     Raises:
         ValueError: it does not; the message starts with `name`.
     """
-    with _open(data, name) as image:
-        try:
+    try:
+        with _open(data, name) as image:
             image.verify()
-        except Exception as error:
+    except TruncatedImage:
+        return
+    except ValueError:
+        raise
+    except Exception as error:
+        if not _is_cut_png(data):
             raise ValueError(f"{name} is damaged: {error}") from error
 
 
-def load_image(source: str | Path | bytes) -> Image.Image:
-    """Decoded image in RGB. Transparency is dropped and EXIF rotation not applied, as in InternVL.
+def load_image(
+    source: str | Path | bytes, *, ground: Ground = "white", truncated: Truncated = "error"
+) -> Image.Image:
+    """Decode a picture to 8-bit RGB, upright and opaque; see `pixels.to_rgb`.
+
+    Of an animation or of several pages it is the first.
 
     Args:
         source: a path, or the bytes of an image file (PNG, JPEG, WebP, GIF, BMP, TIFF or PPM).
+        ground: the color behind transparency.
+        truncated: what becomes of a file that ends before its last pixel. accept: the pixels that
+            are missing are as the decoder leaves them (black; gray in a JPEG; the ground where the
+            picture has transparency). WebP cannot be decoded then.
 
     Raises:
-        ValueError: the file is missing, unreadable, truncated, in another format, empty, above 64
-            MiB or above 89 million pixels. The message names the file.
+        TruncatedImage: the file ends before its last pixel, and that is not accepted.
+        ValueError: the file is missing, unreadable, damaged, in another format, empty, above 64
+            MiB or above 89 million pixels, or its texts inflate to more than 64 MiB. The message
+            names the file.
     """
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
-    if isinstance(source, bytes):
-        data = source
-    else:
-        try:
-            path = Path(source)
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise ValueError(f"{name} is larger than {MAX_FILE_BYTES} bytes")
-            data = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+    data = source if isinstance(source, bytes) else _read(Path(source), name)
+    try:
+        return _decode(data, name, ground)
+    except TruncatedImage:
+        if truncated != "accept":
+            raise
+    with _incomplete_files_decoded():
+        return _decode(data, name, ground)
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"{name} is larger than {MAX_FILE_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def _decode(data: bytes, name: str, ground: Ground) -> Image.Image:
     with _open(data, name) as image:
+        depth = data[24] if image.format == "PNG" else 8  # in the PNG's header
         try:
-            return image.convert("RGB")
+            image.load()
+            return to_rgb(image, ground, depth=depth)
         except Exception as error:  # truncated or corrupt pixel data; many types, as above
+            if any(words in str(error) for words in _ENDS_EARLY):
+                raise _truncated(name) from error
             raise ValueError(f"{name} cannot be decoded: {error}") from error
+
+
+@contextmanager
+def _incomplete_files_decoded() -> Iterator[None]:
+    """PIL decodes what there is of a file; its switch is one of the whole process."""
+    with _TRUNCATION:
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 @lru_cache(maxsize=64)

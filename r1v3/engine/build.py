@@ -2,17 +2,21 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import Architecture, Modules, Optimizer, Stage
+from r1v3.data.encoding import model_image_shape
 from r1v3.data.tokenizer import IMAGE_CONTEXT, load_tokenizer, token_id
 from r1v3.engine.contract import Engine
 from r1v3.engine.hf.engine import HFEngine
+from r1v3.model.conversion import load_config
 from r1v3.model.internvl import build_model, internvl_config, load_model
 from r1v3.ranks import ALONE, Ranks
+
+StageT = TypeVar("StageT", bound=Stage)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,18 @@ def connect(config: Stage) -> Ranks:
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(f"engine hf is one process, torchrun started {size}: use engine=megatron")
     return ALONE
+
+
+def resolve_max_tiles(config: StageT) -> StageT:
+    """Fill in the model's own number of tiles where the configuration leaves it to the model.
+
+    Raises:
+        ValueError: the model's config.json is missing or cannot be used.
+    """
+    if config.max_tiles is not None:
+        return config
+    own = 1 if config.model is None else model_image_shape(load_config(config.model)).max_tiles
+    return config.model_copy(update={"max_tiles": own})
 
 
 def set_threads(threads: int | None) -> None:

@@ -18,7 +18,7 @@ from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import load_tokenizer
 from r1v3.data.words import expand_words
-from r1v3.engine.build import build_engine, connect
+from r1v3.engine.build import build_engine, connect, resolve_max_tiles
 from r1v3.engine.contract import Decoder
 from r1v3.evaluation.policy import Answers, Policy, mode_sampling
 from r1v3.evaluation.statistics import score
@@ -99,6 +99,7 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
     ranks = connect(config)
     run = Path(config.run)
     path = run / "evaluation" / f"{config.name}.json"
+    config = resolve_max_tiles(config)
     policy, samples, dropped = _policy(config, ranks)
     record = ranks.on_main(lambda: _read(path, config))
     record["dropped"] = dropped
@@ -124,16 +125,16 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
 
 def _policy(config: Evaluate, ranks: Ranks) -> tuple[Policy, list[Sample], int]:
     """The checkpoint, sampled as the configuration says (vLLM loads it elsewhere), its questions,
-    and how many were dropped as too long."""
+    and how many were dropped: too long, or with a truncated picture."""
     assert config.model is not None
     tokenizer, model = load_tokenizer(config.model), load_config(config.model)
-    shape = model_image_shape(model, config.max_tiles)
+    shape = model_image_shape(model, config.max_tiles, config.pictures)
     limit = PositionLimit.of(model, config.too_long, config.decoding.max_tokens)
     samples: list[Sample] = []
     total = longest = 0
     for file in config.data:
         asked = load_samples(file)
-        examples = encode_all(file, asked, tokenizer, shape)
+        examples = encode_all(file, asked, tokenizer, shape, shown=ranks.is_main)
         kept = limit.rows(file, examples, shown=ranks.is_main)
         samples += [asked[i] for i in kept]
         total += len(asked)
@@ -179,6 +180,7 @@ def _scoring(config: Evaluate) -> dict[str, Any]:
     fields = {
         "seed",
         "max_tiles",
+        "pictures",
         "too_long",
         "out_of_domain",
         "samples",

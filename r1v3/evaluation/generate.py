@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 import typer
 
-from r1v3.config import Decoding, Monitor
+from r1v3.config import Decoding, Monitor, Pictures
 from r1v3.data.images import load_image
+from r1v3.data.pixels import Ground
 from r1v3.data.sample import make_sample
 from r1v3.evaluation.policy import load_policy, mode_sampling
 
@@ -39,8 +40,12 @@ def answer_about_image(
     temperature: float,
     max_tokens: int,
     seed: int,
+    max_tiles: int | None = None,
+    ground: Ground = "white",
 ) -> str:
     """Print and return the completion.
+
+    The picture is cut into as many tiles as the model's configuration says, or `max_tiles`.
 
     Raises:
         ValueError: an unknown mode, an image that cannot be read, an empty question, a negative
@@ -65,7 +70,7 @@ def answer_about_image(
         index=0,
         images=[image.read_bytes()],
     )
-    policy = load_policy(folder)
+    policy = load_policy(folder, max_tiles=max_tiles, pictures=Pictures(ground=ground))
     sampling, thinking = mode_sampling(
         Decoding(temperature=temperature, max_tokens=max_tokens),
         Monitor().words,

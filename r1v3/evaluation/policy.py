@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from r1v3.config import Decoding
+from r1v3.config import DEFAULT_PICTURES, Decoding, Pictures
 from r1v3.data.encoding import ImageShape, encode_sample, model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import TURN_END, load_tokenizer, token_id
@@ -109,6 +109,7 @@ class Policy:
                 encode_sample(sample, self.tokenizer, self.shape, thinking=thinking),
                 sample,
                 thinking,
+                self.shape.pictures,
             )
             for sample in samples
         ]
@@ -142,9 +143,11 @@ class Policy:
         return Answers([r for r in rollouts if r is not None], texts, correct, tokens)
 
 
-def load_policy(folder: Path) -> Policy:
-    """Load a model folder on the CPU, ready to answer; images are one tile each."""
+def load_policy(
+    folder: Path, *, max_tiles: int | None = None, pictures: Pictures = DEFAULT_PICTURES
+) -> Policy:
+    """Load a model folder on the CPU, ready to answer; `max_tiles` as `model_image_shape`."""
     model = load_model(folder)
     tokenizer = load_tokenizer(folder)
     sampler = LocalSampler(HFDecoder(model), TokenRules.of(tokenizer))
-    return Policy(sampler, tokenizer, model_image_shape(model.config, 1))
+    return Policy(sampler, tokenizer, model_image_shape(model.config, max_tiles, pictures))

@@ -156,7 +156,8 @@ def _micro_batch(
     config: Stage, dims: Dimensions, data: int, sequence_length: int | None, text_tokens: int
 ) -> tuple[memory.Pack, int, int]:
     """(largest micro-batch, micro-batches of a step, rows decoded at a time by a replica)."""
-    tiles = config.max_tiles + (config.max_tiles > 1)  # and the thumbnail
+    tiles = config.max_tiles or 1
+    tiles += tiles > 1  # and the thumbnail
     prompt = tiles * dims.image_tokens + text_tokens
     if isinstance(config, Supervised):
         length = sequence_length or config.max_length

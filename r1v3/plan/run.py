@@ -9,6 +9,7 @@ from safetensors import safe_open
 from transformers import InternVLConfig
 
 from r1v3.config import GRPO, SFT, Connector, Evaluate, Stage, load
+from r1v3.data.encoding import model_image_shape
 from r1v3.files import write_json
 from r1v3.model.flops import Dimensions
 from r1v3.plan.build import build_ranks
@@ -65,12 +66,16 @@ def run_plan(
     """
     kind = stage_kind(config_file, stage)
 
+    folder = model_folder(load(kind, config_file, overrides), config_file)
+    model = InternVLConfig.from_pretrained(folder)
+    own_tiles = model_image_shape(model).max_tiles
+
     def loader(changes: Sequence[str]) -> Stage:
-        return load(kind, config_file, [*overrides, *changes])
+        config = load(kind, config_file, [*overrides, *changes])
+        return config.model_copy(update={"max_tiles": config.max_tiles or own_tiles})
 
     config = loader(())
-    folder = model_folder(config, config_file)
-    dims = Dimensions.of(InternVLConfig.from_pretrained(folder))
+    dims = Dimensions.of(model)
     job = job_of(config, dims, cluster, sequence_length=sequence_length, text_tokens=text_tokens)
     plan = make_plan(job, dims, build_ranks(folder, job.layout))
     stored, counted = stored_parameters(folder), sum(plan.parameters.values())

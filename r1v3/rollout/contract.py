@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from r1v3.config import DEFAULT_PICTURES, Pictures
 from r1v3.data.encoding import Example
 from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import SPECIAL_TOKENS, THINK_CLOSE, TURN_END, token_id
@@ -20,13 +21,16 @@ class Request:
     Attributes:
         example: the prompt as the trainer sees it. Its token ids are binding: a sampler that
             builds the prompt in another way must arrive at the same ids or raise.
-        sample: the source of the prompt; a server is sent its images as the files they are.
+        sample: the source of the prompt; a server is sent the pixels of its images.
         thinking: whether the prompt opens a thought, as it did when `example` was encoded.
+        pictures: how the images were decoded for `example`; a sampler that is given images gets
+            these pixels.
     """
 
     example: Example
     sample: Sample
     thinking: bool = True
+    pictures: Pictures = DEFAULT_PICTURES
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from r1v3.data.images import load_image
+from r1v3.data.encoding import decode_picture
 from r1v3.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, token_id
 from r1v3.ranks import ALONE, Ranks, shard_range
 from r1v3.rollout.completions import (
@@ -283,8 +283,10 @@ class ColocatedVLLM:
         prompt: dict[str, Any] = {"prompt_token_ids": ids + list(begun.token_ids)}
         if images:
             step = -1 if self.step is None else self.step
-            prompt["multi_modal_data"] = {"image": [load_image(data) for data in images]}
-            prompt["multi_modal_uuids"] = {"image": [picture_name(data, step) for data in images]}
+            pixels = [decode_picture(data, request.pictures) for data in images]
+            names = [picture_name(data, request.pictures, step) for data in images]
+            prompt["multi_modal_data"] = {"image": pixels}
+            prompt["multi_modal_uuids"] = {"image": names}
         return prompt
 
     def _read(

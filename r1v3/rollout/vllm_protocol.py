@@ -34,7 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1v3.data.images import load_image
+from r1v3.config import Pictures
+from r1v3.data.encoding import decode_picture
 from r1v3.data.sample import IMAGE_PLACEHOLDER
 from r1v3.data.tokenizer import IMAGE_CONTEXT
 from r1v3.http import RequestFailed
@@ -129,20 +130,20 @@ def placeholder_of(model_folder: Path) -> str:
     return IMAGE_PLACEHOLDER if is_original(read_config(model_folder)) else IMAGE_CONTEXT
 
 
-def picture_name(data: bytes, step: int) -> str:
-    """Return a name for a picture and the vision tower of this step."""
-    return f"{hashlib.sha256(data).hexdigest()[:32]}-{step}"
+def picture_name(data: bytes, pictures: Pictures, step: int) -> str:
+    """Return a name for the pixels of a picture and the vision tower of this step."""
+    return f"{hashlib.sha256(data).hexdigest()[:32]}-{pictures.ground}-{step}"
 
 
-def _picture_part(data: bytes, step: int) -> dict[str, Any]:
+def _picture_part(data: bytes, pictures: Pictures, step: int) -> dict[str, Any]:
     """A picture as the trainer decodes it: lossless, without transparency or rotation tags."""
     file = io.BytesIO()
-    load_image(data).save(file, "PNG", compress_level=1)
+    decode_picture(data, pictures).save(file, "PNG", compress_level=1)
     address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
     return {
         "type": "image_url",
         "image_url": {"url": address},
-        "uuid": picture_name(data, step),
+        "uuid": picture_name(data, pictures, step),
     }
 
 
@@ -158,12 +159,12 @@ def chat_call(
     placeholder: str,
 ) -> Call:
     """Build the request for completions of a prompt with pictures, rendered by the server."""
-    pictures = iter(request.sample.images)
+    images = iter(request.sample.images)
     messages = []
     for message in request.sample.prompt:
         text, content = message["content"], []
         for _ in range(text.count(IMAGE_PLACEHOLDER)):
-            content.append(_picture_part(next(pictures), step))
+            content.append(_picture_part(next(images), request.pictures, step))
         text = text.replace(IMAGE_PLACEHOLDER, placeholder)
         parts = [*content, {"type": "text", "text": text}]
         messages.append({"role": message["role"], "content": parts if content else text})

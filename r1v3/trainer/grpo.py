@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 from r1v3.config import GRPO
-from r1v3.data.encoding import Example, ImageShape, encode_all, model_image_shape
+from r1v3.data.encoding import (
+    Example,
+    ImageShape,
+    encode_all,
+    model_image_shape,
+    record_max_tiles,
+)
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.words import expand_words
-from r1v3.engine.build import Training, build_engine
+from r1v3.engine.build import Training, build_engine, resolve_max_tiles
 from r1v3.evaluation.policy import Policy
 from r1v3.evaluation.statistics import score as score_interval
 from r1v3.kernels import group_advantages
@@ -78,7 +84,7 @@ class GRPOTrainer:
         """Sample and reward completions of the prompts at these positions of the training data."""
         config, g = self.config, self.config.group_size
         rollout, texts = self.policy.complete(
-            [Request(self.examples[i], self.samples[i]) for i in indices],
+            [Request(self.examples[i], self.samples[i], pictures=config.pictures) for i in indices],
             Sampling(config.decoding.temperature, self.max_tokens()),
             group_size=g,
             generator=torch_stream(config.seed, "rollout", self.step, key),
@@ -242,6 +248,7 @@ class GRPOTrainer:
         )
 
     def __init__(self, config: GRPO, *, resuming: bool) -> None:
+        config = resolve_max_tiles(config)
         self.name, self.config, self.run = "grpo", config, Path(config.run)
         self.step, self.total = 0, config.steps
         ranks = open_stage(self.name, config, resuming=resuming)
@@ -253,7 +260,8 @@ class GRPOTrainer:
         if config.loss.kl_coef > 0:
             self.reference = build_engine(config, ranks, temperature=temperature)
         tokenizer = self.engine.tokenizer
-        shape = model_image_shape(self.engine.config, config.max_tiles)
+        shape = model_image_shape(self.engine.config, config.max_tiles, config.pictures)
+        record_max_tiles(self.engine.config, shape.max_tiles)
         lengths = [config.decoding.max_tokens, *(change.max_tokens for change in config.lengths)]
         limit = PositionLimit.of(self.engine.config, config.too_long, max(lengths))
         self.samples, self.examples, self.dropped = self.load(config.train_data, shape, limit)
@@ -291,10 +299,11 @@ class GRPOTrainer:
     def load(
         self, path: Path, shape: ImageShape, limit: PositionLimit
     ) -> tuple[list[Sample], list[Example], int]:
-        """Return the samples of a file, encoded, and how many were dropped as too long."""
-        samples = load_samples(path)
-        examples = encode_all(path, samples, self.engine.tokenizer, shape)
-        kept = limit.rows(path, examples, shown=self.engine.ranks.is_main)
+        """Return the samples of a file, encoded, and how many were dropped: too long, or with a
+        truncated picture."""
+        samples, shown = load_samples(path), self.engine.ranks.is_main
+        examples = encode_all(path, samples, self.engine.tokenizer, shape, shown=shown)
+        kept = limit.rows(path, examples, shown=shown)
         dropped = len(samples) - len(kept)
         return [samples[i] for i in kept], [examples[i] for i in kept], dropped
 

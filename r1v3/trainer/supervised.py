@@ -11,12 +11,20 @@ from torch import Tensor
 
 from r1v3.config import Supervised
 from r1v3.data.batch import Batch
-from r1v3.data.encoding import Example, collate, encode_sample, in_row, model_image_shape
+from r1v3.data.encoding import (
+    Example,
+    ImageShape,
+    collate,
+    encode_all,
+    in_row,
+    model_image_shape,
+    record_max_tiles,
+)
 from r1v3.data.lengths import PositionLimit, TooLong
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import SYSTEM_PROMPT, THINK_OPEN, train_tokenizer
 from r1v3.data.words import expand_words
-from r1v3.engine.build import Training, build_engine
+from r1v3.engine.build import Training, build_engine, resolve_max_tiles
 from r1v3.engine.contract import Engine
 from r1v3.engine.head import Head
 from r1v3.progress import say
@@ -50,7 +58,7 @@ class Best:
 def load_examples(
     path: Path,
     engine: Engine,
-    max_tiles: int,
+    shape: ImageShape,
     *,
     too_long: TooLong = "error",
     max_length: int | None = None,
@@ -58,7 +66,8 @@ def load_examples(
     """Encode the samples of a file, each in the template (thinking or not) it was written for.
 
     Samples of more than `max_length` tokens, prompt and response together, are left out; so are
-    those beyond the model's positions if `too_long` is "drop".
+    those beyond the model's positions if `too_long` is "drop", and those with a truncated picture
+    if `shape` skips them.
 
     Returns:
         The examples, and how many samples were left out, which is printed as well.
@@ -67,15 +76,22 @@ def load_examples(
         ValueError: a sample has no response or is beyond the model's positions (named by file and
             row), or no sample is left.
     """
-    shape = model_image_shape(engine.config, max_tiles)
-    examples: dict[int, Example] = {}
-    left_out = 0
-    for row, sample in enumerate(load_samples(path)):
-        thinking = bool(sample.extra_info.get("thinking", True))
+    samples = load_samples(path)
+    for row, sample in enumerate(samples):
         with in_row(path, row):
             if not sample.response:
                 raise ValueError("extra_info.response is empty; there is no target")
-            example = encode_sample(sample, engine.tokenizer, shape, thinking=thinking)
+    encoded = encode_all(
+        path,
+        samples,
+        engine.tokenizer,
+        shape,
+        thinking=lambda sample: bool(sample.extra_info.get("thinking", True)),
+        shown=engine.ranks.is_main,
+    )
+    examples: dict[int, Example] = {}
+    left_out = 0
+    for row, example in encoded.items():
         length = len(example.prompt_ids) + len(example.response_ids)
         if max_length is None or length <= max_length:
             examples[row] = example
@@ -89,7 +105,7 @@ def load_examples(
         say(f"{told} and are left out", shown=engine.ranks.is_main)
     limit = PositionLimit.of(engine.config, too_long)
     kept = limit.rows(path, examples, shown=engine.ranks.is_main)
-    return [examples[row] for row in kept], left_out + len(examples) - len(kept)
+    return [examples[row] for row in kept], len(samples) - len(kept)
 
 
 def sum_loss(logprobs: Tensor, tokens: int) -> Tensor:
@@ -114,6 +130,7 @@ class SupervisedTrainer:
     """A supervised stage, one step at a time; see `loop.Steps`."""
 
     def __init__(self, name: str, config: Supervised, *, resuming: bool) -> None:
+        config = resolve_max_tiles(config)
         self.name, self.config, self.run = name, config, Path(config.run)
         ranks = open_stage(name, config, resuming=resuming)
         tokenizer = None
@@ -128,6 +145,8 @@ class SupervisedTrainer:
             architecture=config.architecture,
             tokenizer=tokenizer,
         )
+        self.shape = model_image_shape(self.engine.config, config.max_tiles, config.pictures)
+        record_max_tiles(self.engine.config, self.shape.max_tiles)
         self.train, self.dropped = self.load(config.train_data)
         self.validation, _ = self.load(config.validation_data)
         words = expand_words(self.engine.tokenizer, config.monitor.words)
@@ -150,12 +169,12 @@ class SupervisedTrainer:
         self.resume_after = self.step if resuming else None
 
     def load(self, path: Path) -> tuple[list[Example], int]:
-        """Encode the samples of a file; count those that are too long."""
+        """Encode the samples of a file; count those that are left out."""
         config = self.config
         return load_examples(
             path,
             self.engine,
-            config.max_tiles,
+            self.shape,
             too_long=config.too_long,
             max_length=config.max_length,
         )
@@ -238,10 +257,11 @@ class SupervisedTrainer:
             keep=2,
             shown=_SHOWN,
         )
-        if self.best.stale and self.best.loss is not None and self.engine.ranks.is_main:
+        if self.best.stale and self.best.loss is not None:
             say(
                 f"{self.name}: best validation loss {self.best.loss:.4f} at step "
-                f"{self.best.step} of {self.step}; those weights are kept"
+                f"{self.best.step} of {self.step}; those weights are kept",
+                shown=self.engine.ranks.is_main,
             )
 
 

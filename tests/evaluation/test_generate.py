@@ -1,10 +1,14 @@
 """One question about a person's own picture."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from r1v3.data.encoding import encode_sample
 from r1v3.data.tokenizer import SPECIAL_TOKENS
 from r1v3.evaluation.generate import answer_about_image, model_folder
 from r1v3.evaluation.policy import Answers, Policy
@@ -56,6 +60,47 @@ def test_the_picture_is_looked_at(home: Path) -> None:
     other.write_bytes(tiny.some_questions(3)[2].images[0])
     greedy = {"temperature": 0.0, "max_tokens": 24}
     assert ask(home, **greedy) != ask(home, image=other, **greedy)
+
+
+@pytest.mark.parametrize(
+    ("own", "told", "tiles"), [(None, None, 1), (4, None, 3), (4, 1, 1), (None, 4, 3), (2, None, 3)]
+)
+def test_the_picture_is_cut_into_the_tiles_of_the_model(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: int | None,
+    told: int | None,
+    tiles: int,
+) -> None:
+    """Fails if a model that was trained on tiles is shown the whole picture as one."""
+    model = tmp_path / "model"
+    shutil.copytree(home / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    if own is not None:
+        (model / "config.json").write_text(json.dumps({**config, "max_dynamic_patch": own}))
+    Image.new("RGB", (80, 40), "red").save(tmp_path / "wide.png")
+    seen = []
+    real = Policy.answer
+
+    def watched(self: Policy, samples: Any, *args: Any, **kwargs: Any) -> Answers:
+        seen.append(len(encode_sample(samples[0], self.tokenizer, self.shape).tiles))
+        return real(self, samples, *args, **kwargs)
+
+    monkeypatch.setattr(Policy, "answer", watched)
+    ask(home, checkpoint=model, image=tmp_path / "wide.png", max_tokens=2, max_tiles=told)
+    assert seen == [tiles]
+
+
+def test_the_ground_of_a_transparent_picture_can_be_chosen(home: Path, tmp_path: Path) -> None:
+    """Fails if the flag does not reach the pixels."""
+    image = Image.open(home / "digits.png").convert("L")
+    clear = Image.new("LA", image.size)
+    clear.putalpha(image)
+    clear.save(tmp_path / "clear.png")
+    greedy = {"temperature": 0.0, "max_tokens": 24, "image": tmp_path / "clear.png"}
+    assert ask(home, **greedy, ground="white") == ask(home, **greedy)
+    assert ask(home, **greedy, ground="white") != ask(home, **greedy, ground="black")
 
 
 def test_a_budget_closes_the_thought(home: Path) -> None:

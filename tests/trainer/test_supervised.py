@@ -1,5 +1,7 @@
 """The supervised loop, run for real on a tiny model: killed, interrupted, split and resumed."""
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from r1v3.config import SFT, Optimizer, load
+from r1v3.config import SFT, Optimizer, Pictures, load
+from r1v3.data.encoding import model_image_shape
 from r1v3.trainer.metrics import read_metrics
 from r1v3.trainer.supervised import Best, SupervisedTrainer
 from tests.tiny_run import (
@@ -95,13 +98,32 @@ def test_the_resolved_configuration_is_the_first_thing_written() -> None:
     files = [path for path in changes if not path.endswith(("run", "run/config"))]
     assert "run/config/.sft.yaml" in files[0]
     resolved = load(SFT, folder / "run/config/sft.yaml")
-    assert resolved == load(SFT, folder / "configs/sft.yaml", stage_arguments("sft")[2:])
+    given = load(SFT, folder / "configs/sft.yaml", stage_arguments("sft")[2:])
+    assert given.max_tiles is None  # left to the model, whose own number is recorded
+    assert resolved == given.model_copy(update={"max_tiles": 1})
 
 
 def config(run: Path, *overrides: str) -> SFT:
     write_configs(run)
     arguments = [f"run={run / 'run'}", f"model={home() / 'base'}", *overrides]
     return load(SFT, run / "configs/sft.yaml", arguments)
+
+
+@pytest.mark.parametrize(("told", "recorded"), [(None, 3), (2, 2), (1, 1)])
+def test_the_number_of_tiles_is_the_models_own_unless_told(
+    tmp_path: Path, told: int | None, recorded: int
+) -> None:
+    """Fails if a stage shows a model other tiles than it was made for, or forgets what it showed:
+    the run's configuration and the model that it hands on say it."""
+    override = [] if told is None else [f"max_tiles={told}"]
+    settings = config(tmp_path, *override, f"model={tmp_path / 'base'}")
+    shutil.copytree(home() / "base", tmp_path / "base")
+    file = tmp_path / "base/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_dynamic_patch": 3}))
+    trainer = SupervisedTrainer("sft", settings, resuming=False)
+    assert load(SFT, tmp_path / "run/config/sft.yaml").max_tiles == recorded
+    assert model_image_shape(trainer.engine.config).max_tiles == recorded
+    assert trainer.config.pictures == Pictures(ground="white", truncated="error")
 
 
 def test_micro_batches_do_not_change_a_step(tmp_path: Path) -> None:
