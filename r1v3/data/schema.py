@@ -13,11 +13,11 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from r1v3.data.parquet import read_rows, write_rows
 from r1v3.data.sample import Sample, parse_row
 from r1v3.files import fsync_directory, temporary_sibling
 
 SHOWN_FAULTS = 10
-ROWS_PER_GROUP = 256
 
 _TEXT = pa.string()
 _EXTRA_INFO: dict[str, pa.DataType] = {
@@ -88,16 +88,8 @@ def _json(line: bytes) -> Any:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            index = 0
-            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP):
-                for i in range(batch.num_rows):
-                    one = batch.slice(i, 1)
-                    yield f"row {index}", lambda one=one: one.to_pylist()[0]  # type: ignore[misc]
-                    index += 1
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise ValueError(f"{path}: is not a readable Parquet file: {error}") from error
+    for index, read in read_rows(path):
+        yield f"row {index}", read
 
 
 def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
@@ -122,13 +114,11 @@ def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
                 file.write(_json_line(sample))
     elif path.suffix == ".parquet":
         schema = _parquet_schema(path, samples)
-        with (
-            _replacing(path) as file,
-            pq.ParquetWriter(file, schema, write_page_checksum=True) as writer,
-        ):
-            for start in range(0, len(samples), ROWS_PER_GROUP):
-                rows = [sample.to_row() for sample in samples[start : start + ROWS_PER_GROUP]]
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        with _replacing(path) as file:
+            try:
+                write_rows(file, schema, (sample.to_row() for sample in samples))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
     else:
         raise ValueError(f"{path}: the name must end in .parquet or .jsonl")
 
