@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,35 +47,27 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def run_ranks(module: str, world: int, folder: Path, *arguments: str) -> None:
-    """Run `python -m module folder *arguments` as the ranks of a job; all must end well.
+def run_ranks(module: str, world: int, folder: Path, *arguments: str, **variables: str) -> None:
+    """Run `main(folder, *arguments)` of a module as the ranks of a job; all must end well.
 
-    Each finds RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; what it prints is shown on failure.
+    Each finds RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and `variables` in its environment; what
+    it prints is shown on failure. See tests/ranks.py.
     """
-    common = {**environment(), "WORLD_SIZE": str(world), "MASTER_PORT": str(free_port())}
-    logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    processes = []
-    for rank, path in enumerate(logs):
-        with path.open("wb") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", module, str(folder), *arguments],
-                    cwd=ROOT,
-                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
+    job = [sys.executable, "-m", "tests.ranks", module, str(world), str(folder), *arguments]
+    log = folder / "job.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            job,
+            cwd=ROOT,
+            env={**environment(), "MASTER_PORT": str(free_port()), **variables},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        deadline = time.monotonic() + PATIENCE
-        while any(process.poll() is None for process in processes):
-            if time.monotonic() > deadline or any(process.returncode for process in processes):
-                break
-            time.sleep(0.1)
-        codes = [process.poll() for process in processes]
+        code = process.wait(PATIENCE)
     finally:
-        for process in processes:
-            end(process)
-    texts = [f"rank {rank}: {path.read_text()[-3000:]}" for rank, path in enumerate(logs)]
-    assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(texts)
+        end(process)
+    logs = [log, *(folder / f"rank{rank}.log" for rank in range(world))]
+    texts = [f"{path.name}: {path.read_text()[-3000:]}" for path in logs if path.exists()]
+    assert code == 0, f"exit code {code}\n" + "\n".join(texts)

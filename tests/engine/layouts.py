@@ -3,6 +3,8 @@
 from r1v3.config import Parallel
 from r1v3.model.parts import PARTS
 
+# Processes of the job that runs them all.
+WORLD = 4
 SPLIT = Parallel(tensor=2, pipeline=2)
 # Ranks and layout; data parallelism is what is left.
 LAYOUTS: dict[str, tuple[int, Parallel]] = {

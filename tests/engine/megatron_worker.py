@@ -1,34 +1,26 @@
 """One rank of a job that runs MegatronEngine in many layouts; see test_megatron.py.
 
-python -m tests.engine.megatron_worker FOLDER CASE,CASE: writes what each case reports. A case that
-spans fewer ranks than there are runs on the first ones.
+Writes what each case reports. A case that spans fewer ranks than there are runs on the first ones.
 """
 
-import faulthandler
 import json
 import os
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from tests.engine.megatron_cases import CASES
 from tests.processes import PATIENCE
 
-WORLD = 4
 
-
-def main(folder: Path, names: list[str]) -> None:
-    # Not at the top: megatron-core's checkpoint writer spawns a process that imports this file.
-    import torch
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    from tests.engine.megatron_cases import CASES
-
+def main(folder: Path, names: str) -> None:
     rank = int(os.environ["RANK"])
-    faulthandler.dump_traceback_later(570, exit=True)
     torch.set_num_threads(1)
-    for name in names:
+    for name in names.split(","):
         world, case = CASES[name]
         if rank >= world:
             continue
@@ -47,7 +39,3 @@ def main(folder: Path, names: list[str]) -> None:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2].split(","))

@@ -19,8 +19,7 @@ from r1v3.model.internvl import load_model
 from r1v3.model.parts import PARTS, part_of
 from tests import tiny
 from tests.engine import recorded
-from tests.engine.layouts import LAYOUTS, OTHER_LAYOUTS, PATTERNS, only
-from tests.engine.megatron_worker import WORLD
+from tests.engine.layouts import LAYOUTS, OTHER_LAYOUTS, PATTERNS, WORLD, only
 from tests.model.conversion.checkpoints import original_config, original_tensors, parameters_of
 from tests.processes import run_ranks
 

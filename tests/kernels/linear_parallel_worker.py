@@ -1,12 +1,12 @@
 """One of four processes that shard a language head, started by `test_linear_parallel.py`.
 
-python -m tests.kernels.linear_parallel_worker RANK FOLDER: in groups of 4, 3 and 2 of the
+In groups of 4, 3 and 2 of the
 processes, every rank compares its shard with the whole head and writes what must have the same
 bits everywhere.
 """
 # mypy: disable-error-code="arg-type,union-attr,index"
 
-import sys
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ def check(function: Any, dtype: torch.dtype, mine: slice, group: dist.ProcessGro
     return results
 
 
-def main(rank: int, folder: Path) -> None:
+def main(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4,
@@ -115,7 +116,3 @@ def main(rank: int, folder: Path) -> None:
         torch.save(results, folder / f"{len(members)} {place}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

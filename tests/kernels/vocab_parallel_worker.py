@@ -1,11 +1,11 @@
 """One rank of a vocabulary-parallel group, started by `test_vocab_parallel.py`.
 
-python -m tests.kernels.vocab_parallel_worker RANK WORLD FOLDER DEVICE: every rank compares its
+Every rank compares its
 shard with the whole vocabulary and writes its outputs for the bitwise comparison between ranks.
 """
 # mypy: disable-error-code="arg-type,union-attr,index,return-value,attr-defined"
 
-import sys
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -178,7 +178,8 @@ def check_linear(mine: slice) -> None:
     torch.testing.assert_close(shard[4], full[4][mine], rtol=1e-4, atol=1e-5)
 
 
-def main(rank: int, world: int, folder: Path, device: str) -> None:
+def main(folder: Path, device: str) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     if device == "cuda":  # one GPU serves several ranks: gloo, not NCCL
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -204,7 +205,3 @@ def main(rank: int, world: int, folder: Path, device: str) -> None:
     assert abs(unsharded.item() - 2.0794415) < 1e-6, "group=None must not mean the world group"
     torch.save([value.cpu().nan_to_num() for value in outputs], folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

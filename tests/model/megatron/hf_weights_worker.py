@@ -1,12 +1,8 @@
-"""One of four processes that load, train, export and save a model; see test_parallel.py.
-
-python -m tests.model.megatron.hf_weights_worker RANK FOLDER
-"""
+"""One of four processes that load, train, export and save a model; see test_hf_weights.py."""
 
 import errno
 import json
 import os
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -202,7 +198,9 @@ def layout(name: str, expected: dict[str, Tensor]) -> dict[str, object]:
     return result
 
 
-def main(rank: int) -> None:
+def main(folder: Path) -> None:
+    global FOLDER
+    FOLDER, rank = folder, int(os.environ["RANK"])
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -222,8 +220,3 @@ def main(rank: int) -> None:
     (FOLDER / f"rank{rank}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    FOLDER = Path(sys.argv[2])
-    main(int(sys.argv[1]))

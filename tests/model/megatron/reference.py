@@ -11,6 +11,8 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from r1v3.data.batch import Batch
 
 IMAGE, VOCAB = 500, 509
+# Processes of the job that runs every layout.
+WORLD = 4
 
 
 def tiny_config(

@@ -1,9 +1,6 @@
 """Megatron models in four gloo processes: loaded, trained, exported and saved in all layouts."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +17,11 @@ from tests.model.conversion.checkpoints import (
     write_native,
     write_original,
 )
-from tests.processes import PATIENCE
+from tests.processes import run_ranks
 
 pytest.importorskip("megatron.core")
 
 RANKS = range(4)
-WORKER = "tests.model.megatron.hf_weights_worker"
 
 
 @pytest.fixture(scope="module")
@@ -48,35 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(parameters, folder / "expected.safetensors")
     (folder / "order.json").write_text(json.dumps(list(native_shapes(net.config))))
     save_file(batch(), folder / "batch.safetensors")
-    workers = [start(rank, folder) for rank in RANKS]
-    try:
-        for worker in workers:
-            worker.wait(timeout=PATIENCE)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    failed = [rank for rank in RANKS if workers[rank].returncode]
-    logs = [(folder / f"rank{rank}.log").read_text()[-3000:] for rank in failed]
-    assert not failed, "\n\n".join(logs)
+    run_ranks("tests.model.megatron.hf_weights_worker", len(RANKS), folder)
     return folder
-
-
-def start(rank: int, folder: Path) -> subprocess.Popen:
-    with open(folder / f"rank{rank}.log", "w") as log:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tests.model.megatron.hf_weights_worker",
-                str(rank),
-                str(folder),
-            ],
-            cwd=Path(__file__).parents[3],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-        )
 
 
 def batch() -> dict[str, torch.Tensor]:

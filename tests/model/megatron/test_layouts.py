@@ -3,15 +3,9 @@
 Four processes run all cases once, over gloo on the CPU; the tests judge what they report.
 """
 
-import contextlib
 import importlib.util
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.model.megatron import reference
-from tests.model.megatron.worker import WORLD
-from tests.processes import PATIENCE
+from tests.model.megatron.reference import WORLD
+from tests.processes import run_ranks
 
-ROOT = Path(__file__).resolve().parents[3]
 PARITY = [
     "tp1",
     "tp2",
@@ -52,34 +45,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     for name in reference.CONFIGS:
         reference.write(folder / name, name)
     cases = PARITY + DECODING + TRAINING + OTHERS + (CHECKPOINTS if HAS_PSUTIL else [])
-    ranks = []
-    for rank in range(WORLD):
-        with (folder / f"log{rank}").open("w") as log:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.model.megatron.worker", str(rank)]
-                    + [str(folder), ",".join(cases)],
-                    cwd=ROOT,
-                    env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-            if any(rank.returncode for rank in ranks):
-                break
-            time.sleep(0.1)
-    finally:
-        for process in ranks:
-            # With it goes what megatron-core's checkpoint writer has spawned.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    logs = [f"rank {rank}: {(folder / f'log{rank}').read_text()[-3000:]}" for rank in range(WORLD)]
-    assert all((folder / f"rank{rank}.json").exists() for rank in range(WORLD)), "\n".join(logs)
+    run_ranks("tests.model.megatron.worker", WORLD, folder, ",".join(cases))
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(WORLD)]
 
 
