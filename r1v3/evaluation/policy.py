@@ -73,6 +73,24 @@ class Policy:
     ) -> None:
         self.sampler, self.tokenizer, self.shape = sampler, tokenizer, shape
         self.stop_id = token_id(tokenizer, TURN_END)
+        self._asked: Sequence[Sample] = ()
+        self._requests: dict[bool, list[Request]] = {}
+
+    def requests(self, samples: Sequence[Sample], thinking: bool) -> list[Request]:
+        """Encode samples; those of the same sequence are encoded once for each template."""
+        if samples is not self._asked:
+            self._asked, self._requests = samples, {}
+        if thinking not in self._requests:
+            self._requests[thinking] = [
+                Request(
+                    encode_sample(sample, self.tokenizer, self.shape, thinking=thinking),
+                    sample,
+                    thinking,
+                    self.shape.pictures,
+                )
+                for sample in samples
+            ]
+        return self._requests[thinking]
 
     def complete(
         self,
@@ -104,15 +122,7 @@ class Policy:
         Prompts are batched in order of their length; the answers come in the order of `samples`.
         `notify` is told after each batch how many completions it held.
         """
-        requests = [
-            Request(
-                encode_sample(sample, self.tokenizer, self.shape, thinking=thinking),
-                sample,
-                thinking,
-                self.shape.pictures,
-            )
-            for sample in samples
-        ]
+        requests = self.requests(samples, thinking)
         by_length = sorted(range(len(samples)), key=lambda i: len(requests[i].example.prompt_ids))
         texts: list[str] = [""] * (len(samples) * repeats)
         tokens = np.zeros((len(samples), repeats), dtype=np.int64)

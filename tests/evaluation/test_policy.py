@@ -55,6 +55,24 @@ def test_the_batch_size_changes_no_answer(policy: Policy) -> None:
         assert answered(policy, repeats=2, batch_prompts=size).texts == whole.texts
 
 
+def test_a_sample_is_encoded_once_for_each_template(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if five modes encode the same pictures five times, or a template answers another's."""
+    encoded = []
+
+    def counted(*args: object, **kwargs: object) -> object:
+        encoded.append(kwargs["thinking"])
+        return encode_sample(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("r1v3.evaluation.policy.encode_sample", counted)
+    samples = list(QUESTIONS)
+    for thinking in (True, False, True, False):
+        assert [r.thinking for r in policy.requests(samples, thinking)] == [thinking] * 7
+    assert encoded == [True] * 7 + [False] * 7
+    assert [r.sample for r in policy.requests(samples[:2], True)] == samples[:2]
+
+
 def test_a_seed_gives_the_same_answers(policy: Policy) -> None:
     assert answered(policy, seed=4).texts == answered(policy, seed=4).texts
     assert answered(policy, seed=4).texts != answered(policy, seed=5).texts
