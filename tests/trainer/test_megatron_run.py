@@ -115,6 +115,7 @@ def test_the_split_run_is_the_single_process() -> None:
     assert "model.safetensors" in listed and any(name.startswith("megatron/") for name in listed)
 
 
+@pytest.mark.slow
 def test_stops_and_kills_change_no_bit(tmp_path: Path) -> None:
     """Fails if SIGTERM loses a step, a dead rank leaves the others hanging or what is left behind
     unusable, or `--resume` goes on to something else."""
