@@ -7,19 +7,19 @@ The layout is the one verl's multimodal datasets use, so a Parquet file written 
      "images": [{"bytes": ...}],
      "ability": str,
      "reward_model": {"style": "rule", "ground_truth": str},
-     "extra_info": {"split": str, "index": int, "domain", "options", "question", "answer",
-                    "response", ...}}
+     "extra_info": {"split": str, "index": int | str, "domain", "options", "question", "answer",
+                    "response", ...},
+     ...}
 
-Files are not trusted: every row is checked before any is returned.
+Further columns are kept. Files are not trusted: `r1v3.data.rows` checks what they hold.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from decimal import Decimal
 from typing import Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import (
@@ -29,15 +29,13 @@ from pydantic import (
     ConfigDict,
     GetPydanticSchema,
     StrictBytes,
-    StrictInt,
     StrictStr,
-    ValidationError,
     model_validator,
     with_config,
 )
 from typing_extensions import TypedDict
 
-from r1v3.data.images import MAX_FILE_BYTES, check_image_header
+from r1v3.data.images import check_image_header
 from r1v3.rewards.choices import option_texts
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -58,38 +56,62 @@ class Message(TypedDict):
     content: StrictStr
 
 
-@with_config(ConfigDict(extra="forbid"))
-class RewardModel(TypedDict):
-    """Grading of a completion: by rule, against `ground_truth`."""
+def _number_as_text(value: Any) -> Any:
+    """`3` and `3.0` as "3", `0.5` as "0.5"; what is no number as it is."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    if isinstance(value, int | Decimal) and not isinstance(value, bool):
+        return str(value)
+    return repr(value) if isinstance(value, float) and math.isfinite(value) else value
 
-    style: Literal["rule"]
-    ground_truth: StrictStr
+
+def _index(value: Any) -> int | str:
+    if isinstance(value, float) and value.is_integer():  # pandas, where other rows have none
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("Input should be a valid integer or text")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("does not fit 64 bits")
+    return value
+
+
+@with_config(ConfigDict(extra="allow"))
+class RewardModel(TypedDict):
+    """Grading of a completion against `ground_truth`, by rule whatever the style; a number as
+    ground truth becomes text."""
+
+    style: Annotated[StrictStr, BeforeValidator(lambda style: "rule" if style is None else style)]
+    ground_truth: Annotated[StrictStr, BeforeValidator(_number_as_text)]
 
 
 @with_config(ConfigDict(extra="allow"))
 class _ExtraInfo(TypedDict):
-    split: StrictStr
-    index: StrictInt
+    split: NotRequired[StrictStr | None]
+    index: Annotated[int | str, BeforeValidator(_index)]
     domain: NotRequired[StrictStr | None]
     options: NotRequired[Annotated[list[StrictStr], BeforeValidator(_as_list)] | None]
     question: NotRequired[StrictStr | None]
-    answer: NotRequired[StrictStr | None]
+    answer: NotRequired[Annotated[StrictStr | None, BeforeValidator(_number_as_text)]]
     response: NotRequired[StrictStr | None]
 
 
-def _complete(extra_info: dict[str, Any]) -> dict[str, Any]:
-    """All known keys, then those further keys that have a value, which JSON must be able to hold.
+def _with_value(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys that have a value, which JSON must be able to hold.
 
-    A further key with the value None is dropped: Parquet cannot tell it from an absent one.
+    A key with the value None is dropped: Parquet cannot tell it from an absent one.
     """
-    if not -(2**63) <= extra_info["index"] < 2**63:
-        raise ValueError("index does not fit 64 bits")
-    known = ("split", "index", *OPTIONAL_KEYS)
-    further = {k: v for k, v in extra_info.items() if k not in known and v is not None}
+    kept = {key: value for key, value in values.items() if value is not None}
     try:
-        json.dumps(further, allow_nan=False)
+        json.dumps(kept, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"further keys must hold JSON values: {error}") from error
+    return kept
+
+
+def _complete(extra_info: dict[str, Any]) -> dict[str, Any]:
+    """All known keys, then those further keys that have a value."""
+    known = ("split", "index", *OPTIONAL_KEYS)
+    further = _with_value({k: v for k, v in extra_info.items() if k not in known})
     return {**{key: extra_info.get(key) for key in known}, **further}
 
 
@@ -97,7 +119,7 @@ class Sample(BaseModel):
     """One checked sample, in verl's layout (module docstring). Two are equal if all content is.
 
     `images` are the encoded bytes of image files. `extra_info` has all the known keys, None where
-    not given; further keys are kept if JSON can hold their values.
+    not given; further keys are kept if JSON can hold their values, and so are further `columns`.
 
     Raises (on construction): pydantic's ValidationError, a ValueError, if a field is missing, of a
     wrong type or unknown, if an image has no readable header, or if the number of `<image>`
@@ -108,13 +130,14 @@ class Sample(BaseModel):
     data_source: StrictStr
     prompt: Annotated[list[Message], BeforeValidator(_as_list)]
     images: Annotated[list[StrictBytes], BeforeValidator(_as_list)] = []
-    ability: StrictStr
-    reward_model: RewardModel
+    ability: StrictStr | None
+    reward_model: Annotated[RewardModel, AfterValidator(_with_value)]
     extra_info: Annotated[
         dict[str, Any],
         AfterValidator(_complete),
         GetPydanticSchema(lambda _, handler: handler(_ExtraInfo)),
     ]
+    columns: Annotated[dict[str, Any], AfterValidator(_with_value)] = {}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -161,14 +184,16 @@ class Sample(BaseModel):
         return domain
 
     @property
-    def split(self) -> str:
+    def split(self) -> str | None:
         """The part of the data that it belongs to, such as "train"."""
-        return str(self.extra_info["split"])
+        split: str | None = self.extra_info["split"]
+        return split
 
     @property
-    def index(self) -> int:
-        """Number of the sample within its split."""
-        return int(self.extra_info["index"])
+    def index(self) -> int | str:
+        """Number or name of the sample within its split."""
+        index: int | str = self.extra_info["index"]
+        return index
 
     @property
     def response(self) -> str | None:
@@ -185,6 +210,7 @@ class Sample(BaseModel):
             "ability": self.ability,
             "reward_model": dict(self.reward_model),
             "extra_info": dict(self.extra_info),
+            **self.columns,
         }
 
 
@@ -239,90 +265,3 @@ def make_sample(
             "extra_info": extra_info,
         }
     )
-
-
-def parse_row(row: Any, *, folder: Path) -> Sample:
-    """Sample from one decoded row of a file.
-
-    An image may be bytes, `{"bytes": bytes or base64 text}`, a `data:...;base64,` address, a path,
-    or `{"path": path}`. Paths are relative to `folder` and must stay inside it.
-
-    Raises:
-        ValueError: the row is wrong; every fault is named with its key.
-    """
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be an object, not {type(row).__name__}")
-    images = row.get("images")
-    if images is None:
-        images = []
-    if not isinstance(images, list | tuple):
-        raise ValueError(f"images: must be a list, not {type(images).__name__}")
-    faults: list[str] = []
-    contents: list[bytes] = []
-    for index, image in enumerate(images):
-        try:
-            contents.append(_image_bytes(image, folder))
-        except ValueError as error:
-            faults.append(f"images[{index}]: {error}")
-    if faults:
-        raise ValueError("; ".join(faults))
-    try:
-        return Sample.model_validate({**row, "images": contents})
-    except ValidationError as error:
-        raise ValueError("; ".join(_fault(fault) for fault in error.errors())) from None
-
-
-def _fault(fault: Any) -> str:
-    """`key: reason` of one pydantic error, without echoing the (possibly huge) value."""
-    message = fault["msg"].removeprefix("Value error, ")
-    key = ""
-    for part in fault["loc"]:
-        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
-    if fault["type"] == "extra_forbidden":
-        message = "unknown key; put further information into extra_info"
-    return f"{key}: {message}" if key else message
-
-
-def _image_bytes(image: Any, folder: Path) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, dict):
-        content, path = image.get("bytes"), image.get("path")
-        if isinstance(content, bytes):
-            return content
-        if isinstance(content, str):
-            return _from_base64(content)
-        if content is None and isinstance(path, str):
-            return _read_inside(folder, path)
-        raise ValueError('an object must hold "bytes" (bytes or base64 text) or "path" (text)')
-    if isinstance(image, str):
-        if image.startswith("data:"):
-            return _from_base64(image.partition(";base64,")[2])
-        return _read_inside(folder, image)
-    raise ValueError(f"must be bytes, a path or an object, not {type(image).__name__}")
-
-
-def _from_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"is not base64: {error}") from error
-
-
-def _read_inside(folder: Path, path: str) -> bytes:
-    shown = path if len(path) <= 200 else path[:200] + "..."
-    root = folder.resolve()
-    try:
-        target = (root / path).resolve()
-        inside = target.is_relative_to(root)
-        if inside and target.is_file():
-            if target.stat().st_size > MAX_FILE_BYTES:
-                raise ValueError(f"path {shown!r} has more than {MAX_FILE_BYTES} bytes")
-            return target.read_bytes()
-    except OSError as error:  # too long a name, no permission
-        raise ValueError(f"path {shown!r} cannot be read: {error.strerror}") from error
-    except RuntimeError as error:
-        raise ValueError(f"path {shown!r} is a loop of links") from error
-    if not inside:
-        raise ValueError(f"path {shown!r} leads out of the data file's folder")
-    raise ValueError(f"path {shown!r} is not a file in the data file's folder")

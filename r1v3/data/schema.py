@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,15 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1v3.data.parquet import read_rows, write_rows
-from r1v3.data.sample import Sample, parse_row
+from r1v3.data.rows import parse_row
+from r1v3.data.sample import Sample
 from r1v3.files import fsync_directory, temporary_sibling
+from r1v3.progress import say
 
 SHOWN_FAULTS = 10
 
 _TEXT = pa.string()
 _EXTRA_INFO: dict[str, pa.DataType] = {
-    "split": _TEXT,
-    "index": pa.int64(),
     "domain": _TEXT,
     "options": pa.list_(_TEXT),
     "question": _TEXT,
@@ -34,11 +38,47 @@ _EXTRA_INFO: dict[str, pa.DataType] = {
 def load_samples(path: str | Path) -> list[Sample]:
     """All samples of a `.parquet` or `.jsonl` file, in order.
 
+    What is not used of the file is printed, in one line, once in a process.
+
     Raises:
         ValueError: the file is missing, empty, damaged or of another kind, or rows are wrong. The
             message names the file and the first 10 wrong rows (JSON lines: line number from 1;
             Parquet: row index from 0), each with key and reason, and how many more there are.
             Nothing is returned then.
+    """
+    samples: list[Sample] = []
+    faults: list[str] = []
+    ignored: Counter[str] = Counter()
+    for place, found in read_samples(path, ignored):
+        if isinstance(found, Sample):
+            samples.append(found)
+        else:
+            faults.append(f"{place}: {found}")
+    if faults:
+        shown = "\n  ".join(faults[:SHOWN_FAULTS])
+        more = len(faults) - SHOWN_FAULTS
+        rest = f"\n  and {more} more" if more > 0 else ""
+        raise ValueError(f"{path}: {len(faults)} wrong rows\n  {shown}{rest}")
+    if not samples:
+        raise ValueError(f"{path}: the file holds no samples")
+    if ignored:
+        _say_once(f"{path}: ignored: {'; '.join(ignored)}")
+    return samples
+
+
+@cache
+def _say_once(line: str) -> None:
+    say(line, shown=os.environ.get("RANK", "0") == "0")
+
+
+def read_samples(path: str | Path, ignored: Counter[str]) -> Iterator[tuple[str, Sample | str]]:
+    """Read a file row by row: the place of each, and its sample or what is wrong with it.
+
+    Args:
+        ignored: counts what is not used of the rows, in words.
+
+    Raises:
+        ValueError: the file is missing, damaged or of another kind.
     """
     path = Path(path)
     readers = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows}
@@ -47,24 +87,14 @@ def load_samples(path: str | Path) -> list[Sample]:
         raise ValueError(f"{path}: the name must end in .parquet or .jsonl")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    samples: list[Sample] = []
-    faults: list[str] = []
     try:
         for place, read in reader(path):
             try:
-                samples.append(parse_row(read(), folder=path.parent))
+                yield place, parse_row(read(), folder=path.parent, ignored=ignored)
             except (ValueError, RecursionError, pa.ArrowException) as error:
-                faults.append(f"{place}: {error}")
+                yield place, str(error)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
-    if faults:
-        shown = "\n  ".join(faults[:SHOWN_FAULTS])
-        more = len(faults) - SHOWN_FAULTS
-        rest = f"\n  and {more} more" if more > 0 else ""
-        raise ValueError(f"{path}: {len(faults)} wrong rows\n  {shown}{rest}")
-    if not samples:
-        raise ValueError(f"{path}: the file holds no samples")
-    return samples
 
 
 Row = tuple[str, Callable[[], Any]]
@@ -73,18 +103,31 @@ Row = tuple[str, Callable[[], Any]]
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield f"line {number}", lambda line=line: _json(line)  # type: ignore[misc]
 
 
 def _json(line: bytes) -> Any:
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
+    """One line; NaN, as Python writes it, may stand in `extra_info` only."""
+
+    def constant(name: str) -> float:
+        if name != "NaN":
+            raise ValueError(f"{name} is not JSON")
+        return math.nan
 
     try:
-        return json.loads(line.decode("utf-8"), parse_constant=refuse)
+        row = json.loads(line.decode("utf-8"), parse_constant=constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from error
+    rest = {k: v for k, v in row.items() if k != "extra_info"} if isinstance(row, dict) else row
+    if b"NaN" in line:
+        try:
+            json.dumps(rest, allow_nan=False)
+        except ValueError:
+            raise ValueError("NaN is not JSON; only extra_info may hold it") from None
+    return row
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -146,33 +189,52 @@ def _json_line(sample: Sample) -> bytes:
 
 
 def _parquet_schema(path: Path, samples: Sequence[Sample]) -> pa.Schema:
-    """Schema of verl's layout; types of further `extra_info` keys are taken from their values."""
-    extras = [sample.to_row()["extra_info"] for sample in samples]
-    further_keys = dict.fromkeys(key for extra in extras for key in extra if key not in _EXTRA_INFO)
-    fields = dict(_EXTRA_INFO)
-    for key in further_keys:
-        values = [extra.get(key) for extra in extras]
-        try:
-            column = pa.table({key: pa.array(values)})
-            stored = pa.BufferOutputStream()
-            pq.write_table(column, stored)
-            back = pq.read_table(pa.BufferReader(stored.getvalue())).column(key)
-            exact = json.dumps(back.to_pylist()) == json.dumps(values)
-        except (pa.ArrowException, OverflowError) as error:
-            raise ValueError(f"{path}: Parquet cannot hold extra_info[{key!r}]: {error}") from error
-        if not exact:
-            raise ValueError(
-                f"{path}: Parquet cannot hold extra_info[{key!r}] exactly; "
-                "give it values of one type in every row, or write .jsonl"
-            )
-        fields[key] = column.schema.field(key).type
+    """Schema of verl's layout; types of further keys and columns are taken from their values."""
+
+    def further(name: str, parts: Sequence[dict[str, Any]], known: Sequence[str]) -> dict[str, Any]:
+        keys = dict.fromkeys(key for part in parts for key in part if key not in known)
+        return {
+            key: _exact_type(path, name.format(key), [part.get(key) for part in parts])
+            for key in keys
+        }
+
+    rewards = [dict(sample.reward_model) for sample in samples]
+    extras = [sample.extra_info for sample in samples]
+    index = _exact_type(path, "extra_info['index']", [extra["index"] for extra in extras])
+    reward_model = {"style": _TEXT, "ground_truth": _TEXT}
+    reward_model |= further("reward_model[{!r}]", rewards, list(reward_model))
+    extra_info = {"split": _TEXT, "index": index, **_EXTRA_INFO}
+    extra_info |= further("extra_info[{!r}]", extras, list(extra_info))
     return pa.schema(
         {
             "data_source": _TEXT,
             "prompt": pa.list_(pa.struct({"role": _TEXT, "content": _TEXT})),
             "images": pa.list_(pa.struct({"bytes": pa.binary()})),
             "ability": _TEXT,
-            "reward_model": pa.struct({"style": _TEXT, "ground_truth": _TEXT}),
-            "extra_info": pa.struct(fields),
+            "reward_model": pa.struct(reward_model),
+            "extra_info": pa.struct(extra_info),
+            **further("column {!r}", [sample.columns for sample in samples], []),
         }
     )
+
+
+def _exact_type(path: Path, name: str, values: list[Any]) -> pa.DataType:
+    """The type in which Parquet gives these values back as they are.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        column = pa.table({"values": pa.array(values)})
+        stored = pa.BufferOutputStream()
+        pq.write_table(column, stored)
+        back = pq.read_table(pa.BufferReader(stored.getvalue())).column("values")
+        exact = json.dumps(back.to_pylist()) == json.dumps(values)
+    except (pa.ArrowException, OverflowError) as error:
+        raise ValueError(f"{path}: Parquet cannot hold {name}: {error}") from error
+    if not exact:
+        raise ValueError(
+            f"{path}: Parquet cannot hold {name} exactly; "
+            "give it values of one type in every row, or write .jsonl"
+        )
+    return column.schema.field("values").type

@@ -41,16 +41,20 @@ WRONG_ROWS: dict[str, tuple[Any, str]] = {
     "missing extra": (without("extra_info"), "extra_info: Field required"),
     "missing index": (a_row(extra_info={"split": "x"}), "extra_info.index: Field required"),
     "missing truth": (a_row(reward_model={"style": "rule"}), "reward_model.ground_truth: Field"),
-    "number as truth": (
-        a_row(reward_model={"style": "rule", "ground_truth": 3}),
+    "list as truth": (
+        a_row(reward_model={"style": "rule", "ground_truth": ["3"]}),
         "reward_model.ground_truth: Input should be a valid string",
     ),
-    "other style": (
-        a_row(reward_model={"style": "model", "ground_truth": "3"}),
-        "reward_model.style: Input should be 'rule'",
+    "truth value as truth": (
+        a_row(reward_model={"style": "rule", "ground_truth": True}),
+        "reward_model.ground_truth: Input should be a valid string",
     ),
-    "text as index": (
-        a_row(extra_info={"split": "x", "index": "0"}),
+    "number as style": (
+        a_row(reward_model={"style": 1, "ground_truth": "3"}),
+        "reward_model.style: Input should be a valid string",
+    ),
+    "fraction as index": (
+        a_row(extra_info={"split": "x", "index": 0.5}),
         "extra_info.index: Input should be a valid integer",
     ),
     "truth value as index": (
@@ -73,7 +77,10 @@ WRONG_ROWS: dict[str, tuple[Any, str]] = {
         "prompt[0].role: Input should be 'system'",
     ),
     "content missing": (a_row(prompt=[{"role": "user"}]), "prompt[0].content: Field required"),
-    "unknown key": (a_row(imges=[]), "imges: unknown key"),
+    "misspelled images": (
+        {**without("images"), "imges": ["a.png"]},
+        "1 <image> placeholders and images has 0",
+    ),
     "unknown message key": (
         a_row(prompt=[{"role": "user", "content": "<image>", "name": "x"}]),
         "prompt[0].name: unknown key",
@@ -86,7 +93,8 @@ WRONG_ROWS: dict[str, tuple[Any, str]] = {
         a_row(prompt=[{"role": "user", "content": "x"}]),
         "0 <image> placeholders and images has 1",
     ),
-    "images as text": (a_row(images="a.png"), "images: must be a list, not str"),
+    "images as number": (a_row(images=7), "images: must be a list, not int"),
+    "missing single image": (a_row(images="a.png"), "images[0]: path 'a.png' is not a file"),
     "number as image": (a_row(images=[3]), "images[0]: must be bytes, a path or an object"),
     "empty image object": (a_row(images=[{}]), 'images[0]: an object must hold "bytes"'),
     "not base64": (a_row(images=[{"bytes": "a.png!"}]), "images[0]: is not base64"),
