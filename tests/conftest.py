@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from r1v3.kernels import cpu
+from tests.processes import SESSION
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -34,6 +35,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.config.getoption("--require-gpu"):
         pytest.fail("--require-gpu was given and torch.cuda.is_available() is False")
     pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tell `processes.made_once` where all workers of this session can look."""
+    folder = tmp_path_factory.getbasetemp()
+    SESSION.folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(autouse=True)

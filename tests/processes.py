@@ -1,18 +1,49 @@
 """Several real processes of one job on this machine: started, waited for, and ended."""
 
 import contextlib
+import fcntl
+import json
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds after which a process that should long have ended is taken to hang. Tests do not measure
 # time with it: beside other programs, a machine may be twenty times as slow.
 PATIENCE = 1800
+
+
+@dataclass
+class Session:
+    """What the test processes of one session share; tests/conftest.py fills it in."""
+
+    folder: Path | None = None
+
+
+SESSION = Session()
+
+
+def made_once(name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
+    """A folder that all test processes share, and what `make` gave (as JSON) when it made it.
+
+    The first process that asks calls `make` with the folder; others wait and read.
+    """
+    assert SESSION.folder is not None
+    folder = SESSION.folder / name
+    result = folder.with_name(f"{name}.json")
+    with folder.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.exists():
+            folder.mkdir()
+            result.write_text(json.dumps(make(folder)), encoding="utf-8")
+    return folder, json.loads(result.read_text(encoding="utf-8"))
 
 
 def free_port() -> int:

@@ -1,12 +1,11 @@
 """A tiny run through the real verbs, as processes that can be killed at any file operation.
 
-`home()` holds a base model of width 32 that the real `r1v3 data` and `r1v3 sft` made, once per
-test process. `verb()` runs a verb in a process of its own, forked from a server that has imported
-the package already; it can be sent a signal at the n-th change it makes below its folder, which
-is where a kill can leave something behind.
+`home()` holds a base model of width 32 that the real `r1v3 data` and `r1v3 sft` made, once for
+all test processes. `verb()` runs a verb in a process of its own, forked from a server that has
+imported the package already; it can be sent a signal at the n-th change it makes below its folder,
+which is where a kill can leave something behind.
 """
 
-import atexit
 import functools
 import hashlib
 import json
@@ -27,7 +26,7 @@ import torch
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples, write_samples
 from r1v3.trainer.metrics import comparable, read_metrics
-from tests.processes import PATIENCE
+from tests.processes import PATIENCE, made_once
 
 DATA = """
 run: run
@@ -230,8 +229,10 @@ def short(sample: Sample, index: int) -> Sample:
 @functools.cache
 def home() -> Path:
     """A folder with `run/data`, the short responses in `short/`, and the model folder `base/`."""
-    folder = Path(tempfile.mkdtemp(prefix="r1v3-tiny-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return made_once("tiny", _make_home)[0]
+
+
+def _make_home(folder: Path) -> None:
     (folder / "data.yaml").write_text(DATA)
     (folder / "base.yaml").write_text(BASE)
     succeed(folder, "data", "data.yaml", "grpo=96", "grpo_validation=12")
@@ -241,7 +242,6 @@ def home() -> Path:
         write_samples(folder / f"short/{name}.parquet", shortened)
     succeed(folder, "sft", "base.yaml")
     (folder / "run/models/sft").rename(folder / "base")
-    return folder
 
 
 def with_positions(folder: Path, positions: int) -> Path:
@@ -299,9 +299,12 @@ def leftovers(run: Path) -> list[Path]:
 @functools.cache
 def finished(stage: str) -> tuple[Path, list[str]]:
     """An uninterrupted run of one stage: its working folder and what it changed."""
-    folder = home() / f"whole-{stage}"
-    write_configs(folder)
-    return folder, succeed(folder, *stage_arguments(stage)).changes
+
+    def run(folder: Path) -> list[str]:
+        write_configs(folder)
+        return succeed(folder, *stage_arguments(stage)).changes
+
+    return made_once(f"whole-{stage}", run)
 
 
 def seeded_moments(stage: str, count: int) -> list[int]:
