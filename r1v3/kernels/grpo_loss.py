@@ -3,6 +3,8 @@
 One pass gives the loss, its gradient and the metrics; the backward is one multiplication.
 """
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
@@ -86,18 +88,31 @@ def grpo_loss(
         logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, weights, cu_seqlens,
         normalizer, options,
     )  # fmt: skip
-    return loss_and_metrics(logprobs.reshape(-1), inputs, options)
+    return loss_and_metrics(logprobs.reshape(-1), inputs)
 
 
-def loss_and_metrics(
-    logprobs: Tensor, inputs: GrpoInputs, options: GrpoOptions
-) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_and_metrics(logprobs: Tensor, inputs: GrpoInputs) -> tuple[Tensor, dict[str, Tensor]]:
     """Return `grpo_loss` of flat log-probabilities [N] in the dtype of the inputs."""
     loss, metrics = _GrpoLoss.apply(
         logprobs.contiguous(), inputs.terms, inputs.mask, inputs.offsets, inputs.length,
-        inputs.normalizer, options.as_floats(),
+        inputs.normalizer, inputs.options.as_floats(),
     )  # fmt: skip
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+
+
+def loss_and_metrics_of_head(
+    logprobs: Tensor, entropy: Tensor, shape: tuple[int, ...], inputs: GrpoInputs
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `loss_and_metrics`, with "entropy", "token_entropy" and "token_logprobs" of this shape.
+
+    Args:
+        entropy: [N], zero where the mask is False.
+    """
+    loss, metrics = loss_and_metrics(logprobs, inputs)
+    metrics["entropy"] = entropy.sum() / metrics["tokens"].clamp(min=1)
+    metrics["token_entropy"] = entropy.view(shape)
+    metrics["token_logprobs"] = logprobs.detach().view(shape)
+    return loss, metrics
 
 
 class _GrpoLoss(torch.autograd.Function):
@@ -156,7 +171,7 @@ def _grpo_loss(
     assert advantages is not None
     return reference.grpo_loss(
         logprobs, old_logprobs, advantages, mask, offsets, ref_logprobs=ref_logprobs,
-        weights=weights, normalizer=normalizer, **GrpoOptions.of_floats(options).keywords(),
+        weights=weights, normalizer=normalizer, **asdict(GrpoOptions.of_floats(options)),
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Terms of the GRPO loss: its options, its checked arguments, and both for each token."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,10 +69,6 @@ class GrpoOptions:
         clip = RATIO_CLIPS[int(ratio_clip)]
         return cls(clip_low, clip_high, dual_clip or None, clip, kl_coef, *names)
 
-    def keywords(self) -> dict[str, Any]:
-        """Keyword arguments of `grpo_loss`."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class GrpoInputs:
@@ -95,6 +90,7 @@ class GrpoInputs:
     length: int
     sequences: int
     normalizer: Tensor | None
+    options: GrpoOptions
 
     @classmethod
     def of(
@@ -135,6 +131,7 @@ class GrpoInputs:
             length,
             sequences,
             _checked_normalizer(normalizer, options.aggregation),
+            options,
         )
 
 
@@ -155,7 +152,7 @@ class TokenTerms:
     options: list[float]
 
     @classmethod
-    def of(cls, inputs: GrpoInputs, options: GrpoOptions) -> tuple[Tensor, "TokenTerms"]:
+    def of(cls, inputs: GrpoInputs) -> tuple[Tensor, "TokenTerms"]:
         """Mask [N] of the tokens that count, which are in a sequence, and the terms of all."""
         device, n = inputs.mask.device, inputs.mask.shape[0]
         offsets = inputs.offsets
@@ -169,8 +166,8 @@ class TokenTerms:
             x if x is None or x.shape[0] == n else x[sequence.clamp(max=x.shape[0] - 1)]
             for x in inputs.terms
         ]
-        scale = _loss_scale(mask, sequence, inputs, options)
-        return mask, cls.of_tensors([scale, *terms], options.as_floats())
+        scale = _loss_scale(mask, sequence, inputs)
+        return mask, cls.of_tensors([scale, *terms], inputs.options.as_floats())
 
     def tensors(self) -> list[Tensor | None]:
         """The terms as ops take them: all attributes but the options."""
@@ -251,21 +248,21 @@ def _checked_normalizer(normalizer: Tensor | float | None, aggregation: str) -> 
     return as_scalar(normalizer)
 
 
-def _loss_scale(mask: Tensor, sequence: Tensor, inputs: GrpoInputs, options: GrpoOptions) -> Tensor:
+def _loss_scale(mask: Tensor, sequence: Tensor, inputs: GrpoInputs) -> Tensor:
     """The factor of each token's loss [N] in the total; zero where the mask is False.
 
     Args:
         sequence: int64 [N], the number of sequences where a token is in none.
     """
-    dtype = inputs.dtype
+    dtype, aggregation = inputs.dtype, inputs.options.aggregation
     counts = torch.zeros(inputs.sequences + 1, dtype=dtype, device=mask.device)
     counts = counts.index_add(0, sequence, mask.to(dtype))
     if inputs.normalizer is not None:
         divisor = inputs.normalizer.to(mask.device, dtype, non_blocking=True)
-    elif options.aggregation == "token-mean":
+    elif aggregation == "token-mean":
         divisor = counts.sum().clamp(min=1)
     else:
         divisor = (counts > 0).sum().clamp(min=1)
-    if options.aggregation == "sequence-mean":
+    if aggregation == "sequence-mean":
         divisor = divisor * counts[sequence].clamp(min=1)
     return torch.where(mask, 1.0, 0.0).to(dtype) / divisor

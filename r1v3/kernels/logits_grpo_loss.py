@@ -10,12 +10,12 @@ from torch.distributed import ProcessGroup
 
 from r1v3.kernels import cuda, devices, reference, softmax_rows
 from r1v3.kernels.arguments import as_scalar, check_logits, check_token_ids
-from r1v3.kernels.grpo_loss import loss_and_metrics
+from r1v3.kernels.grpo_loss import loss_and_metrics_of_head
 from r1v3.kernels.grpo_terms import GrpoInputs, GrpoOptions, TokenTerms
 from r1v3.kernels.logprobs_and_entropy import logprobs_and_entropy
 from r1v3.kernels.registration import register_op
-from r1v3.kernels.scale import scale_
-from r1v3.kernels.vocab_parallel import group_name
+from r1v3.kernels.vocab_parallel import group_name, shard_bounds
+from r1v3.kernels.with_gradient import with_gradient_op
 
 
 def logits_grpo_loss(
@@ -84,13 +84,18 @@ def logits_grpo_loss(
         like, old_logprobs, advantages, loss_mask, ref_logprobs, weights, cu_seqlens, normalizer,
         options,
     )  # fmt: skip
-    mask, terms = TokenTerms.of(inputs, options)
+    mask, terms = TokenTerms.of(inputs)
     ids = torch.where(mask, token_ids.reshape(-1), reference.IGNORED_TOKEN).to(torch.int64)
     gradient = None
     if logits.dtype in cuda.SUPPORTED:
-        logprobs, entropy, gradient = _in_one_pass(
-            logits, inplace_backward, ids, terms.tensors(), terms.options, as_scalar(temperature),
-            vocab_size, group_name(group),
+        x = logits.detach()
+        if torch.is_grad_enabled() and logits.requires_grad:
+            inplace = inplace_backward and not torch.compiler.is_compiling()
+            inplace = inplace and softmax_rows.writable_in_place(x)
+            gradient = x if inplace else x.new_empty(x.shape)
+        logprobs, entropy = _logits_grpo_op(
+            x, gradient, ids, terms.tensors(), terms.options, as_scalar(temperature), vocab_size,
+            group_name(group),
         )  # fmt: skip
     else:
         logprobs, entropy = logprobs_and_entropy(
@@ -100,149 +105,61 @@ def logits_grpo_loss(
         logprobs = logprobs.reshape(-1)
         keep = ids != reference.IGNORED_TOKEN
         entropy = torch.where(keep, entropy.detach().reshape(-1), 0.0)
-    loss, metrics = loss_and_metrics(logprobs, inputs, options)
+    loss, metrics = loss_and_metrics_of_head(logprobs, entropy, shape, inputs)
     if gradient is not None:
-        loss = _with_gradient_op(loss, logits, gradient)
-    metrics["entropy"] = entropy.sum() / metrics["tokens"].clamp(min=1)
-    metrics["token_entropy"] = entropy.view(shape)
-    metrics["token_logprobs"] = logprobs.detach().view(shape)
+        loss = with_gradient_op(loss, [logits], [gradient])
     return loss, metrics
-
-
-def _in_one_pass(
-    logits: Tensor, inplace: bool, *arguments: object
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities and entropy [n], and the gradient where logits require one."""
-    x = logits.detach()
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        return *_logits_grpo_op(x, False, *arguments)[:2], None
-    inplace = inplace and not torch.compiler.is_compiling()
-    if inplace and softmax_rows.writable_in_place(logits):
-        return *_logits_grpo_inplace_op(x, *arguments), x
-    logprobs, entropy, gradient = _logits_grpo_op(x, True, *arguments)
-    return logprobs, entropy, gradient
 
 
 def _logits_grpo(
     logits: Tensor,
-    with_gradient: bool,
+    gradient: Tensor | None,
     token_ids: Tensor,
     terms: list[Tensor | None],
     options: list[float],
     temperature: Tensor,
     vocab_size: int | None,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [n], entropy [n], and the gradient, like logits or empty.
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [n] and entropy [n]; writes the gradient, which may be the logits.
 
     Tokens with a loss scale of 0 or label -100 give 0 for all three.
 
     Args:
         terms, options: of a `TokenTerms` of all n tokens.
     """
-    gradient = logits.new_empty(logits.shape if with_gradient else (0,))
-    logprobs, entropy = _compute(
-        logits, gradient if with_gradient else None, token_ids,
-        TokenTerms.of_tensors(terms, options), float(temperature), vocab_size, group,
-    )  # fmt: skip
-    return logprobs, entropy, gradient
+    own, vocab = TokenTerms.of_tensors(terms, options), vocab_size or logits.shape[-1]
+    if gradient is not None and not group and float(temperature) > 0:
+        blocks = cuda.cluster(logits, vocab)
+        if blocks:
+            return cuda.logits_grpo_loss(
+                logits, gradient, token_ids, own, float(temperature), vocab, blocks
+            )
+    keep = (own.loss_scale != 0) & (token_ids != reference.IGNORED_TOKEN)
+    if logits.device.type == "cpu" and not devices.runs_triton(logits) and not group:
+        # Only the rows that count, since waiting for their number costs nothing here.
+        rows = keep.nonzero().squeeze(-1)
+        ids, own, mask = token_ids[rows], own[rows], None
+    else:
+        rows, ids, mask = None, torch.where(keep, token_ids, reference.IGNORED_TOKEN), keep
+    shard = shard_bounds(logits.shape[-1], vocab_size, group, logits.device)
+    labels = softmax_rows.RowLabels(ids, rows, float(temperature), vocab_size, shard, group)
+    logprobs, entropy, saved = softmax_rows.forward(logits, labels, keep=mask)
+    if gradient is not None:
+        upstream = own.grad_logprobs(logprobs, mask)
+        softmax_rows.backward(logits, gradient, labels, saved, upstream)
+    if rows is None:
+        return logprobs, torch.where(keep, entropy, 0.0)
+    n = token_ids.shape[0]
+    return softmax_rows.scatter(logprobs, rows, n), softmax_rows.scatter(entropy, rows, n)
 
 
 def _fake_logits_grpo(
-    logits: Tensor, with_gradient: bool, token_ids: Tensor, terms: list[Tensor], *rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    logprobs = torch.empty_like(terms[0])
-    gradient = logits.new_empty(logits.shape if with_gradient else (0,))
-    return logprobs, torch.empty_like(logprobs), gradient
-
-
-def _logits_grpo_inplace(
-    logits: Tensor,
-    token_ids: Tensor,
-    terms: list[Tensor | None],
-    options: list[float],
-    temperature: Tensor,
-    vocab_size: int | None,
-    group: str,
-) -> tuple[Tensor, Tensor]:
-    """As `_logits_grpo`, with the gradient in place of the logits."""
-    return _compute(
-        logits, logits, token_ids, TokenTerms.of_tensors(terms, options), float(temperature),
-        vocab_size, group,
-    )  # fmt: skip
-
-
-def _fake_logits_grpo_inplace(
-    logits: Tensor, token_ids: Tensor, terms: list[Tensor], *rest: object
+    logits: Tensor, gradient: Tensor | None, token_ids: Tensor, terms: list[Tensor], *rest: object
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(terms[0]), torch.empty_like(terms[0])
 
 
-def _with_gradient(loss: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
-    """The loss [], whose gradient by the logits is known."""
-    return loss.clone()
-
-
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.consumed = False
-    ctx.save_for_backward(inputs[2])
-
-
-def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
-    if ctx.consumed:
-        raise RuntimeError(
-            "logits_grpo_loss has handed out the gradient of its logits, which exists once; "
-            "a second backward needs a second call"
-        )
-    (gradient,) = ctx.saved_tensors
-    ctx.consumed = True
-    scale_(gradient, grad_loss)
-    return None, gradient.detach(), None
-
-
-_logits_grpo_op = register_op("logits_grpo", _logits_grpo, fake=_fake_logits_grpo)
-_logits_grpo_inplace_op = register_op(
-    "logits_grpo_", _logits_grpo_inplace, fake=_fake_logits_grpo_inplace, mutates_args=("logits",)
+_logits_grpo_op = register_op(
+    "logits_grpo", _logits_grpo, fake=_fake_logits_grpo, mutates_args=("gradient",)
 )
-_with_gradient_op = register_op(
-    "with_logits_gradient", _with_gradient, fake=lambda loss, *rest: torch.empty_like(loss),
-    backward=_backward, setup_context=_save,
-)  # fmt: skip
-
-
-def _compute(
-    logits: Tensor,
-    gradient: Tensor | None,
-    token_ids: Tensor,
-    terms: TokenTerms,
-    temperature: float,
-    vocab_size: int | None,
-    group: str,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropy [n]; writes the gradient, which may be the logits."""
-    vocab = logits.shape[-1] if vocab_size is None else vocab_size
-    if gradient is not None and not group and temperature > 0:
-        blocks = cuda.cluster(logits, vocab)
-        if blocks:
-            return cuda.logits_grpo_loss(
-                logits, gradient, token_ids, terms, temperature, vocab, blocks
-            )
-    keep = (terms.loss_scale != 0) & (token_ids != reference.IGNORED_TOKEN)
-    if logits.device.type == "cpu" and not devices.runs_triton(logits) and not group:
-        # Only the rows that count, since waiting for their number costs nothing here.
-        rows = keep.nonzero().squeeze(-1)
-        ids, terms, mask = token_ids[rows], terms[rows], None
-    else:
-        rows, ids, mask = None, torch.where(keep, token_ids, reference.IGNORED_TOKEN), keep
-    logprobs, entropy, saved, shard = softmax_rows.forward(
-        logits, ids, rows, temperature, vocab_size, group, keep=mask
-    )
-    if gradient is not None:
-        softmax_rows.backward(
-            logits, gradient, ids, rows, temperature, vocab_size, shard, saved,
-            terms.grad_logprobs(logprobs, mask), None,
-        )  # fmt: skip
-    if rows is None:
-        return logprobs, torch.where(keep, entropy, 0.0)
-    zero = logprobs.new_zeros(token_ids.shape[0])
-    return zero.index_copy(0, rows, logprobs), zero.index_copy(0, rows, entropy)

@@ -15,7 +15,8 @@ from torch.distributed import ProcessGroup
 from r1v3.kernels import reference, softmax_rows
 from r1v3.kernels.arguments import as_scalar, check_logits, check_rows, check_token_ids
 from r1v3.kernels.registration import register_op
-from r1v3.kernels.vocab_parallel import group_name
+from r1v3.kernels.softmax_rows import RowLabels
+from r1v3.kernels.vocab_parallel import group_name, shard_bounds
 
 
 def logprobs_and_entropy(
@@ -151,22 +152,17 @@ def _logprobs_and_entropy(
     inplace_backward: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logprobs, entropy, saved, shard = softmax_rows.forward(
-        logits, token_ids, rows, float(temperature), vocab_size, group, with_entropy=with_entropy
-    )
+    """Log-probabilities [n], entropy [n] or [0], what the backward needs [n, 3], the shard."""
+    shard = shard_bounds(logits.shape[-1], vocab_size, group, logits.device)
+    labels = RowLabels(token_ids, rows, float(temperature), vocab_size, shard, group)
+    logprobs, entropy, saved = softmax_rows.forward(logits, labels, with_entropy=with_entropy)
     return logprobs, entropy if with_entropy else logprobs.new_empty(0), saved, shard
 
 
 def _fake_logprobs_and_entropy(
-    logits: Tensor,
-    token_ids: Tensor | None,
-    rows: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int | None,
-    group: str,
-    inplace_backward: bool,
-    with_entropy: bool,
+    logits: Tensor, token_ids: Tensor | None, rows: Tensor | None, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, group, _, with_entropy = rest
     n = math.prod(logits.shape[:-1]) if rows is None else rows.shape[0]
     logprobs = logits.new_empty(n, dtype=reference.accumulation_dtype(logits))
     shard = logits.new_empty(2 if group else 0, dtype=torch.int64)
@@ -176,25 +172,7 @@ def _fake_logprobs_and_entropy(
 
 def _logits_gradient(
     logits: Tensor,
-    token_ids: Tensor | None,
-    rows: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int | None,
-    shard: Tensor,
-    saved: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> Tensor:
-    out = logits.new_empty(logits.shape)
-    softmax_rows.backward(
-        logits, out, token_ids, rows, float(temperature), vocab_size, shard, saved,
-        grad_logprobs, grad_entropy,
-    )  # fmt: skip
-    return out
-
-
-def _logits_gradient_inplace(
-    logits: Tensor,
+    gradient: Tensor,
     token_ids: Tensor | None,
     rows: Tensor | None,
     temperature: Tensor,
@@ -204,10 +182,9 @@ def _logits_gradient_inplace(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> None:
-    softmax_rows.backward(
-        logits, logits, token_ids, rows, float(temperature), vocab_size, shard, saved,
-        grad_logprobs, grad_entropy,
-    )  # fmt: skip
+    """Write the gradient, which may be the logits."""
+    labels = RowLabels(token_ids, rows, float(temperature), vocab_size, shard)
+    softmax_rows.backward(logits, gradient, labels, saved, grad_logprobs, grad_entropy)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -229,22 +206,17 @@ def _backward(ctx, grad_logprobs, grad_entropy, _saved, _shard):  # type: ignore
             "with their gradient; a second backward needs inplace_backward=False"
         )
     logits, token_ids, rows, temperature, shard, saved = ctx.saved_tensors
-    arguments = (
-        logits, token_ids, rows, temperature, ctx.vocab_size, shard, saved, grad_logprobs,
-        grad_entropy,
+    ctx.consumed = ctx.inplace and softmax_rows.writable_in_place(logits)
+    gradient = logits.detach() if ctx.consumed else logits.new_empty(logits.shape)
+    _logits_gradient_op(
+        logits, gradient, token_ids, rows, temperature, ctx.vocab_size, shard, saved,
+        grad_logprobs, grad_entropy,
     )  # fmt: skip
-    if ctx.inplace and softmax_rows.writable_in_place(logits):
-        _logits_gradient_inplace_op(*arguments)
-        ctx.consumed = True
-        return logits.detach(), *rest
-    return _logits_gradient_op(*arguments), *rest
+    return gradient, *rest
 
 
 _logits_gradient_op = register_op(
-    "logits_gradient", _logits_gradient, fake=lambda logits, *rest: logits.new_empty(logits.shape)
-)
-_logits_gradient_inplace_op = register_op(
-    "logits_gradient_", _logits_gradient_inplace, fake=lambda *_: None, mutates_args=("logits",)
+    "logits_gradient", _logits_gradient, fake=lambda *_: None, mutates_args=("gradient",)
 )
 _logprobs_op = register_op(
     "logprobs_and_entropy", _logprobs_and_entropy, fake=_fake_logprobs_and_entropy,

@@ -9,6 +9,7 @@ chunk, no allocation of its size.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,96 +17,156 @@ from torch import Tensor
 from r1v3.kernels import cpu, devices, reference, vocab_parallel
 
 
+class RowLabels(NamedTuple):
+    """Rows of logits [..., V] that are computed, their labels, and the softmax over them.
+
+    Attributes:
+        token_ids: [n] global ids of the rows or -100, or None.
+        rows: int64 [n] into the flattened leading dimensions, or None for all of them.
+        vocab_size: columns that take part, or None for all; a shard says it better.
+        shard: int64 [2], id of the first column and the true vocabulary size, or empty.
+        group: name of the group over which the vocabulary is sharded, or empty.
+    """
+
+    token_ids: Tensor | None
+    rows: Tensor | None
+    temperature: float
+    vocab_size: int | None
+    shard: Tensor
+    group: str = ""
+
+    def columns(self, width: int) -> tuple[int, int, int]:
+        """First token id here, number of columns that take part, and the true vocabulary size."""
+        if self.shard.numel() == 0:
+            vocab = width if self.vocab_size is None else self.vocab_size
+            return 0, vocab, vocab
+        first, true_size = self.shard.tolist()
+        return first, min(width, max(true_size - first, 0)), true_size
+
+    def columns_on_device(self, width: int) -> tuple[int, Tensor | None]:
+        """Columns of which a shard on the device, if there is one, takes a part: no wait."""
+        if self.shard.numel():
+            return width, self.shard
+        return width if self.vocab_size is None else self.vocab_size, None
+
+    def local_ids(self, first: int) -> Tensor | None:
+        """int64 [n] ids counted from this shard's first one."""
+        if self.token_ids is None:
+            return None
+        ids = self.token_ids.to(torch.int64).contiguous()
+        return ids - first if first else ids
+
+    def runs_triton(self, tensor: Tensor) -> bool:
+        """Whether Triton computes them from logits or statistics like `tensor`."""
+        return devices.runs_triton(tensor) and self.temperature > 0
+
+
 def forward(
-    logits: Tensor,
-    token_ids: Tensor | None,
-    rows: Tensor | None,
-    temperature: float,
-    vocab_size: int | None,
-    group_name: str,
-    shard: Tensor | None = None,
-    with_entropy: bool = True,
-    keep: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities [n], entropy [n], what the backward needs [n, 3], shard bounds.
+    logits: Tensor, labels: RowLabels, *, with_entropy: bool = True, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [n], entropy [n] and what the backward needs [n, 3].
 
     Args:
-        logits: [..., V]; token_ids: [n] global ids of the selected rows, or None.
-        rows: int64 [n] into the flattened leading dimensions, or None for all of them.
-        shard: the bounds that an earlier call with this group returned, or None to ask for them.
         with_entropy: False where nobody looks at the entropy, which then may hold anything; the
             CPU kernels save a part of their arithmetic.
         keep: bool [n], rows somebody looks at; Triton does not read the others, whose entropy is
             then 0. Elsewhere `rows` does this.
     """
+    if logits.device.type == "cpu" and not labels.runs_triton(logits):
+        if labels.token_ids is not None:
+            check_labels(labels.token_ids, labels.columns(logits.shape[-1])[2])
+        if labels.rows is not None:
+            check_row_index(labels.rows, logits.shape[:-1].numel())
+    if cpu.supports(logits) and not labels.group and not labels.runs_triton(logits):
+        return _forward_on_cpu(logits, labels, with_entropy)
+    return merge(statistics(logits, labels, keep), labels, logits.shape[-1])
+
+
+def statistics(logits: Tensor, labels: RowLabels, keep: Tensor | None = None) -> Tensor:
+    """Statistics [parts, n, 4] of the rows, as `reference.row_statistics` defines them."""
     width = logits.shape[-1]
-    if shard is None and group_name:
-        shard = vocab_parallel.shard_bounds(width, vocab_size, group_name, logits.device)
-    elif shard is None:
-        shard = torch.empty(0, dtype=torch.int64, device=logits.device)
-    if devices.runs_triton(logits) and temperature > 0:
-        return *_forward_triton(
-            logits, token_ids, rows, temperature, vocab_size, shard, group_name, keep
-        ), shard
-    first, vocab, true_size = _columns(width, vocab_size, shard)
-    ids = None if token_ids is None else token_ids.to(torch.int64).contiguous()
-    if logits.device.type == "cpu":
-        if ids is not None:
-            check_labels(ids, true_size)
-        if rows is not None:
-            check_row_index(rows, logits.shape[:-1].numel())
-    if cpu.supports(logits) and not group_name:
-        return *_forward_on_cpu(logits, ids, rows, temperature, vocab, with_entropy), shard
-    stats = _statistics(logits, None if ids is None else ids - first, rows, temperature, vocab)
-    shards = vocab_parallel.gather_statistics(stats, group_name) if group_name else stats[None]
+    if labels.runs_triton(logits):
+        from r1v3.kernels.triton import logits_statistics as triton
+
+        return triton.row_statistics(
+            triton.as_rows(logits), labels.token_ids, labels.rows, labels.temperature,
+            *labels.columns_on_device(width), keep,
+        )  # fmt: skip
+    first, vocab, _ = labels.columns(width)
+    ids = labels.local_ids(first)
+    if not cpu.supports(logits):
+        x = logits.reshape(logits.shape[:-1].numel(), width)[:, :vocab]
+        x = x if labels.rows is None else x[labels.rows]
+        return reference.row_statistics(x, ids, labels.temperature)[None]
+    stats = logits.new_empty(1, _count(logits, labels), 4, dtype=torch.float32)
+    for part, block, index in _blocks(logits, vocab, labels.rows):
+        cpu.row_statistics(block, index, _part(ids, part), labels.temperature, stats[0, part])
+    return stats
+
+
+def merge(stats: Tensor, labels: RowLabels, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [n], entropy [n], (m, log s, entropy) [n, 3] of parts and ranks."""
+    temperature, ids = labels.temperature, labels.token_ids
+    if labels.runs_triton(stats):
+        from r1v3.kernels.triton import logits_statistics as triton
+
+        if labels.group:
+            merged = triton.merge_parts(stats, temperature)
+            stats = vocab_parallel.gather_statistics(merged, labels.group)
+        return triton.finalize(stats, ids, temperature, *labels.columns_on_device(width))
+    stats = reference.join_statistics(stats, temperature)
+    if labels.group:
+        stats = vocab_parallel.gather_statistics(stats, labels.group)
     ignored = None if ids is None else ids == reference.IGNORED_TOKEN
-    return *reference.merge_statistics(shards, ignored, temperature), shard
+    return reference.merge_statistics(stats if labels.group else stats[None], ignored, temperature)
 
 
 def backward(
     logits: Tensor,
     out: Tensor,
-    token_ids: Tensor | None,
-    rows: Tensor | None,
-    temperature: float,
-    vocab_size: int | None,
-    shard: Tensor,
+    labels: RowLabels,
     saved: Tensor,
     grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
+    grad_entropy: Tensor | None = None,
 ) -> None:
     """Write the gradient of all rows of logits [..., V] to out, which may be the logits.
 
     Rows outside `rows` and columns outside the vocabulary get 0.
     """
-    width = logits.shape[-1]
-    if token_ids is None:
+    if labels.token_ids is None:
         grad_logprobs = None  # without labels the log-probabilities are the constant 0
-    if grad_logprobs is not None:
-        grad_logprobs = grad_logprobs.to(saved.dtype).contiguous()
-    if grad_entropy is not None:
-        grad_entropy = grad_entropy.to(saved.dtype).contiguous()
-    if devices.runs_triton(logits) and temperature > 0:
+    upstream = [
+        None if x is None else x.to(saved.dtype).contiguous() for x in (grad_logprobs, grad_entropy)
+    ]
+    width, rows, temperature = logits.shape[-1], labels.rows, labels.temperature
+    if labels.runs_triton(logits):
         from r1v3.kernels.triton.logits_gradient import row_gradient
         from r1v3.kernels.triton.logits_statistics import as_rows
 
-        vocab = width if shard.numel() or vocab_size is None else vocab_size
         row_gradient(
-            as_rows(logits), as_rows(out), token_ids, rows,
-            temperature, vocab, shard if shard.numel() else None, saved, grad_logprobs,
-            grad_entropy,
+            as_rows(logits), as_rows(out), labels.token_ids, rows, temperature,
+            *labels.columns_on_device(width), saved, *upstream,
         )  # fmt: skip
         return
-    first, vocab, _ = _columns(width, vocab_size, shard)
-    local = None
-    if token_ids is not None:
-        local = token_ids.to(torch.int64)
-        if first:
-            local = local - first
-        if grad_logprobs is not None:
-            ignored = token_ids == reference.IGNORED_TOKEN
-            grad_logprobs = torch.where(ignored, 0.0, grad_logprobs)
-    _gradient(logits, out, local, rows, temperature, vocab, saved, grad_logprobs, grad_entropy)
+    first, vocab, _ = labels.columns(width)
+    ids = labels.local_ids(first)
+    if labels.token_ids is not None and upstream[0] is not None:
+        upstream[0] = torch.where(labels.token_ids == reference.IGNORED_TOKEN, 0.0, upstream[0])
+    target = out.view(logits.shape[:-1].numel(), width)
+    if cpu.supports(logits):
+        saved = saved.contiguous()
+        for part, block, index in _blocks(logits, vocab, rows):
+            cpu.row_gradient(
+                block, target[part if rows is None else slice(None), :vocab], index,
+                _part(ids, part), temperature, saved[part], *(_part(x, part) for x in upstream),
+            )  # fmt: skip
+        _zero_rest(target, rows, vocab)
+        return
+    x = logits.reshape(target.shape)[:, :vocab]
+    x = x if rows is None else x[rows]
+    grad = reference.row_gradient(x, ids, temperature, saved, *upstream)
+    _zero_rest(target, rows, vocab)
+    target[:, :vocab][slice(None) if rows is None else rows] = grad
 
 
 def writable_in_place(logits: Tensor) -> bool:
@@ -117,38 +178,6 @@ def writable_in_place(logits: Tensor) -> bool:
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         return False
     return logits.dim() <= 3 if devices.runs_triton(logits) else _flattens(logits)
-
-
-def _forward_triton(
-    logits: Tensor,
-    token_ids: Tensor | None,
-    rows: Tensor | None,
-    temperature: float,
-    vocab_size: int | None,
-    shard: Tensor,
-    group_name: str,
-    keep: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from r1v3.kernels.triton import logits_statistics as triton
-
-    bounds = shard if group_name else None
-    vocab = logits.shape[-1] if group_name or vocab_size is None else vocab_size
-    stats = triton.row_statistics(
-        triton.as_rows(logits), token_ids, rows, temperature, vocab, bounds, keep
-    )
-    if group_name:
-        merged = triton.merge_parts(stats, temperature)
-        stats = vocab_parallel.gather_statistics(merged, group_name)
-    return triton.finalize(stats, token_ids, temperature, vocab, bounds)
-
-
-def _columns(width: int, vocab_size: int | None, shard: Tensor) -> tuple[int, int, int]:
-    """First token id here, number of columns that take part, and the true vocabulary size."""
-    if shard.numel() == 0:
-        vocab = width if vocab_size is None else vocab_size
-        return 0, vocab, vocab
-    first, true_size = shard.tolist()
-    return first, min(width, max(true_size - first, 0)), true_size
 
 
 def check_labels(token_ids: Tensor, vocab: Tensor | int) -> None:
@@ -175,6 +204,11 @@ def check_row_index(rows: Tensor, n: int) -> None:
         raise ValueError(f"rows must not repeat, got {rows[:16].tolist()}")
 
 
+def scatter(values: Tensor, rows: Tensor, n: int) -> Tensor:
+    """[len(rows), ...] to [n, ...], zero elsewhere."""
+    return values.new_zeros(n, *values.shape[1:]).index_copy_(0, rows, values)
+
+
 def _flattens(logits: Tensor) -> bool:
     try:
         logits.view(logits.shape[:-1].numel(), logits.shape[-1])
@@ -183,15 +217,26 @@ def _flattens(logits: Tensor) -> bool:
     return True
 
 
-def _blocks(logits: Tensor, vocab: int) -> Iterator[tuple[slice, Tensor]]:
-    """The rows as 2-D views [*, vocab] with their numbers, in order.
+def _count(logits: Tensor, labels: RowLabels) -> int:
+    return logits.shape[:-1].numel() if labels.rows is None else labels.rows.shape[0]
 
-    A copy is made only of a strided last dimension.
+
+def _blocks(
+    logits: Tensor, vocab: int, rows: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Numbers of the results, in order, and the 2-D view [*, vocab] and row index they are from.
+
+    A copy is made only of a strided last dimension and, where there are rows, of leading
+    dimensions that do not flatten.
     """
-    logits = _last_contiguous(logits)
+    logits = logits if logits.stride(-1) == 1 or logits.shape[-1] <= 1 else logits.contiguous()
+    if rows is not None:
+        flat = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
+        yield slice(0, rows.shape[0]), flat[:, :vocab], rows.contiguous()
+        return
     done = 0
     for block in _views(logits):
-        yield slice(done, done + block.shape[0]), block[:, :vocab]
+        yield slice(done, done + block.shape[0]), block[:, :vocab], None
         done += block.shape[0]
 
 
@@ -203,93 +248,20 @@ def _views(logits: Tensor) -> Iterator[Tensor]:
             yield from _views(part)
 
 
-def _selectable(logits: Tensor, vocab: int) -> Tensor:
-    """[n, vocab] in which row numbers count from the first leading dimension on."""
-    n = logits.shape[:-1].numel()
-    return _last_contiguous(logits).reshape(n, logits.shape[-1])[:, :vocab]
-
-
 def _forward_on_cpu(
-    logits: Tensor,
-    token_ids: Tensor | None,
-    rows: Tensor | None,
-    temperature: float,
-    vocab: int,
-    with_entropy: bool,
+    logits: Tensor, labels: RowLabels, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n = logits.shape[:-1].numel() if rows is None else rows.shape[0]
+    n = _count(logits, labels)
     logprobs = logits.new_empty(n, dtype=torch.float32)
-    entropy = logprobs.new_empty(n if with_entropy else 0)
-    saved = logprobs.new_empty(n, 3)
-    if rows is not None:
+    entropy = logprobs.new_empty(n) if with_entropy else None
+    saved, ids = logprobs.new_empty(n, 3), labels.local_ids(0)
+    vocab = labels.columns(logits.shape[-1])[1]
+    for part, block, index in _blocks(logits, vocab, labels.rows):
         cpu.logprobs_and_entropy(
-            _selectable(logits, vocab), rows.contiguous(), token_ids, temperature, logprobs,
-            entropy if with_entropy else None, saved,
+            block, index, _part(ids, part), labels.temperature, logprobs[part],
+            _part(entropy, part), saved[part],
         )  # fmt: skip
-        return logprobs, entropy, saved
-    for part, block in _blocks(logits, vocab):
-        cpu.logprobs_and_entropy(
-            block, None, _part(token_ids, part), temperature, logprobs[part],
-            entropy[part] if with_entropy else None, saved[part],
-        )  # fmt: skip
-    return logprobs, entropy, saved
-
-
-def _statistics(
-    logits: Tensor,
-    token_ids: Tensor | None,
-    rows: Tensor | None,
-    temperature: float,
-    vocab: int,
-) -> Tensor:
-    if not cpu.supports(logits):
-        x = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])[:, :vocab]
-        return reference.row_statistics(x if rows is None else x[rows], token_ids, temperature)
-    n = logits.shape[:-1].numel() if rows is None else rows.shape[0]
-    stats = logits.new_empty(n, 4, dtype=torch.float32)
-    if rows is not None:
-        x = _selectable(logits, vocab)
-        cpu.row_statistics(x, rows.contiguous(), token_ids, temperature, stats)
-        return stats
-    for part, block in _blocks(logits, vocab):
-        cpu.row_statistics(block, None, _part(token_ids, part), temperature, stats[part])
-    return stats
-
-
-def _gradient(
-    logits: Tensor,
-    out: Tensor,
-    token_ids: Tensor | None,
-    rows: Tensor | None,
-    temperature: float,
-    vocab: int,
-    saved: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> None:
-    n, width = logits.shape[:-1].numel(), logits.shape[-1]
-    target = out.view(n, width)
-    if not cpu.supports(logits):
-        x = logits.reshape(n, width)[:, :vocab]
-        x = x if rows is None else x[rows]
-        grad = reference.row_gradient(x, token_ids, temperature, saved, grad_logprobs, grad_entropy)
-        _zero_rest(target, rows, vocab)
-        target[:, :vocab][slice(None) if rows is None else rows] = grad
-        return
-    ids = None if token_ids is None else token_ids.contiguous()
-    saved = saved.contiguous()
-    if rows is not None:
-        cpu.row_gradient(
-            _selectable(logits, vocab), target[:, :vocab], rows.contiguous(), ids, temperature,
-            saved, grad_logprobs, grad_entropy,
-        )  # fmt: skip
-    else:
-        for part, block in _blocks(logits, vocab):
-            cpu.row_gradient(
-                block, target[part, :vocab], None, _part(ids, part), temperature,
-                saved[part], _part(grad_logprobs, part), _part(grad_entropy, part),
-            )  # fmt: skip
-    _zero_rest(target, rows, vocab)
+    return logprobs, logprobs.new_empty(0) if entropy is None else entropy, saved
 
 
 def _part(vector: Tensor | None, part: slice) -> Tensor | None:
@@ -306,7 +278,3 @@ def _zero_rest(target: Tensor, rows: Tensor | None, vocab: int) -> None:
             target.masked_fill_(unselected[:, None], 0)
         else:  # filling under a mask would read and write every row
             target.index_fill_(0, unselected.nonzero().squeeze(-1), 0)
-
-
-def _last_contiguous(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] <= 1 else logits.contiguous()

@@ -39,7 +39,12 @@ def group_size(name: str) -> int:
 
 
 def shard_bounds(width: int, vocab_size: int | None, name: str, device: torch.device) -> Tensor:
-    """int64 [2] on `device`: this shard's first token id and the true vocabulary size."""
+    """int64 [2] on `device`: this shard's first token id and the true vocabulary size.
+
+    Empty without a group.
+    """
+    if not name:
+        return torch.empty(0, dtype=torch.int64, device=device)
     group = process_group(name)
     known = _known_bounds.setdefault(group, {})
     key = width, vocab_size, device

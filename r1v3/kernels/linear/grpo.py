@@ -21,7 +21,6 @@ from r1v3.kernels.linear.statistics import RowStatistics
 from r1v3.kernels.linear.tiles import blocks, chunk_rows, tile_columns, tile_shape
 from r1v3.kernels.reference import accumulation_dtype
 from r1v3.kernels.registration import register_op
-from r1v3.kernels.scale import scale_
 
 
 def _linear_grpo(
@@ -47,14 +46,17 @@ def _linear_grpo(
     """
     head = TiledHead(weight, None, hidden.dtype, temperature, vocab_size, group, row_tile)
     selected = SelectedRows(hidden, token_ids, loss_mask, rows)
+    softmax_rows.check_labels(selected.token_ids, head.bounds[1])
     gradients = Gradients(
         head, selected, [*needed, False],
         HiddenReduction(selected, group if reduce_hidden_grad else ""),
         (_saved_dtype(hidden), _saved_dtype(weight)), hidden_at_once=head.whole_rows,
     )  # fmt: skip
-    softmax_rows.check_labels(selected.token_ids, head.bounds[1])
-    own_terms = TokenTerms.of_tensors(terms, options)[selected.row_index]
-    logprobs, entropy = _add_up(head, selected, own_terms, gradients)
+    if any(needed):
+        own_terms = TokenTerms.of_tensors(terms, options)[selected.row_index]
+        logprobs, entropy = _add_up(head, selected, own_terms, gradients)
+    else:
+        logprobs, entropy, _ = row_results(head, selected)
     return selected.scatter(logprobs), selected.scatter(entropy), *gradients.results()[:2]
 
 
@@ -95,10 +97,8 @@ def _columns_by_columns(
     for columns, tile in head.tiles(width) if rows.n else ():
         logits = gradients.weight.memory(columns, rows.n)
         gradient = space[:, : logits.shape[1]]
-        softmax_rows.backward(
-            logits, gradient, rows.token_ids, None, head.temperature, None, head.shard(columns),
-            saved, grad_logprobs, None,
-        )  # fmt: skip
+        labels = head.labels(rows.token_ids, columns)
+        softmax_rows.backward(logits, gradient, labels, saved, grad_logprobs)
         gradients.add(columns, tile, every, gradient, states)
     return logprobs, entropy
 
@@ -110,22 +110,17 @@ def _rows_by_rows(
     states = rows.states(head.states)
     logprobs = states.new_zeros(rows.n, dtype=head.result)
     entropy = torch.zeros_like(logprobs)
-    vocab, group = head.weight.shape[0], head.group
-    vocab_size = None if group else head.vocab_size
+    vocab = head.weight.shape[0]
     width = vocab if head.whole_rows else tile_shape(head, size)[1]
     space = states.new_empty(min(size, rows.n), padded(vocab), dtype=head.result)[:, :vocab]
     for part in blocks(rows.n, size):
-        chunk, ids = states[part], rows.token_ids[part]
+        chunk, labels = states[part], head.labels(rows.token_ids[part])
         logits = space[: chunk.shape[0]]
         for columns, tile in head.tiles(width):
             head.logits(chunk, columns, tile, logits[:, columns])
-        logprobs[part], entropy[part], saved, _ = softmax_rows.forward(
-            logits, ids, None, head.temperature, vocab_size, group, head.bounds
-        )
-        softmax_rows.backward(
-            logits, logits, ids, None, head.temperature, None, head.bounds, saved,
-            terms[part].grad_logprobs(logprobs[part]), None,
-        )  # fmt: skip
+        logprobs[part], entropy[part], saved = softmax_rows.forward(logits, labels)
+        grad_logprobs = terms[part].grad_logprobs(logprobs[part])
+        softmax_rows.backward(logits, logits, labels, saved, grad_logprobs)
         for columns, tile in head.tiles(width):
             gradients.add(columns, tile, part, logits[:, columns], chunk)
     return logprobs, entropy
@@ -140,7 +135,7 @@ def _two_passes(
     float32 sum for all of a 16-bit weight, which is twice the memory of its gradient.
     """
     logprobs, entropy, saved = row_results(head, rows)
-    add_gradients(head, rows, gradients, saved, terms.grad_logprobs(logprobs), None)
+    add_gradients(head, rows, gradients, saved, terms.grad_logprobs(logprobs))
     return logprobs, entropy
 
 
@@ -163,41 +158,3 @@ def _fake_linear_grpo(
 
 
 linear_grpo_op = register_op("linear_grpo", _linear_grpo, fake=_fake_linear_grpo)
-
-
-def _with_gradient(
-    loss: Tensor, hidden: Tensor, weight: Tensor, grad_hidden: Tensor, grad_weight: Tensor
-) -> Tensor:
-    """The loss [], whose gradients by hidden and weight are known.
-
-    They are multiplied by the upstream gradient in place, so a second backward raises.
-
-    Args:
-        grad_hidden, grad_weight: as hidden and weight; empty where they have none.
-    """
-    return loss.clone()
-
-
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, hidden, weight, grad_hidden, grad_weight = inputs
-    ctx.like = (hidden.shape, hidden.dtype), (weight.shape, weight.dtype)
-    ctx.save_for_backward(grad_hidden, grad_weight)
-
-
-def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
-    given = []
-    for gradient, (shape, dtype), wanted in zip(
-        ctx.saved_tensors, ctx.like, ctx.needs_input_grad[1:3], strict=True
-    ):
-        if wanted and gradient.shape == shape:
-            scale_(gradient, grad_loss)
-            given.append(gradient.to(dtype))
-        else:
-            given.append(None)
-    return None, *given, None, None
-
-
-with_gradient_op = register_op(
-    "with_gradient", _with_gradient, fake=lambda loss, *rest: torch.empty_like(loss),
-    backward=_backward, setup_context=_save,
-)  # fmt: skip

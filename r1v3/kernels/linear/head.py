@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from r1v3.kernels import cpu, vocab_parallel
+from r1v3.kernels.softmax_rows import RowLabels
 
 # Elements from row to row of what is allocated here, a multiple of 128 bytes: of rows of 151,674
 # most start off the 16 bytes that tensor cores load.
@@ -69,10 +70,13 @@ class TiledHead:
         """Whether one product takes all columns: on a GPU, unless tiles are converted."""
         return self.weight.is_cuda and not self.converts
 
-    def shard(self, columns: slice) -> Tensor:
-        """The bounds of the shard that starts with these columns."""
-        step = 1 - torch.arange(2, device=self.bounds.device)
-        return torch.add(self.bounds, step, alpha=columns.start)
+    def labels(self, token_ids: Tensor, columns: slice | None = None) -> RowLabels:
+        """Rows of logits that start with these columns, or of all, and their labels."""
+        shard = self.bounds
+        if columns is not None:
+            step = 1 - torch.arange(2, device=shard.device)
+            shard = torch.add(shard, step, alpha=columns.start)
+        return RowLabels(token_ids, None, self.temperature, None, shard, self.group)
 
     def common_width(self) -> int:
         """Columns per rank, the same number on all ranks, since all must cut the rows alike.

@@ -113,7 +113,7 @@ def add_gradients(
     gradients: Gradients,
     saved: Tensor,
     grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
+    grad_entropy: Tensor | None = None,
 ) -> None:
     """Compute the logits of the rows again and add up what they contribute.
 
@@ -123,12 +123,12 @@ def add_gradients(
     states = rows.states(head.states)
     block, width = tile_shape(head, rows.n)
     for columns, tile in head.tiles(width) if rows.n else ():
-        shard = head.shard(columns)
+        labels = head.labels(rows.token_ids, columns)
         for part in blocks(rows.n, block):
             logits = head.logits(states[part], columns, tile)
             softmax_rows.backward(
-                logits, logits, rows.token_ids[part], None, head.temperature, None, shard,
-                saved[part], _part(grad_logprobs, part), _part(grad_entropy, part),
+                logits, logits, labels._replace(token_ids=rows.token_ids[part]), saved[part],
+                _part(grad_logprobs, part), _part(grad_entropy, part),
             )  # fmt: skip
             gradients.add(columns, tile, part, logits, states[part])
 

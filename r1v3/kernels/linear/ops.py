@@ -4,8 +4,6 @@ Rows that do not count are dropped before any matrix product. Logits are float32
 weight's dtype, and so are the sums of every gradient, which is rounded once.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -18,11 +16,12 @@ from r1v3.kernels.arguments import (
     check_shape,
     check_token_ids,
 )
-from r1v3.kernels.grpo_loss import loss_and_metrics
+from r1v3.kernels.grpo_loss import loss_and_metrics_of_head
 from r1v3.kernels.grpo_terms import GrpoInputs, GrpoOptions, TokenTerms
-from r1v3.kernels.linear.grpo import linear_grpo_op, with_gradient_op
+from r1v3.kernels.linear.grpo import linear_grpo_op
 from r1v3.kernels.linear.logprobs import linear_logprobs_op
 from r1v3.kernels.vocab_parallel import group_name
+from r1v3.kernels.with_gradient import with_gradient_op
 
 
 def linear_logprobs_and_entropy(
@@ -165,46 +164,19 @@ def linear_grpo_loss(
         hidden.new_empty(shape, dtype=reference.accumulation_dtype(hidden)), old_logprobs,
         advantages, loss_mask, ref_logprobs, weights, cu_seqlens, normalizer, options,
     )  # fmt: skip
-    mask, terms = TokenTerms.of(inputs, options)
+    mask, terms = TokenTerms.of(inputs)
     _check_rows_are_the_mask(rows, mask)
-    needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    states, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
-    sharding = (
-        as_scalar(temperature), vocab_size, group_name(group), reduce_hidden_grad,
-        row_tile or 0,
+    differentiated = [hidden.reshape(-1, hidden.shape[-1]), weight]
+    needed = [torch.is_grad_enabled() and x.requires_grad for x in differentiated]
+    logprobs, entropy, *gradients = linear_grpo_op(
+        *(x.detach() for x in differentiated), token_ids.reshape(-1), mask, rows, terms.tensors(),
+        terms.options, needed, as_scalar(temperature), vocab_size, group_name(group),
+        reduce_hidden_grad, row_tile or 0,
     )  # fmt: skip
+    loss, metrics = loss_and_metrics_of_head(logprobs, entropy, shape, inputs)
     if any(needed):
-        logprobs, entropy, *gradients = linear_grpo_op(
-            states.detach(), weight.detach(), ids, mask, rows, terms.tensors(), terms.options,
-            needed, *sharding,
-        )  # fmt: skip
-    else:
-        logprobs, entropy = _without_gradient(states, weight, ids, mask, rows, sharding)
-    loss, metrics = loss_and_metrics(logprobs, inputs, options)
-    if any(needed):
-        loss = with_gradient_op(loss, states, weight, *gradients)
-    metrics["entropy"] = entropy.sum() / metrics["tokens"].clamp(min=1)
-    metrics |= {"token_entropy": entropy.view(shape), "token_logprobs": logprobs.view(shape)}
+        loss = with_gradient_op(loss, differentiated, gradients)
     return loss, metrics
-
-
-def _without_gradient(
-    states: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    mask: Tensor,
-    rows: Tensor | None,
-    sharding: tuple[Any, ...],
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropy of all tokens, zero where the mask is False."""
-    loss_mask = mask if rows is None else None
-    logprobs, entropy, _, _ = linear_logprobs_op(
-        states.detach(), weight.detach(), None, token_ids, loss_mask, rows, *sharding
-    )
-    if rows is None:
-        return logprobs, entropy
-    zero = logprobs.new_zeros(token_ids.shape[0])
-    return zero.index_copy(0, rows, logprobs), zero.index_copy(0, rows, entropy)
 
 
 def _check_head(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[int, ...]:

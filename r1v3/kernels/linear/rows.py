@@ -48,5 +48,4 @@ class SelectedRows:
 
     def scatter(self, values: Tensor) -> Tensor:
         """[n, ...] of the rows to [total, ...], zero elsewhere."""
-        full = values.new_zeros(self.total, *values.shape[1:])
-        return full.index_copy_(0, self.row_index, values)
+        return softmax_rows.scatter(values, self.row_index, self.total)
