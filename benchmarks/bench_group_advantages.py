@@ -14,8 +14,8 @@ MOST_REWARDS_OF_A_LOOP = 2**16
 
 def eager(rewards: Tensor) -> tuple[Tensor]:
     groups = rewards.view(-1, GROUP_SIZE)
-    centred = groups - groups.mean(-1, keepdim=True)
-    return ((centred / (groups.std(-1, keepdim=True) + 1e-6)).view(-1),)
+    centered = groups - groups.mean(-1, keepdim=True)
+    return ((centered / (groups.std(-1, keepdim=True) + 1e-6)).view(-1),)
 
 
 def loop(rewards: Tensor) -> tuple[Tensor]:

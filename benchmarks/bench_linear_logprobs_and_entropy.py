@@ -127,7 +127,7 @@ def head(rows: int, width: int, vocab: int, bits: int, device: str) -> tuple[Ten
 
 
 def product_tolerance(hidden: Tensor) -> float:
-    """What products of these hidden states may add to the error of log-probabilities."""
+    """Error that products of these hidden states may add to log-probabilities."""
     return TENSOR_CORE_TOLERANCE if hidden.is_cuda and hidden.element_size() == 2 else 0.0
 
 

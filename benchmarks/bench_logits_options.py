@@ -25,7 +25,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass
 class Option:
-    """What a module with one benchmark has."""
+    """A module with one benchmark."""
 
     MODES: tuple[Mode, ...]
     shapes: Callable[[str, Size], list[dict[str, int]]]

@@ -1,4 +1,4 @@
-"""How often Triton compiles when lengths and temperatures change, which costs seconds each time."""
+"""Count of Triton's compilations when lengths and temperatures change: each costs seconds."""
 
 from collections import Counter
 from typing import Any

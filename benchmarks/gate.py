@@ -68,7 +68,7 @@ def run_backward(
 
 
 def answer(problem: Problem, function: Function) -> Answer:
-    """What the function gives for the problem; inputs that it overwrites are copies."""
+    """The function's results for the problem; inputs that it overwrites are copies."""
     fresh = {name: problem.inputs[name].clone() for name in problem.mutated}
     problem = replace(problem, inputs={**problem.inputs, **fresh})
     if problem.mode == "forward":
@@ -119,7 +119,7 @@ def errors(problem: Problem, truth: Truth, given: Answer) -> dict[str, float]:
 def objection(
     found: dict[str, float], truth: Truth, given: Answer, tolerance: float, *, is_ours: bool
 ) -> str | None:
-    """Why the implementation must not be timed, None if it may; `tolerance` is the problem's."""
+    """The reason not to time the implementation, or None; `tolerance` is the problem's."""
     for name, error in found.items():
         if is_ours:
             allowed = max(TOLERANCE[_quantity(given, name).dtype], tolerance)

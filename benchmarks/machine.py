@@ -29,7 +29,7 @@ def header(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
-        "host_kernels": _host_kernels(),
+        "cpu_kernels": _cpu_kernels(),
         "device": device,
     }
     if device != "cpu":
@@ -38,7 +38,7 @@ def header(device: str) -> dict[str, Any]:
 
 
 def warnings(facts: dict[str, Any]) -> list[str]:
-    """What a reader of the times should know."""
+    """Remarks that a reader of the times should know."""
     found = []
     if facts["dirty"]:
         found.append("the working tree has uncommitted changes: nobody can repeat this exactly")
@@ -49,7 +49,7 @@ def warnings(facts: dict[str, Any]) -> list[str]:
             f"other programs keep the machine busy (load average {facts['load_average']} "
             f"on {facts['cores']} cores): times are longer and noisier than they should be"
         )
-    if facts["host_kernels"] == "not built" and facts["device"] == "cpu":
+    if facts["cpu_kernels"] == "not built" and facts["device"] == "cpu":
         found.append("the compiled kernels are not built: r1v3 runs its slow reference")
     return found
 
@@ -80,7 +80,7 @@ def _cpu_model() -> str:
     return next(names, platform.processor() or "unknown")
 
 
-def _host_kernels() -> str:
+def _cpu_kernels() -> str:
     try:
         return str(import_module("r1v3._C").cpu_capability())
     except ImportError:

@@ -1,4 +1,4 @@
-"""What is benchmarked: inputs, the code that is compared, and the work that cannot be avoided."""
+"""A benchmarked problem: inputs, the code that is compared, and the work that cannot be avoided."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -77,8 +77,8 @@ def random_logits(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Ten
     storage = torch.empty(rows + 1, vocab, dtype=dtype, device=device)
     for row in storage:
         noise = torch.randn(vocab, generator=generator, device=device)
-        favoured = torch.randint(vocab, (16,), generator=generator, device=device)
-        noise[favoured] += 12.0
+        favored = torch.randint(vocab, (16,), generator=generator, device=device)
+        noise[favored] += 12.0
         row.copy_(2.0 * noise)
     return storage[:rows]
 

@@ -22,7 +22,7 @@ from benchmarks.runner import OURS, ProblemReport, Result
 from r1v3 import files
 
 SCHEMA = 1
-COLOURS = {True: "#c44e52", False: "#8c9bb0"}
+COLORS = {True: "#c44e52", False: "#8c9bb0"}
 
 
 def document(
@@ -143,8 +143,8 @@ def _bars(axis: Any, report: ProblemReport) -> None:
     medians = [1e3 * t.median for _, t in rows]
     low = [1e3 * (t.median - t.p20) for _, t in rows]
     high = [1e3 * (t.p80 - t.median) for _, t in rows]
-    colours = [COLOURS[name == OURS] for name in names]
-    axis.barh(names, medians, xerr=[low, high], color=colours, ecolor="#444444", capsize=2)
+    colors = [COLORS[name == OURS] for name in names]
+    axis.barh(names, medians, xerr=[low, high], color=colors, ecolor="#444444", capsize=2)
     for i, (_, t) in enumerate(rows):
         axis.annotate(f" {duration(t.median)}", (1e3 * t.p80, i), va="center", fontsize=8)
     axis.invert_yaxis()

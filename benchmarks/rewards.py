@@ -44,7 +44,7 @@ class Case:
 
 @dataclass
 class Score:
-    """How a grader does on the cases; `microseconds` is CPU time per answer."""
+    """Results of a grader on the cases; `microseconds` is CPU time per answer."""
 
     grader: str
     agreement: float
@@ -113,7 +113,7 @@ def cases(folder: Path) -> list[Case]:
 
 
 def _answer(text: str) -> str:
-    """What is graded: the final answer of a text, else its last formula, else all of it.
+    """The graded part: the final answer of a text, else its last formula, else all of it.
 
     Only this benchmark takes a last formula for an answer: whole sentences of prose are inputs of
     other projects, and what is compared here is what they make of the formulas.

@@ -157,7 +157,7 @@ def _task(problem: Problem, name: str, function: Function, device: str) -> Task:
 
 
 def _yardstick(problem: Problem, device: str) -> tuple[Task, float]:
-    """What the hardware does at its best, and how many of it make the problem's work."""
+    """The hardware's best at such work, and how many times the problem's work is that."""
     if problem.flops:
         hidden, weight = problem.inputs["hidden"], problem.inputs["weight"]
         once = 2 * hidden.shape[0] * weight.shape[0] * weight.shape[1]

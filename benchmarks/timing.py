@@ -55,7 +55,7 @@ class Timing:
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:
-    """The q-quantile of sorted values, interpolated linearly between its neighbours."""
+    """The q-quantile of sorted values, interpolated linearly between its neighbors."""
     position = q * (len(ordered) - 1)
     below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)

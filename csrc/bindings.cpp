@@ -1,4 +1,4 @@
-// The module r1v3._C: host kernels, and CUDA kernels when built with them.
+// The module r1v3._C: CPU kernels, and CUDA kernels when built with them.
 // Tensors arrive as addresses, so that the module does not depend on a torch version. The callers in
 // r1v3/kernels check shapes, dtypes and devices; here only numbers are checked. Address 0 = absent.
 
@@ -211,7 +211,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of r1v3. Use r1v3.kernels, which checks its arguments.";
   using py::arg;
   m.def("cpu_capability", [] { return r1v3::cpu_capabilities().front(); },
-        "The instruction set that the host kernels use on this machine.");
+        "The instruction set that the CPU kernels use on this machine.");
   m.def("cpu_capabilities", &r1v3::cpu_capabilities,
         "Every instruction set that this machine can run, best first.");
   m.def("row_statistics", &row_statistics, WithoutGil(), arg("logits"), arg("dtype"), arg("n_rows"),

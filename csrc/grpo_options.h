@@ -1,4 +1,4 @@
-// Options of the GRPO loss, for the host and the CUDA kernels. One more option is one more number in
+// Options of the GRPO loss, for the CPU and the CUDA kernels. One more option is one more number in
 // the list that Python passes, here and in GrpoOptions.as_floats of r1v3/kernels.
 #pragma once
 

@@ -60,7 +60,7 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """What every process of a test job sees: this tree, one thread, no GPU, the loopback."""
+    """Environment of every process of a test job: this tree, one thread, no GPU, the loopback."""
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),

@@ -18,7 +18,7 @@ def failing() -> None:
 
 
 def talking(ranks: Ranks) -> dict[str, Any]:
-    """What the calls give this rank."""
+    """Results of the calls on this rank."""
     try:
         ranks.on_main(failing)
         error = "none"
@@ -84,7 +84,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
 
 
 def disk_full(root: Path, ranks: Ranks) -> str:
-    """What every rank hears when the first one finds no room; nothing is left of the attempt."""
+    """Errors of every rank when the first one finds no room; nothing is left of the attempt."""
     free = checkpoint.require_free_space
 
     def none_left(*arguments: object) -> None:

@@ -377,11 +377,11 @@ def test_warnings_name_what_spoils_times() -> None:
     """Fails if times from a busy machine or an unknown commit look like any others."""
     facts = {
         "dirty": True, "commit": "unknown", "load_average": 3.0, "cores": 2,
-        "host_kernels": "not built", "device": "cpu",
+        "cpu_kernels": "not built", "device": "cpu",
     }  # fmt: skip
     assert len(machine.warnings(facts)) == 4
     quiet = {**facts, "dirty": False, "commit": "a" * 40, "load_average": 0.1}
-    assert machine.warnings({**quiet, "host_kernels": "avx2"}) == []
+    assert machine.warnings({**quiet, "cpu_kernels": "avx2"}) == []
 
 
 @pytest.mark.parametrize(

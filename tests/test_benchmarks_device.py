@@ -1,4 +1,4 @@
-"""What the benchmarks do on a GPU, as far as it can be seen without one."""
+"""The benchmarks on a GPU, as far as that can be seen without one."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -268,7 +268,7 @@ def test_connector_tuning_trains_the_connector_alone_unless_told_otherwise(tmp_p
 
 
 def test_a_loaded_configuration_cannot_be_changed(tmp_path: Path) -> None:
-    """What was written into the run folder must stay what runs."""
+    """The configuration written into the run folder must stay the one that runs."""
     config = load(SFT, written(tmp_path, STAGE))
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]

@@ -31,7 +31,7 @@ def load(path: Path) -> Any:
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What two demos of one seed must agree on."""
+    """Files on which two demos of one seed must agree."""
     run = folder / RUN
     summary = load(run / "summary.json")
     del summary["seconds"]

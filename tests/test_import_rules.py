@@ -231,7 +231,7 @@ def kernels_of_ops(path: Path) -> set[str]:
 
 
 def public_ops() -> set[str]:
-    """What `r1v3.kernels` exports: public ops, and the references of the same names."""
+    """Exports of `r1v3.kernels`: public ops, and the references of the same names."""
     (names,) = (
         node.value
         for node in syntax(PACKAGE / "kernels" / "__init__.py").body
@@ -258,9 +258,10 @@ DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 def test_docstrings_say_what_it_is_or_does() -> None:
     """Fails if a docstring opens as a question; it is a noun phrase or an imperative."""
+    others = [path for name in ("tests", "benchmarks") for path in (ROOT / name).rglob("*.py")]
     found = [
         f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
-        for path in SOURCES
+        for path in [*SOURCES, *others]
         for node in ast.walk(syntax(path))
         if isinstance(node, DOCUMENTED)
         and (text := ast.get_docstring(node))

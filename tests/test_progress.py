@@ -1,4 +1,4 @@
-"""What a person sees of a running stage, in a terminal and in a log file."""
+"""A running stage as a person sees it, in a terminal and in a log file."""
 
 import io
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Time:
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """What bars write, to a log file unless a test says otherwise."""
+    """The text that bars write, to a log file unless a test says otherwise."""
     file = io.StringIO()
     monkeypatch.setattr(
         r1v3.progress, "Console", lambda quiet: Console(file=file, quiet=quiet, width=120)

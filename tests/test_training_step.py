@@ -82,8 +82,8 @@ def test_what_does_not_fit_is_a_row(folder: Path, monkeypatch: pytest.MonkeyPatc
     def enormous(*_: Any) -> Any:
         return torch.empty(2**55)
 
-    monkeypatch.setitem(heads.HEAD_LOSSES, "materialised", enormous)
-    row = measure(WORKLOAD, folder, "hf-materialised")
+    monkeypatch.setitem(heads.HEAD_LOSSES, "materialized", enormous)
+    row = measure(WORKLOAD, folder, "hf-materialized")
     assert row.status == "out of memory"
     assert "allocate" in row.note
 

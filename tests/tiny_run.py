@@ -112,7 +112,7 @@ PRELOADED = ["r1v3.cli", "r1v3.demo", "r1v3.evaluation.generate", "torch.utils.t
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a verb ended: exit code (minus the signal that killed it), all it printed, and the
+    """End of a verb: exit code (minus the signal that killed it), all it printed, and the
     paths it changed, in order."""
 
     code: int
@@ -281,7 +281,7 @@ def digest(path: Path) -> str:
 
 
 def result(run: Path, stage: str) -> dict[str, Any]:
-    """What two runs of a stage must agree on, bit for bit."""
+    """Results on which two runs of a stage must agree, bit for bit."""
     checkpoints = sorted((run / "checkpoints" / stage).glob("step-*"))
     return {
         "metrics": comparable(read_metrics(run / "metrics" / f"{stage}.jsonl")),

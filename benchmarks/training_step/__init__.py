@@ -1,1 +1,1 @@
-"""A whole GRPO step: fused head, materialised logits, TRL."""
+"""A whole GRPO step: fused head, materialized logits, TRL."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.training_step`: a whole GRPO step, fused head against materialised logits.
+"""`python -m benchmarks.training_step`: a whole GRPO step, fused head against materialized logits.
 
 Every variant trains the same random InternVL on the same tokens in a process of its own. Before it
 is timed, its loss, its gradient norm of each part and its log-probs must agree with a float32
@@ -35,7 +35,7 @@ SCHEMA = 1
 EXAMPLES = """examples:
   python -m benchmarks.training_step                    a tiny model on the CPU, 2 B on a GPU
   python -m benchmarks.training_step --device cuda --group 16 --json step.json
-  python -m benchmarks.training_step --variants hf-fused hf-materialised --response-tokens 64
+  python -m benchmarks.training_step --variants hf-fused hf-materialized --response-tokens 64
 
 A variant whose numbers are wrong is not timed, one that does not fit says "out of memory". The
 exit status is 1 when a variant is wrong or failed. TRL runs without activation checkpointing, as
@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Workload, list[str], float, 
 
 
 def run(folder: Path, variant: str, timeout: float) -> dict[str, Any]:
-    """What a process of its own wrote, or a row that says how it ended.
+    """The row that a process of its own wrote, or one that says how it ended.
 
     Without a result, its output goes to stderr.
     """

@@ -27,7 +27,7 @@ def fused(
     return head.grpo_loss(old, advantages, clip_low=CLIP, clip_high=CLIP, normalizer=sequences)
 
 
-def materialised(
+def materialized(
     head: Head, old: Tensor, advantages: Tensor, sequences: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As `fused`, by a matrix product, float32 logits [M, V] and log_softmax."""
@@ -35,10 +35,10 @@ def materialised(
     return _loss(head, *rows, old, advantages, sequences)
 
 
-def materialised_bf16(
+def materialized_bf16(
     head: Head, old: Tensor, advantages: Tensor, sequences: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """As `materialised`, but everything of size [M, V] is bfloat16: half the memory, less exact."""
+    """As `materialized`, but everything of size [M, V] is bfloat16: half the memory, less exact."""
     hidden, weight = head.hidden.bfloat16(), _true_weight(head).bfloat16()
     rows = logprobs_and_entropy(hidden, weight, head.token_ids, torch.bfloat16)
     return _loss(head, *rows, old, advantages, sequences)
@@ -47,7 +47,7 @@ def materialised_bf16(
 def reference(
     head: Head, old: Tensor, advantages: Tensor, sequences: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """As `materialised`, a few rows at a time, computed again in the backward: it always fits."""
+    """As `materialized`, a few rows at a time, computed again in the backward: it always fits."""
     weight, pieces = _true_weight(head), []
     rows = zip(head.hidden.split(REFERENCE_ROWS), head.token_ids.split(REFERENCE_ROWS), strict=True)
     for hidden, ids in rows:
@@ -62,8 +62,8 @@ def reference(
 
 HEAD_LOSSES = {
     "fused": fused,
-    "materialised": materialised,
-    "materialised-bf16": materialised_bf16,
+    "materialized": materialized,
+    "materialized-bf16": materialized_bf16,
 }
 
 

@@ -1,4 +1,4 @@
-"""What one benchmarked training step is: the model's size, the tokens, and where both are kept.
+"""One benchmarked training step: the model's size, the tokens, and where both are kept.
 
 Needs neither torch nor transformers, so that the parent of the measuring processes stays small.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from r1v3 import files
 
-HEADS = ("fused", "materialised", "materialised-bf16")
+HEADS = ("fused", "materialized", "materialized-bf16")
 ENGINES = ("megatron", "hf")
 TRL = "trl"
 VARIANTS = (*(f"{engine}-{head}" for head in HEADS for engine in ENGINES), TRL)
@@ -136,11 +136,11 @@ class Workload:
 
     @classmethod
     def read(cls, folder: Path) -> "Workload":
-        """What `write` kept."""
+        """Read what `write` kept."""
         return cls(**json.loads((folder / "workload.json").read_text(encoding="utf-8")))
 
 
-# By device: what runs in seconds, and what one GPU of 80 GB holds with its logits materialised.
+# By device: what runs in seconds, and what one GPU of 80 GB holds with its logits materialized.
 DEFAULTS = {
     "cpu": Workload("cpu", "float32", "tiny", 2, 4, 24, 16, 1, 5),
     "cuda": Workload("cuda", "bfloat16", "2b", 8, 8, 512, 512, 1, 10),

@@ -114,7 +114,7 @@ def _write_model(workload: Workload, folder: Path) -> None:
 def random_tokens(workload: Workload, image_token_id: int) -> tuple[Batch, Tensor, Tensor]:
     """Prompts with pictures, responses, advantages [P * G], and the old policy's noise [P * G, R].
 
-    Advantages are not centred on each prompt, or the loss would be a difference of equals.
+    Advantages are not centered on each prompt, or the loss would be a difference of equals.
     """
     generator = torch.Generator().manual_seed(SEED + 1)
     rows, shape = workload.prompts * workload.group, workload.shape

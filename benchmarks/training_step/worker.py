@@ -32,7 +32,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "bfloat16 logits": 0.25}
 
 @dataclass
 class Row:
-    """What is known of one variant.
+    """Facts of one variant.
 
     Attributes:
         status: "timed", "wrong" (and so never timed), "out of memory", "absent" or "failed".

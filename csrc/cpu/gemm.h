@@ -17,7 +17,7 @@ struct MatrixView {
 };
 
 // What is compiled for an instruction set. A panel holds `width` rows of a view as [units][width]; a
-// unit is 32 bits: one float32, or two bfloat16 that are neighbours in k, 0 where there are no more.
+// unit is 32 bits: one float32, or two bfloat16 that are neighbors in k, 0 where there are no more.
 struct GemmKernels {
   int most_rows;  // width of a panel of a, at most
   int columns;    // width of a panel of b, 0 where b has no more rows

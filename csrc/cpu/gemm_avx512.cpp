@@ -29,7 +29,7 @@ inline Units load(const uint16_t* x, int64_t n) {
 inline uint32_t unit_of(const uint16_t* x, int64_t, bool) { return uint32_t{*x} << 16; }
 
 template <typename Element>
-inline Units neighbours(const Element* x, int64_t, int n, bool) {
+inline Units neighbors(const Element* x, int64_t, int n, bool) {
   return load(x, n);
 }
 inline F multiply_add(Units a, Units b, F sum) {

@@ -10,7 +10,7 @@ inline Units load_all(const uint16_t* x) { return load_units(x); }
 inline Units load(const uint16_t* x, int64_t n) {
   return _mm512_maskz_loadu_epi16(n >= 2 * kLanes ? 0xffffffffu : (1u << n) - 1, x);
 }
-inline Units neighbours(const uint16_t* x, int64_t k_stride, int n, bool pairs) {
+inline Units neighbors(const uint16_t* x, int64_t k_stride, int n, bool pairs) {
   const __mmask16 exist = first_lanes(n), second = pairs ? exist : 0;
   const Units low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exist, x));
   const Units high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, x + k_stride));

@@ -6,7 +6,7 @@
 //   transpose(units), broadcast(unit), multiply_add, load_sums(x, n), store_sums(x, sums, n)
 // and, for each type of element:
 //   load_all(x), load(x, n): units of contiguous elements; of the first n, 0 for the rest
-//   neighbours(x, k_stride, n, pairs): units of elements x[i] and, if `pairs`, x[k_stride + i]
+//   neighbors(x, k_stride, n, pairs): units of elements x[i] and, if `pairs`, x[k_stride + i]
 //   unit_of(x, k_stride, pairs): the first of them
 // No library template may be instantiated here: see rows_impl.h.
 #pragma once
@@ -52,7 +52,7 @@ void pack_rows(const Element* x, int64_t stride, int rows, int64_t n, int width,
   }
 }
 
-// Rows that are neighbours in memory.
+// Rows that are neighbors in memory.
 template <typename Element>
 void pack_columns(const Element* x, int64_t k_stride, int rows, int64_t n, int width,
                   int64_t ahead, uint32_t* panel) {
@@ -62,7 +62,7 @@ void pack_columns(const Element* x, int64_t k_stride, int rows, int64_t n, int w
       const int exist = rows > lane ? rows - lane : 0;
       for (int i = 0; i < kPerUnit; ++i) fetch(from + i * k_stride, ahead);
       store(panel + k / kPerUnit * width + lane,
-            neighbours(from, k_stride, exist, k + kPerUnit <= n), width - lane);
+            neighbors(from, k_stride, exist, k + kPerUnit <= n), width - lane);
     }
   }
 }

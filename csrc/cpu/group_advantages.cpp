@@ -53,18 +53,18 @@ Moments moments(const float* rewards, int64_t n, double mean, int ddof) {
 
 void write_group(const float* rewards, int64_t n, const Moments& group, double batch_std,
                  const AdvantageOptions& options, float* out) {
-  const bool centred = options.baseline != Baseline::kNone;
-  if (n == 1 && (centred || options.scale == Scale::kGroup)) {
+  const bool centered = options.baseline != Baseline::kNone;
+  if (n == 1 && (centered || options.scale == Scale::kGroup)) {
     out[0] = options.keep_singletons ? rewards[0] : 0.0f * rewards[0];
     return;
   }
   const double std = options.scale == Scale::kGroup ? group.std : batch_std;
   const bool scaled = options.scale != Scale::kNone;
-  if ((scaled && std == 0.0) || (centred && group.constant)) {
+  if ((scaled && std == 0.0) || (centered && group.constant)) {
     for (int64_t i = 0; i < n; ++i) out[i] = 0.0f * rewards[i];
     return;
   }
-  const double shift = centred ? group.mean : 0.0;
+  const double shift = centered ? group.mean : 0.0;
   const bool others = options.baseline == Baseline::kLeaveOneOut;
   const double factor =
       (others ? static_cast<double>(n) / (n - 1) : 1.0) / (scaled ? std + options.eps : 1.0);

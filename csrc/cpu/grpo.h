@@ -1,4 +1,4 @@
-// Plain data of the GRPO loss on the host. Null pointers mean "absent" where said so.
+// Plain data of the GRPO loss on the CPU. Null pointers mean "absent" where said so.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Host kernels. Pointers are to host memory; a null pointer means "absent" where said so.
+// CPU kernels. Pointers are to host memory; a null pointer means "absent" where said so.
 #pragma once
 
 #include <cstdint>

@@ -182,7 +182,7 @@ class Activations:
 
     kept: of one micro-batch in flight, from its forward to its backward. in_flight: how many.
     layer: the largest moment inside a layer's backward. head: the head's forward and backward
-    with the fused head; materialised: with all logits and their gradient in float32. The last
+    with the fused head; materialized: with all logits and their gradient in float32. The last
     three happen one at a time.
     """
 
@@ -190,7 +190,7 @@ class Activations:
     in_flight: int
     layer: float
     head: float
-    materialised: float
+    materialized: float
 
     @property
     def total(self) -> float:
@@ -198,9 +198,9 @@ class Activations:
         return self.kept * self.in_flight + max(self.layer, self.head)
 
     @property
-    def total_materialised(self) -> float:
-        """At the worst moment, with materialised logits."""
-        return self.kept * self.in_flight + max(self.layer, self.materialised)
+    def total_materialized(self) -> float:
+        """At the worst moment, with materialized logits."""
+        return self.kept * self.in_flight + max(self.layer, self.materialized)
 
 
 def image_kept(dims: Dimensions, shards: Shards, pack: Pack, modules: Mapping[str, bool]) -> float:
@@ -245,7 +245,7 @@ def layers_kept(dims: Dimensions, shards: Shards, pack: Pack, stage: int) -> flo
 def head_workspace(
     dims: Dimensions, shards: Shards, pack: Pack, trained: bool
 ) -> tuple[float, float]:
-    """(fused, materialised) bytes of the head's forward and backward on the last stage."""
+    """(fused, materialized) bytes of the head's forward and backward on the last stage."""
     e, t, m, h = shards.element, pack.tokens, pack.labels, dims.hidden
     columns = shards.padded_vocab // shards.tensor
     # All tokens gathered and their gradient; the counted rows, their gradient in both precisions.
@@ -295,11 +295,11 @@ def activations(
     if shards.pipeline > 1:
         # One activation to send and one gradient received.
         layer += 2 * dims.hidden * shards.element * (pack.tokens // shards.scatter)
-    fused = materialised = 0.0
+    fused = materialized = 0.0
     if stage == shards.pipeline - 1:
-        fused, materialised = head_workspace(dims, shards, pack, modules["llm"])
+        fused, materialized = head_workspace(dims, shards, pack, modules["llm"])
     in_flight = max(1, min(shards.pipeline - stage, micro_batches))
-    return Activations(kept, in_flight, layer, fused, materialised)
+    return Activations(kept, in_flight, layer, fused, materialized)
 
 
 def cache_per_token(dims: Dimensions, shards: Shards, stage: int) -> int:

@@ -79,7 +79,7 @@ def _rows(ranks: Sequence[RankPlan], limit: float) -> Iterator[tuple[str, list[s
         yield "activations kept x micro-batches in flight", kept
         yield "and, for a moment, a layer's backward", [gb(one.layer) for one in moving]
         yield "or, for a moment, the fused head", [gb(one.head) for one in moving]
-        yield "   (it would be, with all logits)", [gb(one.materialised) for one in moving]
+        yield "   (it would be, with all logits)", [gb(one.materialized) for one in moving]
     yield "CUDA, NCCL, sleeping vLLM", [gb(rank.outside + rank.asleep) for rank in ranks]
     if moving:
         yield "training, at most", [verdict(rank.training) for rank in ranks]
@@ -147,7 +147,7 @@ def as_json(plan: Plan, proposals: Sequence[Proposal]) -> dict[str, Any]:
         entry = asdict(rank)
         if rank.activations is not None:
             entry["activations"]["total"] = rank.activations.total
-            entry["activations"]["total_materialised"] = rank.activations.total_materialised
+            entry["activations"]["total_materialized"] = rank.activations.total_materialized
         ranks.append(entry | {"training": rank.training, "sampling": rank.sampling})
     return {
         "gpus": job.cluster.gpus,

@@ -98,7 +98,7 @@ def test_rejected_chains_are_counted_and_never_kept() -> None:
 
 
 def test_the_base_corpus_has_no_picture_with_a_chain_of_thought() -> None:
-    """What the base model is not taught is what SFT must be seen to teach."""
+    """SFT must be seen to teach what the base model is not taught."""
     kinds = Counter()
     for sample in base_corpus("train", 96, 0):
         response = str(sample.response)

@@ -13,7 +13,7 @@ from tests.data.sample_rows import a_row, png, some_samples, without, write_rows
 
 
 def test_properties() -> None:
-    """What trainers and rewards read off a sample."""
+    """Properties of a sample that trainers and rewards read."""
     counting, which, text = some_samples()
     assert (counting.question, counting.ground_truth, counting.domain) == (
         "How many?", "3", "counting",

@@ -1,4 +1,4 @@
-"""What the ranks do: one function per case, each returning JSON values for the tests to judge."""
+"""Work of the ranks: one function per case, each returning JSON values for the tests to judge."""
 
 import hashlib
 from collections.abc import Callable

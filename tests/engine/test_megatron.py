@@ -79,7 +79,7 @@ def write_models(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """What the ranks were given and have written; they run once for all tests of this file."""
+    """Files the ranks were given and have written; they run once for all tests of this file."""
     folder = tmp_path_factory.mktemp("megatron")
     write_models(folder)
     recorded.write_rollout(an_engine(folder / "model"), folder / "rollout.safetensors")
@@ -93,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 
 def reports(folder: Path, case: str) -> list[dict[str, Any]]:
-    """What each rank of a case has reported."""
+    """Reports of each rank of a case."""
     files = sorted(folder.glob(f"{case}.rank?.json"))
     assert files, case
     return [json.loads(file.read_text()) for file in files]
@@ -101,7 +101,7 @@ def reports(folder: Path, case: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def truth(folder: Path) -> tuple[recorded.Seen, Tensors]:
-    """What HFEngine makes of the recorded batch, and the least |gradient| of its two steps."""
+    """HFEngine's results of the recorded batch, and the least |gradient| of its two steps."""
     engine = an_engine(folder / "model")
     least: Tensors = {}
     step = engine.optimizer.step

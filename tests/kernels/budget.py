@@ -42,7 +42,7 @@ def pytorch(
     vocab_size: int | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What a trainer writes without kernels: float32 log_softmax of logits / temperature."""
+    """A trainer's code without kernels: float32 log_softmax of logits / temperature."""
     x, ids = logits.reshape(-1, logits.shape[-1])[:, :vocab_size], token_ids.reshape(-1)
     if rows is not None:
         x, ids = x[rows], ids[rows]
@@ -107,7 +107,7 @@ def check_logits(logits: Tensor, token_ids: Tensor, **options: object) -> tuple[
     return results
 
 
-# One result alone takes a path of its own on the host, and other arguments of one kernel in Triton.
+# One result alone takes a path of its own on the CPU, and other arguments of one kernel in Triton.
 FUNCTIONS: list[tuple[Callable[..., tuple[Tensor, ...]], Sequence[int]]]
 FUNCTIONS = [(logprobs_and_entropy, (0, 1))]
 if not INTERPRETED:

@@ -1,6 +1,6 @@
 """Which implementation of the kernels a test runs, and on which device.
 
-In a plain run `backend` is the compiled host kernels, then the reference that stands in for them,
+In a plain run `backend` is the compiled CPU kernels, then the reference that stands in for them,
 then what a CUDA device runs, where there is one. With TRITON_INTERPRET=1
 (`test_triton_interpreter.py` starts such a process) it is the Triton kernels, on CPU tensors
 through the same public functions. Tensors that a test creates without naming a device are on the
@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_DEVICE = pytest.param("cuda", marks=pytest.mark.gpu)
 BACKENDS = ("triton",) if INTERPRETED else ("compiled", "reference", ON_DEVICE)
 # Where arguments can be looked at without waiting for a device, so that wrong ones raise.
-HOST_BACKENDS = ("compiled", "reference")
+CPU_BACKENDS = ("compiled", "reference")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -70,7 +70,7 @@ def test_full_graph_equals_eager_and_compiles_few_times(step: Any) -> None:
 
 
 def test_in_place_ban_in_a_graph() -> None:
-    """Fails if functionalisation drops the write, or the caller's tensor keeps its old value."""
+    """Fails if functionalization drops the write, or the caller's tensor keeps its old value."""
     step = torch.compile(
         lambda x, ids: ban_tokens_(x, ids).exp().sum(-1), fullgraph=True, backend="aot_eager"
     )

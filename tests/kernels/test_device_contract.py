@@ -130,7 +130,7 @@ def test_runs_on_the_current_stream(step: Step) -> None:
 @pytest.mark.gpu
 @each_step
 def test_does_not_wait_for_the_device(step: Step) -> None:
-    """Fails if an op synchronises with the host."""
+    """Fails if an op synchronizes with the host."""
     x = torch.randn(ROWS, VOCAB)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

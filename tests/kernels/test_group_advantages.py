@@ -46,12 +46,12 @@ def definition(
     for group in groups.unique():
         mates = rewards[groups == group]
         others = mates.expand(len(mates), -1)[~torch.eye(len(mates), dtype=torch.bool)]
-        centre = {
+        center = {
             "mean": mates.mean(),
             "leave_one_out": others.view(len(mates), -1).mean(-1),
             "none": torch.zeros_like(mates),
         }[baseline]
-        value = mates - centre
+        value = mates - center
         if scale != "none":
             value = value / ((mates if scale == "group" else rewards).std(correction=ddof) + eps)
         out[groups == group] = value

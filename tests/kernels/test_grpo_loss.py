@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r1v3.kernels import grpo_loss, reference
 from tests.kernels.budget import assert_within_budget
-from tests.kernels.conftest import HOST_BACKENDS, INTERPRETED
+from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED
 from tests.kernels.tokens import AGGREGATIONS, random_batch
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -56,7 +56,7 @@ def test_report_equations_4_5_and_7_by_hand() -> None:
 
 
 def test_aggregations_by_hand() -> None:
-    """Fails if a normaliser is another one. Token losses: -2.4, -2.2, -1.0 and 0.8, 3.0."""
+    """Fails if a normalizer is another one. Token losses: -2.4, -2.2, -1.0 and 0.8, 3.0."""
     inputs = by_hand()
     expected = {
         "token-mean": -1.8 / 5,
@@ -319,7 +319,7 @@ def test_tokens_after_the_last_sequence_do_not_count() -> None:
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("as_tensor", [True] if INTERPRETED else [False, True])
 def test_micro_batches_add_up(aggregation: str, as_tensor: bool) -> None:
-    """Fails if splitting a batch with a global normaliser changes loss or gradient."""
+    """Fails if splitting a batch with a global normalizer changes loss or gradient."""
     logprobs, old, advantages, mask = random_batch()
     total = {
         "sequence-mean": float(mask.any(-1).sum()),
@@ -404,7 +404,7 @@ def test_wrong_arguments_raise(backend: str) -> None:
         (lambda: grpo_loss(x, x, a, m, ratio_clip="gspo"), "ratio_clip must be one of ppo, cispo"),
         (lambda: grpo_loss(x, x, a, m, ratio_clip="cispo", dual_clip=3.0), 'dual_clip .*"cispo"'),
     ]
-    if backend in HOST_BACKENDS:
+    if backend in CPU_BACKENDS:
         ends = torch.tensor([0, 5, 4])
         cases.append(
             (lambda: grpo_loss(x.view(-1), None, a, m.view(-1), cu_seqlens=ends), "cu_seqlens")

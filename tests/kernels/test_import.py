@@ -1,4 +1,4 @@
-"""What `import r1v3.kernels` brings along."""
+"""Modules that `import r1v3.kernels` brings along."""
 
 import subprocess
 import sys

@@ -11,9 +11,9 @@ from torch import Tensor
 from r1v3.kernels import cpu, linear_logprobs_and_entropy
 from r1v3.kernels.linear import head, tiles
 from tests.kernels.budget import assert_within_budget
-from tests.kernels.conftest import HOST_BACKENDS, INTERPRETED
+from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED
 
-host_only = pytest.mark.skipif(INTERPRETED, reason="not about the arithmetic of a kernel")
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="not about the arithmetic of a kernel")
 # To the kernels they are all the same: logits are float32.
 DTYPES = [torch.bfloat16] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("logprobs", "entropy", "hidden", "weight", "bias")
@@ -162,7 +162,7 @@ def test_dropped_rows_never_reach_a_product(products: list[tuple[Tensor, Tensor]
     assert (hidden.grad[~kept] == 0).all() and weight.grad.isfinite().all()
 
 
-@host_only
+@not_interpreted
 @pytest.mark.parametrize("trained,gemms", [("hidden", 2), ("weight", 2), ("bias", 1)])
 def test_frozen_parts_cost_no_product(
     trained: str, gemms: int, products: list[tuple[Tensor, Tensor]]
@@ -271,7 +271,7 @@ def test_a_huge_ignored_logit_keeps_gradients_finite(small_tiles: None) -> None:
     assert hidden.grad.isfinite().all() and (weight.grad[10:150] == 0).all()
 
 
-@host_only
+@not_interpreted
 def test_an_unused_entropy_changes_nothing() -> None:
     """Fails if the gradient of log-probabilities alone reads the entropy, or costs accuracy."""
     inputs = make()
@@ -285,7 +285,7 @@ def test_an_unused_entropy_changes_nothing() -> None:
     torch.testing.assert_close(*gradients)
 
 
-@host_only
+@not_interpreted
 def test_expanded_upstream_and_strided_inputs(small_tiles: None) -> None:
     """Fails if a stride other than the contiguous one is ignored in an input or upstream."""
     inputs = make()
@@ -301,7 +301,7 @@ def test_expanded_upstream_and_strided_inputs(small_tiles: None) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@host_only
+@not_interpreted
 def test_bits_do_not_change_from_run_to_run(small_tiles: None) -> None:
     """Fails if an output or a gradient has other bits in a second run."""
     inputs, upstream = make(torch.bfloat16), torch.randn(2, 3, 8)
@@ -311,7 +311,7 @@ def test_bits_do_not_change_from_run_to_run(small_tiles: None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@host_only
+@not_interpreted
 def test_row_tile_makes_rows_independent_of_the_batch() -> None:
     """Fails if a row's bits depend on how many others there are, or on its place among them."""
     hidden, weight = torch.randn(41, 200), torch.randn(700, 200)
@@ -346,7 +346,7 @@ def test_wrong_arguments_raise(backend: str) -> None:
     if backend != "cuda":
         cases.append(({"rows": ids}, "rows must not repeat"))
         cases.append(({"rows": ids[:1] + 4}, r"rows must be in \[0, 4\)"))
-    if backend in HOST_BACKENDS:
+    if backend in CPU_BACKENDS:
         cases.append(({"token_ids": ids + 9}, r"token_ids must be in \[0, 9\)"))
     for given, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -15,9 +15,9 @@ from r1v3.kernels import (
 )
 from r1v3.kernels.linear import head, tiles
 from tests.kernels.budget import assert_within_budget
-from tests.kernels.conftest import HOST_BACKENDS, INTERPRETED
+from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED
 
-host_only = pytest.mark.skipif(INTERPRETED, reason="not about the arithmetic of a kernel")
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="not about the arithmetic of a kernel")
 VOCAB, TRUE = 300, 290
 # To the kernels they are all the same: logits are float32.
 DTYPES = [torch.bfloat16] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
@@ -118,7 +118,7 @@ def test_is_the_composition(aggregation: str, dtype: torch.dtype, policy: dict[s
         torch.testing.assert_close(value.double(), exact[name], rtol=1e-4, atol=1e-4)
 
 
-@host_only
+@not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_all_columns_in_one_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the layout of a GPU, where one product takes all columns, loses or adds a term."""
@@ -152,7 +152,7 @@ def cases() -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-@host_only
+@not_interpreted
 @pytest.mark.parametrize("name", cases())
 def test_options(name: str) -> None:
     """Fails if an option of grpo_loss means something else here, in value or gradient."""
@@ -174,7 +174,7 @@ def test_options(name: str) -> None:
         torch.testing.assert_close(value, metrics2[key], rtol=2e-5, atol=2e-5)
 
 
-@host_only
+@not_interpreted
 def test_gradient_is_the_derivative() -> None:
     """Fails if the gradient is not the slope of the loss along random directions, in float64."""
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in make().items()}
@@ -205,7 +205,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@host_only
+@not_interpreted
 @pytest.mark.parametrize(
     "trained,gemms", [(("hidden", "weight"), 3), (("hidden",), 2), (("weight",), 2), ((), 1)]
 )
@@ -226,9 +226,9 @@ def test_every_product_is_made_once(trained: tuple[str, ...], gemms: int, work: 
     assert sum(work) == rows * VOCAB * 24
 
 
-@host_only
+@not_interpreted
 def test_given_rows_are_the_mask(backend: str) -> None:
-    """Fails if rows change the result, or a wrong set of them passes on the host."""
+    """Fails if rows change the result, or a wrong set of them passes on the CPU."""
     inputs = make()
     inputs["token_ids"][0, 0] = 5
     rows = inputs["loss_mask"].flatten().nonzero().squeeze(-1)
@@ -246,7 +246,7 @@ def test_given_rows_are_the_mask(backend: str) -> None:
             linear_grpo_loss(**inputs, rows=rows[1:])
 
 
-@host_only
+@not_interpreted
 def test_a_second_backward_raises() -> None:
     """Fails if gradients that were scaled in place are silently scaled again."""
     inputs = make()
@@ -257,7 +257,7 @@ def test_a_second_backward_raises() -> None:
         (2 * loss).backward()
 
 
-@host_only
+@not_interpreted
 def test_float16_gradients_survive_a_loss_scale() -> None:
     """Fails if a gradient too small for float16 is rounded to 0 before the loss scale."""
     inputs = make(torch.float16)
@@ -284,7 +284,7 @@ def test_hostile_tokens() -> None:
     assert (grad_hidden[~mask] == 0).all() and metrics["nonfinite"] == 0
 
 
-@host_only
+@not_interpreted
 def test_bits_do_not_change_from_run_to_run() -> None:
     """Fails if loss, metrics or gradients have other bits in a second run."""
     inputs = make(torch.bfloat16)
@@ -295,7 +295,7 @@ def test_bits_do_not_change_from_run_to_run() -> None:
         assert torch.equal(a, b)
 
 
-@host_only
+@not_interpreted
 def test_row_tile() -> None:
     """Fails if padding rows to a constant product changes loss or gradients beyond rounding."""
     inputs = make()
@@ -306,7 +306,7 @@ def test_row_tile() -> None:
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
 
 
-@host_only
+@not_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_row_tile_makes_rows_independent_of_the_batch(dtype: torch.dtype) -> None:
     """Fails if a row has other bits among more rows, by way of another order of the work."""
@@ -335,7 +335,7 @@ def test_wrong_arguments_raise(backend: str) -> None:
         ({"normalizer": 0.0}, "normalizer must be > 0"),
         ({"dual_clip": 0.5}, "dual_clip must be > 1"),
     ]
-    if backend in HOST_BACKENDS:
+    if backend in CPU_BACKENDS:
         cases.append(({"token_ids": inputs["token_ids"] + 200}, "token_ids must be in"))
     for given, message in cases:
         with pytest.raises(ValueError, match=message):

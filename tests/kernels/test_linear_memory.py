@@ -1,4 +1,4 @@
-"""What a language head allocates, as the operating system sees it."""
+"""Memory that a language head allocates, as the operating system sees it."""
 
 import json
 import subprocess

@@ -258,7 +258,7 @@ class Compiler:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **options: Any) -> None:
-            # The arguments are in the host's memory, but this is not the interpreter.
+            # The arguments are in the CPU's memory, but this is not the interpreter.
             options["INTERPRETED"] = False
             self.result = self.kernel.warmup(*arguments, grid=grid, **options)
 

@@ -1,4 +1,4 @@
-"""The CUDA kernel of `logits_grpo_loss`: its arithmetic on the host, its machine code for sm_90.
+"""The CUDA kernel of `logits_grpo_loss`: its arithmetic on the CPU, its machine code for sm_90.
 
 The device code's row algorithm is a header; `emulate_grpo_row.cpp` runs it with loops in place of
 threads, so index arithmetic, order of reduction and rounding are compared without a GPU.

@@ -13,7 +13,7 @@ from r1v3.kernels import (
     selective_log_softmax,
 )
 from tests.kernels.budget import check_logits
-from tests.kernels.conftest import HOST_BACKENDS, INTERPRETED
+from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("backend")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -123,7 +123,7 @@ def test_label_outside_the_vocabulary(label: int, backend: str) -> None:
     """Fails if a wrong label gives a plausible number: raises on CPU, NaN on a device."""
     logits, ids = make(4, 50)
     ids[2] = label
-    if backend not in HOST_BACKENDS:
+    if backend not in CPU_BACKENDS:
         logprobs, entropy = logprobs_and_entropy(logits, ids)
         assert logprobs.isnan().tolist() == [False, False, True, False]
         assert selective_log_softmax(logits, ids).isnan().tolist() == logprobs.isnan().tolist()
@@ -148,8 +148,8 @@ def test_selected_rows() -> None:
 @pytest.mark.parametrize("rows", [[0, 12], [-1], [3, 3]])
 def test_wrong_rows_raise(rows: list[int], backend: str) -> None:
     """Fails if a row index out of range or repeated corrupts a gradient on CPU."""
-    if backend not in HOST_BACKENDS:
-        pytest.skip("a device cannot raise without a synchronisation; documented")
+    if backend not in CPU_BACKENDS:
+        pytest.skip("a device cannot raise without a synchronization; documented")
     with pytest.raises(ValueError, match="rows must"):
         entropy_from_logits(torch.randn(12, 5), rows=torch.tensor(rows))
 
@@ -242,7 +242,7 @@ def test_a_row_does_not_depend_on_the_others(vocab: int, backend: str) -> None:
     for value, again in zip(everything, run(slice(None)), strict=True):
         assert torch.equal(value, again)
     # With Triton, rows of 9001 keep their alignment only where the index keeps modulo 8.
-    starts = [0, 8] if backend not in HOST_BACKENDS and vocab % 8 else [0, 3, 8, 13]
+    starts = [0, 8] if backend not in CPU_BACKENDS and vocab % 8 else [0, 3, 8, 13]
     for start in starts:
         for stop in (start + 1, start + 3):
             for value, alone in zip(everything, run(slice(start, stop)), strict=True):

@@ -1,4 +1,4 @@
-"""What holds for every row of logits: bounds, invariances, gradients that sum to zero."""
+"""Properties of every row of logits: bounds, invariances, gradients that sum to zero."""
 # mypy: disable-error-code="arg-type,union-attr,index"
 
 import math
@@ -88,7 +88,7 @@ def test_permutation_invariance(case: tuple[Tensor, Tensor, float]) -> None:
 @often
 @given(rows())
 def test_probabilities_sum_to_one(case: tuple[Tensor, Tensor, float]) -> None:
-    """Fails if the normaliser misses or invents mass: sum over all labels of exp(logp) is 1."""
+    """Fails if the normalizer misses or invents mass: sum over all labels of exp(logp) is 1."""
     logits, _, temperature = case
     vocab = logits.shape[1]
     every = logits[:, None].expand(-1, vocab, -1)
@@ -103,7 +103,7 @@ def test_probabilities_sum_to_one(case: tuple[Tensor, Tensor, float]) -> None:
 
 @often
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(0, 2**31))
-def test_advantages_are_centred_and_scaled(lengths: list[int], seed: int) -> None:
+def test_advantages_are_centered_and_scaled(lengths: list[int], seed: int) -> None:
     """Fails if a group's advantages do not have mean 0 and std 1, or 0 where rewards tie."""
     torch.manual_seed(seed)
     rewards = torch.randint(0, 3, (sum(lengths),)).float()

@@ -30,7 +30,7 @@ SUITE = (
 
 @pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter")
 def test_triton_kernels_pass_the_suite() -> None:
-    """Fails if a Triton kernel breaks any property that the host kernels are tested for.
+    """Fails if a Triton kernel breaks any property that the CPU kernels are tested for.
 
     A process of its own, because Triton reads TRITON_INTERPRET when it is imported.
     """

@@ -1,4 +1,4 @@
-"""What Triton compiles a kernel for, from the arguments of real launches. No GPU is needed."""
+"""Specializations that Triton compiles, from arguments of real launches. No GPU is needed."""
 
 import re
 import subprocess

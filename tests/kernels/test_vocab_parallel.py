@@ -12,9 +12,9 @@ from tests.processes import run_ranks
 @pytest.mark.parametrize(
     "world,implementation",
     [
-        (2, "host"),
-        (3, "host"),
-        (4, "host"),
+        (2, "cpu"),
+        (3, "cpu"),
+        (4, "cpu"),
         (3, "triton"),
         pytest.param(2, "cuda", marks=pytest.mark.gpu),
         pytest.param(3, "cuda", marks=pytest.mark.gpu),

@@ -132,7 +132,7 @@ PLAIN = [index for index, case in enumerate(CASES) if not case.peak]
 
 @cache
 def measured() -> list[dict[str, Any]]:
-    """What the real modules hold in each case, counted by one process of its own."""
+    """Memory the real modules hold in each case, counted by one process of its own."""
     lines = [
         json.dumps(
             {

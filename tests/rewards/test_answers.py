@@ -1,4 +1,4 @@
-r"""What is written differently and means the same agrees; what means something else does not."""
+r"""Answers that are written differently and mean the same agree; others do not."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-r"""Multiple choice: several letters, letters with texts, labelled options, stated choices."""
+r"""Multiple choice: several letters, letters with texts, labeled options, stated choices."""
 
 import pytest
 
@@ -91,9 +91,9 @@ def test_letters_without_options(answer: str, right: bool) -> None:
 
 def test_options_that_carry_their_letters_are_shown_once() -> None:
     """The prompt printed `A. A. 12`."""
-    labelled = ["A. 10", "B. 12", "C. 14"]
+    labeled = ["A. 10", "B. 12", "C. 14"]
     sample = make_sample(
-        question="Which?", ground_truth="B", options=labelled, data_source="t", index=0
+        question="Which?", ground_truth="B", options=labeled, data_source="t", index=0
     )
     content = sample.prompt[-1]["content"]
     assert "A. 10\nB. 12\nC. 14" in content and "A. A." not in content

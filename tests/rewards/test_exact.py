@@ -107,7 +107,7 @@ def test_what_is_too_large_is_refused_in_bounded_time(text: str) -> None:
 
 
 def test_a_refusal_is_said() -> None:
-    """What cannot be read or decided is not paid, and never silently."""
+    """An answer that cannot be read or decided is not paid, and never silently."""
     assert judge("\\oint x", "5").refused and judge("5", "\\oint x").refused
     assert judge("x" * 1001, "5").refused
     for answer, gold in [("6", "5"), ("C", "B"), ("blue", "red"), ("5", "5"), ("x", "y")]:

@@ -48,7 +48,7 @@ def test_a_draft_in_a_thought_that_never_closes_is_not_graded(completion: str) -
 
 
 def test_a_draft_before_the_answer_does_not_matter() -> None:
-    """What follows the thought counts, and a completion that ends in its answer has one."""
+    """The text after the thought counts, and a completion that ends in its answer has one."""
     assert score(["maybe \\boxed{3}</think>\\boxed{4}"], ["4"])[0].accuracy == 1.0
     assert score(["It is $\\boxed{4}$."], ["4"])[0].accuracy == 1.0
     assert accuracy_reward("Maybe \\boxed{4}? I check: yes.", "4") == 1.0  # no thought was opened

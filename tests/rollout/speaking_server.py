@@ -33,7 +33,7 @@ Fault = Callable[["SpeakingServer", BaseHTTPRequestHandler, dict[str, Any]], dic
 def local(
     net: InternVLForConditionalGeneration, example: Example, sampling: Sampling, n: int, seed: int
 ) -> Rollout:
-    """What a request must be answered with: local generation under the request's seed."""
+    """The answer that a request must get: local generation under the request's seed."""
     request = Request(example, make_sample(question="?", ground_truth="", data_source="", index=0))
     generator = torch.Generator().manual_seed(seed)
     with _MODEL:

@@ -146,7 +146,7 @@ def test_only_the_end_of_turn_is_sampled_among_the_special_tokens() -> None:
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
-    """Compaction, left padding and neighbours must not change what a row writes."""
+    """Compaction, left padding and neighbors must not change what a row writes."""
     together = rows(rollout(group_size=2))
     generator = torch.Generator().manual_seed(0)
     alone = [row for e in EXAMPLES for row in rows(rollout([e], group_size=2, generator=generator))]
@@ -352,7 +352,7 @@ def test_rows_that_ended_before_their_budget_are_left_alone() -> None:
 def test_a_thought_that_is_closed_already_is_not_closed_again(
     scripted: Callable[[str | list[int]], None], thought: str
 ) -> None:
-    """Whichever tokens the closing tag is written with: its marks merge with their neighbours."""
+    """Whichever tokens the closing tag is written with: its marks merge with their neighbors."""
     ids = WORDS.encode(thought, add_special_tokens=False)
     scripted(thought + " I see 34" + " 5" * 12)
     found = rollout(budget=len(ids))

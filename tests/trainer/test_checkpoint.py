@@ -76,7 +76,7 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_loaded_tensors_own_aligned_memory(tmp_path: Path) -> None:
-    """A view into the mapped file would be unaligned for the host kernels and die with the file."""
+    """A view into the mapped file would be unaligned for the CPU kernels and die with the file."""
     path = save(tmp_path, 1, tensors={"odd": torch.ones(3, dtype=torch.uint8), "w": torch.ones(99)})
     loaded = load_checkpoint(path).tensors
     os.truncate(path / "trainer.safetensors", 0)

@@ -121,7 +121,7 @@ def test_stops_and_kills_change_no_bit(tmp_path: Path) -> None:
     unusable, or `--resume` goes on to something else."""
     write_configs(tmp_path)
     metrics = tmp_path / "run/metrics/grpo.jsonl"
-    arguments, entry = grpo("checkpoint_every=1"), "tests.trainer.signalled_rank"
+    arguments, entry = grpo("checkpoint_every=1"), "tests.trainer.signaled_rank"
     stopped = Job(tmp_path, 4, *arguments, entry=f"{entry} stop 2")
     assert stopped.wait() != 0
     taken = len(read_metrics(metrics))
@@ -133,7 +133,7 @@ def test_stops_and_kills_change_no_bit(tmp_path: Path) -> None:
 
     killed = Job(tmp_path, 4, *arguments, "--resume", entry=f"{entry} kill {taken + 1}")
     assert killed.wait() != 0
-    assert time.time() - (tmp_path / "signalled").stat().st_mtime < 120
+    assert time.time() - (tmp_path / "signaled").stat().st_mtime < 120
     said = "another rank has died or hangs; checkpoints are kept: go on with --resume"
     assert said in killed.output(), killed.output()
     assert "Signal 9 (SIGKILL)" in killed.output(), killed.output()

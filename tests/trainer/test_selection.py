@@ -44,7 +44,7 @@ def test_ties_go_to_the_later_step_whatever_the_order_given() -> None:
 
 
 def test_tolerance_is_measured_from_the_highest_only() -> None:
-    """Chaining neighbours (0.9, 0.85, 0.8) would let the choice drift down the list."""
+    """Chaining neighbors (0.9, 0.85, 0.8) would let the choice drift down the list."""
     records = [record(10, 0.9), record(20, 0.85), record(30, 0.8)]
     assert select_checkpoint(records, tolerance=0.06).selected.step == 20
     assert select_checkpoint(records, tolerance=0.06).rule.endswith(

@@ -90,7 +90,7 @@ def test_the_names_used_of_nvml_exist() -> None:
 
 
 class RecordedRun:
-    """What a test needs of `wandb.Run`."""
+    """The part of `wandb.Run` that a test needs."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings, self.lines, self.metrics, self.finished = settings, [], [], False

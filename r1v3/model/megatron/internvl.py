@@ -50,7 +50,7 @@ class InternVL(MegatronModule):
     the result is hidden states, because the fused head of `r1v3.kernels` never makes the logits.
 
     megatron-core's parallel state must be initialized. On a machine with CUDA the parallel layers
-    are made on the current device and the rest on the host: move the model there. Weights are
+    are made on the current device and the rest on the CPU: move the model there. Weights are
     random (megatron-core's initialization), with padded heads and vocabulary rows zero, which they
     stay in training.
 

@@ -33,7 +33,7 @@ class Packed:
         token_ids: int64 [M], those tokens.
         places: int64 [M], their flat places in [P * G, R].
         shape: (P * G, R).
-        segments: (rows, keys) of each segment, on the host.
+        segments: (rows, keys) of each segment, on the CPU.
         image_tokens: how many rows are image slots.
         longest: tokens of the longest prompt + response.
     """
@@ -68,7 +68,7 @@ def pack(batch: Batch, *, image_token_id: int, multiple_of: int = 1) -> Packed:
     """Pack a micro-batch. Tokens after the last that counts are left out.
 
     Args:
-        batch: on the host, so that lengths are known without waiting for a device.
+        batch: on the CPU, so that lengths are known without waiting for a device.
         image_token_id: the prompts' placeholder for one image feature.
         multiple_of: T is padded up to a multiple of it (the tensor-parallel size with sequence
             parallelism) by tokens that form a last segment of their own.

@@ -196,7 +196,7 @@ def fused_qkv(q: Tensor, k: Tensor, v: Tensor, groups: int, padded: int) -> Tens
 def megatron_shard(
     native: dict[str, Tensor], name: str, ranks: int, rank: int, padded_heads: int, rows: int
 ) -> Tensor | None:
-    """What rank `rank` of `ranks` has to hold of Megatron weight `name`; None: not written here.
+    """Shard of Megatron weight `name` on rank `rank` of `ranks`; None: not written here.
 
     The weights whose layout is not simply that of the native tensor.
     """

@@ -1,4 +1,4 @@
-"""What the workers do: one function per case, each returning numbers for the tests to judge."""
+"""Work of the ranks: one function per case, each returning numbers for the tests to judge."""
 
 from collections.abc import Callable
 from dataclasses import replace

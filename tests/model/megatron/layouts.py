@@ -26,7 +26,7 @@ from tests.model.megatron import reference
 
 @dataclass(frozen=True)
 class RankLayout:
-    """How the ranks are used; the rest is data parallel and does the same work again."""
+    """Use of the ranks; the rest is data parallel and does the same work again."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -117,7 +117,7 @@ def run(
 
 
 def sum_shared_gradients(model: InternVL) -> None:
-    """What finalize_model_grads does beyond data parallelism, on plain `grad`."""
+    """Do what finalize_model_grads does beyond data parallelism, on plain `grad`."""
     if model.config.sequence_parallel:
         for parameter in model.parameters():
             if getattr(parameter, "sequence_parallel", False) and parameter.grad is not None:

@@ -143,7 +143,7 @@ def logits(model: InternVLForConditionalGeneration, batch: Batch) -> tuple[Tenso
 
 
 def truth(model: InternVLForConditionalGeneration, batch: Batch) -> Truth:
-    """What the parallel model has to find; differentiable."""
+    """Results that the parallel model has to find; differentiable."""
     scores, hidden = logits(model, batch)
     logp = scores.log_softmax(-1)
     chosen = logp.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)

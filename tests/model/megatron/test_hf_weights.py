@@ -26,7 +26,7 @@ RANKS = range(4)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the workers wrote; they run once for all tests of this file."""
+    """Files the workers wrote; they run once for all tests of this file."""
     folder = tmp_path_factory.mktemp("parallel")
     net = tiny_model()
     write_native(net, folder / "native")

@@ -1,4 +1,4 @@
-"""The host kernels that multiply float32 and bfloat16 with float32 results."""
+"""The CPU kernels that multiply float32 and bfloat16 with float32 results."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1v3.kernels import cpu as host
+from r1v3.kernels import cpu
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 KERNELS = [
     (dtypes, capability)
-    for capability in (host._C.cpu_capabilities() if host.built() else ())
-    if host._C.has_gemm(0, capability)
+    for capability in (cpu._C.cpu_capabilities() if cpu.built() else ())
+    if cpu._C.has_gemm(0, capability)
     for dtypes in product(CODES, CODES)
 ]
 pytestmark = pytest.mark.skipif(not KERNELS, reason="r1v3._C is not built, or only portably")
@@ -52,7 +52,7 @@ def test_matches_float64(
     wide = torch.randn(n, m + 6)
     for a, b in layouts(n, m, k, dtypes):
         out = wide.clone()
-        host.product(a, b, out[:, 3 : m + 3], add=add, capability=capability)
+        cpu.product(a, b, out[:, 3 : m + 3], add=add, capability=capability)
         want = wide.double()
         want[:, 3 : m + 3] = a.double() @ b.double() + (want[:, 3 : m + 3] if add else 0)
         torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=2e-7 * max(k, 1))
@@ -66,7 +66,7 @@ def test_infinity_and_nan_stay_in_their_row(dtypes: Dtypes, capability: str) -> 
     a, b = torch.ones(3, 5).to(dtypes[0]), torch.ones(5, 3).to(dtypes[1])
     a[0, 4], a[1, 0] = torch.inf, torch.nan
     out = torch.empty(3, 3)
-    host.product(a, b, out, add=False, capability=capability)
+    cpu.product(a, b, out, add=False, capability=capability)
     assert (out[0] == torch.inf).all() and out[1].isnan().all() and (out[2] == 5).all()
 
 
@@ -82,11 +82,11 @@ def test_bits_do_not_depend_on_place_or_threads(dtypes: Dtypes, capability: str)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        host.product(a, b, whole, add=False, capability=capability)
+        cpu.product(a, b, whole, add=False, capability=capability)
         torch.set_num_threads(1)
         for rows in ([299, 3, 150, 0, 31, 77, 200], [499], list(range(450))):
             part = torch.empty(len(rows), 400)
-            host.product(a[rows], b, part, add=False, capability=capability)
+            cpu.product(a[rows], b, part, add=False, capability=capability)
             assert torch.equal(whole[rows], part)
     finally:
         torch.set_num_threads(threads)
@@ -98,14 +98,14 @@ def test_bfloat16_beside_float32_is_converted_exactly() -> None:
     for capability in {capability for _, capability in KERNELS}:
         for x, y in ((a, b), (b.T.bfloat16(), a.T.float())):
             mixed, same = torch.empty(2, x.shape[0], y.shape[1])
-            host.product(x, y, mixed, add=False, capability=capability)
-            host.product(x.float(), y, same, add=False, capability=capability)
+            cpu.product(x, y, mixed, add=False, capability=capability)
+            cpu.product(x.float(), y, same, add=False, capability=capability)
             assert torch.equal(mixed, same)
 
 
 def test_a_dtype_without_a_kernel_raises() -> None:
     """Fails if float16 is multiplied as if it were something else."""
-    assert not host.multiplies(torch.float16) and not host.multiplies(torch.float64)
+    assert not cpu.multiplies(torch.float16) and not cpu.multiplies(torch.float64)
     x = torch.ones(2, 2).half()
     with pytest.raises(ValueError, match="dtype must be one for which has_gemm is true"):
-        host.product(x, x, torch.empty(2, 2), add=False)
+        cpu.product(x, x, torch.empty(2, 2), add=False)

@@ -1,4 +1,4 @@
-"""Calls of the compiled host kernels with tensors, and their float64 truth."""
+"""Calls of the compiled CPU kernels with tensors, and their float64 truth."""
 
 import pytest
 import torch

@@ -1,11 +1,11 @@
-"""The compiled host kernel that bans tokens."""
+"""The compiled CPU kernel that bans tokens."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from r1v3 import _C
-from tests.kernels.host import DTYPES, each_dtype
+from tests.kernels.compiled import DTYPES, each_dtype
 
 
 def ban(

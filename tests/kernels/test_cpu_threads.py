@@ -1,4 +1,4 @@
-"""Threads, forks and linkage of the compiled host kernels."""
+"""Threads, forks and linkage of the compiled CPU kernels."""
 
 import multiprocessing
 import threading
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from r1v3 import _C
-from tests.kernels.host import (
+from tests.kernels.compiled import (
     forward,
 )
 from tests.processes import PATIENCE

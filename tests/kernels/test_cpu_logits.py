@@ -1,11 +1,11 @@
-"""The compiled host kernels for log-probability and entropy, against float64."""
+"""The compiled CPU kernels for log-probability and entropy, against float64."""
 
 import numpy as np
 import pytest
 import torch
 
 from r1v3 import _C
-from tests.kernels.host import (
+from tests.kernels.compiled import (
     backward,
     each_capability,
     each_dtype,

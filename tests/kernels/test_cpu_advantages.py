@@ -1,4 +1,4 @@
-"""The compiled host kernels of the group advantages."""
+"""The compiled CPU kernels of the group advantages."""
 
 import math
 
@@ -54,14 +54,14 @@ def test_advantages_match_the_formula(baseline: str, scale: str, ddof: int) -> N
     for group in groups:
         r = exact[group]
         n = len(group)
-        centre = {
+        center = {
             "mean": r.mean().expand(n),
             "leave_one_out": (r.sum() - r) / (n - 1),
             "none": torch.zeros(n),
         }[baseline]
         std = {"group": r.std(correction=ddof) + 1e-6, "batch": batch_std + 1e-6, "none": 1.0}
         torch.testing.assert_close(
-            out[group].double(), (r - centre) / std[scale], rtol=1e-6, atol=1e-7
+            out[group].double(), (r - center) / std[scale], rtol=1e-6, atol=1e-7
         )
 
 

@@ -1,8 +1,8 @@
 """`r1v3 grpo` under torchrun, in which a signal comes in the middle of a step.
 
-python -m tests.trainer.signalled_rank EVENT STEP ARGUMENTS: in the forward of the second
+python -m tests.trainer.signaled_rank EVENT STEP ARGUMENTS: in the forward of the second
 micro-batch of step STEP, rank 2 kills itself ("kill"), or rank 0 asks torchrun to end ("stop"). The
-file `signalled` in the working folder then tells when.
+file `signaled` in the working folder then tells when.
 """
 
 import os
@@ -19,12 +19,12 @@ def main(event: str, step: int, arguments: list[str]) -> None:
     update, rank = GRPOTrainer.update, {"kill": "2", "stop": "0"}[event]
 
     def send() -> None:
-        Path("signalled").touch()
+        Path("signaled").touch()
         if event == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         os.kill(os.getppid(), signal.SIGTERM)
 
-    def signalled(trainer: GRPOTrainer, episode: Any) -> dict[str, Any]:
+    def signaled(trainer: GRPOTrainer, episode: Any) -> dict[str, Any]:
         engine: Any = trainer.engine
         pack, packed = engine._pack, 0
 
@@ -43,7 +43,7 @@ def main(event: str, step: int, arguments: list[str]) -> None:
             engine._pack = pack
 
     if os.environ["RANK"] == rank:
-        GRPOTrainer.update = signalled  # type: ignore[method-assign]
+        GRPOTrainer.update = signaled  # type: ignore[method-assign]
     app(args=arguments, prog_name="r1v3")
 
 

@@ -1,4 +1,4 @@
-"""The compiled host kernel of the GRPO loss."""
+"""The compiled CPU kernel of the GRPO loss."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from r1v3 import _C
-from tests.kernels.host import CAPABILITIES, each_capability
+from tests.kernels.compiled import CAPABILITIES, each_capability
 
 RATIO_CLIPS = {"ppo": 0, "cispo": 1}
 KLS = {"k1": 0, "k2": 1, "k3": 2}

@@ -1,10 +1,10 @@
-"""The compiled host kernels on masked, broken, empty and oddly placed logits."""
+"""The compiled CPU kernels on masked, broken, empty and oddly placed logits."""
 
 import pytest
 import torch
 
 from r1v3 import _C
-from tests.kernels.host import (
+from tests.kernels.compiled import (
     CAPABILITIES,
     backward,
     each_capability,
