@@ -204,10 +204,11 @@ def test_selected_rows(products: list[tuple[Tensor, Tensor]], small_tiles: None)
         torch.testing.assert_close(selected, full, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("selection", ["mask", "rows"])
-def test_nothing_to_compute(selection: str) -> None:
-    """Fails if no row to compute breaks the forward or the backward."""
-    inputs = make()
+def test_nothing_to_compute(selection: str, dtype: torch.dtype) -> None:
+    """Fails if no row to compute breaks forward or backward, or makes float64 results float32."""
+    inputs = make(dtype)
     mask = inputs.pop("loss_mask")
     given: dict[str, Any] = {"loss_mask": torch.zeros_like(mask)}
     if selection == "rows":
@@ -215,6 +216,7 @@ def test_nothing_to_compute(selection: str) -> None:
     leaves = {k: inputs[k].requires_grad_() for k in ("hidden", "weight", "bias")}
     logprobs, entropy = linear_logprobs_and_entropy(**inputs, **given)
     assert logprobs.shape == (mask.shape if selection == "mask" else (0,))
+    assert logprobs.dtype == entropy.dtype == dtype
     (logprobs + entropy).sum().backward()
     assert (logprobs == 0).all() and all((leaf.grad == 0).all() for leaf in leaves.values())
 
