@@ -22,7 +22,7 @@ PATIENCE = 1800
 
 @dataclass
 class Session:
-    """What the test processes of one session share; tests/conftest.py fills it in."""
+    """State that the test processes of one session share; tests/conftest.py fills it in."""
 
     folder: Path | None = None
 
