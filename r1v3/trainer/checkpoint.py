@@ -38,7 +38,7 @@ from r1v3.ranks import ALONE, Ranks
 MANIFEST = "manifest.json"
 TENSORS = "trainer.safetensors"
 STATE = "trainer.json"
-_FORMAT = "r1v3-checkpoint-1"
+_FORMAT = "r1v3-checkpoint-2"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -23,7 +23,6 @@ from r1v3.data.encoding import (
 )
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.sample import Sample
-from r1v3.data.schema import load_samples
 from r1v3.data.words import expand_words
 from r1v3.engine.build import Training, build_engine, resolve_max_tiles
 from r1v3.evaluation.policy import Policy
@@ -39,6 +38,7 @@ from r1v3.trainer.loop import run_steps
 from r1v3.trainer.policy_loss import PolicyLossFn, combine
 from r1v3.trainer.questions import Questions
 from r1v3.trainer.randomness import torch_stream
+from r1v3.trainer.record import NothingToDo, write_finished
 from r1v3.trainer.schedule import learning_rate
 from r1v3.trainer.stage import open_stage, publish, resume
 from r1v3.trainer.telemetry import Telemetry
@@ -251,7 +251,8 @@ class GRPOTrainer:
         config = resolve_max_tiles(config)
         self.name, self.config, self.run = "grpo", config, Path(config.run)
         self.step, self.total = 0, config.steps
-        ranks = open_stage(self.name, config, resuming=resuming)
+        stage = open_stage(self.name, config, resuming=resuming)
+        ranks = stage.ranks
         temperature = config.decoding.temperature
         training = Training(config.modules, config.optimizer)
         self.engine = build_engine(config, ranks, training, temperature=temperature)
@@ -264,9 +265,13 @@ class GRPOTrainer:
         record_max_tiles(self.engine.config, shape.max_tiles)
         lengths = [config.decoding.max_tokens, *(change.max_tokens for change in config.lengths)]
         limit = PositionLimit.of(self.engine.config, config.too_long, max(lengths))
-        self.samples, self.examples, self.dropped = self.load(config.train_data, shape, limit)
+        self.samples, self.examples, self.dropped = self.encode(
+            config.train_data, stage.train, shape, limit
+        )
         # Encoded now, so that an image that cannot be decoded ends the run before the first step.
-        self.validation, asked, _ = self.load(config.validation_data, shape, limit)
+        self.validation, asked, _ = self.encode(
+            config.validation_data, stage.validation, shape, limit
+        )
         longest_prompt = max(len(example.prompt_ids) for example in [*self.examples, *asked])
         self.questions = Questions(len(self.samples), config.seed)
         self.sampler = build_sampler(
@@ -296,12 +301,12 @@ class GRPOTrainer:
             self.questions.restore(loaded.state["questions"])
         self.resume_after = self.step if resuming else None
 
-    def load(
-        self, path: Path, shape: ImageShape, limit: PositionLimit
+    def encode(
+        self, path: Path, samples: list[Sample], shape: ImageShape, limit: PositionLimit
     ) -> tuple[list[Sample], list[Example], int]:
-        """Return the samples of a file, encoded, and how many were dropped: too long, or with a
-        truncated picture."""
-        samples, shown = load_samples(path), self.engine.ranks.is_main
+        """Return the samples of a file that fit, encoded, and how many were dropped: too long, or
+        with a truncated picture."""
+        shown = self.engine.ranks.is_main
         examples = encode_all(path, samples, self.engine.tokenizer, shape, shown=shown)
         kept = limit.rows(path, examples, shown=shown)
         dropped = len(samples) - len(kept)
@@ -324,10 +329,12 @@ def make_verifier(config: GRPO) -> LLMVerifier | None:
 def train(config: GRPO, *, resuming: bool = False) -> Path:
     """Run the stage; return the model folder `<run>/models/grpo` of the last step."""
     final = Path(config.run) / "models" / "grpo"
-    if resuming and final.exists():
+    try:
+        trainer = GRPOTrainer(config, resuming=resuming)
+    except NothingToDo:
         return final
-    trainer = GRPOTrainer(config, resuming=resuming)
     trainer.loop()
     trainer.sampler.close()
     publish(trainer.engine, final)
+    trainer.engine.ranks.on_main(lambda: write_finished(trainer.name, config))
     return final

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from r1v3.config import Stage
 from r1v3.engine.contract import Engine
-from r1v3.progress import ProgressBar, progress_bar
+from r1v3.progress import ProgressBar, progress_bar, say
 from r1v3.trainer.checkpoint import PendingCheckpoint, start_checkpoint
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.interrupt import StageInterrupted, StopRequest
@@ -111,6 +111,8 @@ def run_steps(
         StageInterrupted: a signal asked a rank to stop; the finished steps are saved.
     """
     ranks, name, total = trainer.engine.ranks, trainer.name, trainer.total
+    if trainer.finished:
+        say(f"{name}: no step is left after {trainer.step} of {total}", shown=ranks.is_main)
     checkpoints = Checkpoints(trainer.run / "checkpoints" / name, trainer.engine, keep=keep)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
@@ -129,7 +131,7 @@ def run_steps(
                 log.log(trainer.step, metrics)
             bar.update(trainer.step, metrics)
             stopping = any(ranks.gather(stop.requested))
-            if last or stopping or trainer.step % checkpoint_every == 0:
+            if trainer.finished or stopping or trainer.step % checkpoint_every == 0:
                 checkpoints.save(trainer.step, trainer.state())
             checkpoints.poll()
             if stopping:

@@ -2,13 +2,15 @@
 
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from safetensors import SafetensorError
 
-from r1v3.config import Section, Stage, to_yaml
+from r1v3.config import GRPO, Section, Supervised, to_yaml
+from r1v3.data.sample import Sample
+from r1v3.data.schema import load_samples
 from r1v3.engine.build import connect
 from r1v3.engine.contract import Engine
 from r1v3.environment import environment
@@ -19,8 +21,10 @@ from r1v3.files import (
     write_json,
     write_text,
 )
+from r1v3.progress import say
 from r1v3.ranks import Ranks
 from r1v3.trainer.checkpoint import Loaded, latest_checkpoint, load_checkpoint
+from r1v3.trainer.record import NothingToDo, check_resume, digests, flat, write_start
 
 
 def require_fresh(name: str, run: Path, resuming: bool) -> None:
@@ -44,8 +48,8 @@ def begin(name: str, config: Section, run: Path) -> None:
     file = run / "config" / f"{name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists():
-        before = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
-        now = _flat(config.model_dump(mode="json"))
+        before = flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+        now = flat(config.model_dump(mode="json"))
         changes = [
             f"{key} {before.get(key)} -> {now.get(key)}"
             for key in sorted(before.keys() | now.keys())
@@ -60,28 +64,39 @@ def begin(name: str, config: Section, run: Path) -> None:
         write_json(run / "environment.json", environment())
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    if not isinstance(tree, dict):
-        return {prefix.removesuffix("."): tree}
-    parts = [_flat(value, f"{prefix}{key}.") for key, value in tree.items()]
-    return {key: value for part in parts for key, value in part.items()}
+@dataclass(frozen=True)
+class OpenStage:
+    """A stage whose run folder is begun: its processes and its samples."""
+
+    ranks: Ranks
+    train: list[Sample]
+    validation: list[Sample]
 
 
-def open_stage(name: str, config: Stage, *, resuming: bool) -> Ranks:
-    """Connect the ranks and begin the run folder; return the ranks.
+def open_stage(name: str, config: Supervised | GRPO, *, resuming: bool) -> OpenStage:
+    """Connect the ranks, read the data and begin the run folder.
 
     Raises:
-        ValueError: as `connect` and `require_fresh`.
+        ValueError: as `connect`, `require_fresh`, `load_samples` and `check_resume`.
+        NothingToDo: as `check_resume`; its message is printed.
     """
-    ranks = connect(config)
+    ranks, run = connect(config), Path(config.run)
+    ranks.on_main(lambda: require_fresh(name, run, resuming))
+    train, validation = load_samples(config.train_data), load_samples(config.validation_data)
 
     def first() -> None:
-        require_fresh(name, Path(config.run), resuming)
-        begin(name, config, Path(config.run))
+        inputs = digests(config, {"train_data": train, "validation_data": validation})
+        if resuming:
+            try:
+                check_resume(name, config, inputs)
+            except NothingToDo as done:
+                say(str(done))
+                raise
+        begin(name, config, run)
+        write_start(name, run, inputs)
 
     ranks.on_main(first)
-    return ranks
+    return OpenStage(ranks, train, validation)
 
 
 def resume(name: str, run: Path, engine: Engine, wanted: bool) -> Loaded | None:

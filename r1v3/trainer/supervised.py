@@ -21,6 +21,7 @@ from r1v3.data.encoding import (
     record_max_tiles,
 )
 from r1v3.data.lengths import PositionLimit, TooLong
+from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.tokenizer import SYSTEM_PROMPT, THINK_OPEN, train_tokenizer
 from r1v3.data.words import expand_words
@@ -31,6 +32,7 @@ from r1v3.progress import say
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.loop import run_steps
 from r1v3.trainer.randomness import order
+from r1v3.trainer.record import NothingToDo, write_finished
 from r1v3.trainer.schedule import learning_rate
 from r1v3.trainer.stage import open_stage, publish, resume
 from r1v3.trainer.telemetry import Telemetry
@@ -55,8 +57,9 @@ class Best:
         return False
 
 
-def load_examples(
+def encode_examples(
     path: Path,
+    samples: Sequence[Sample],
     engine: Engine,
     shape: ImageShape,
     *,
@@ -76,7 +79,6 @@ def load_examples(
         ValueError: a sample has no response or is beyond the model's positions (named by file and
             row), or no sample is left.
     """
-    samples = load_samples(path)
     for row, sample in enumerate(samples):
         with in_row(path, row):
             if not sample.response:
@@ -132,7 +134,7 @@ class SupervisedTrainer:
     def __init__(self, name: str, config: Supervised, *, resuming: bool) -> None:
         config = resolve_max_tiles(config)
         self.name, self.config, self.run = name, config, Path(config.run)
-        ranks = open_stage(name, config, resuming=resuming)
+        stage = open_stage(name, config, resuming=resuming)
         tokenizer = None
         if config.architecture is not None:
             tokenizer = train_tokenizer(
@@ -140,15 +142,15 @@ class SupervisedTrainer:
             )
         self.engine = build_engine(
             config,
-            ranks,
+            stage.ranks,
             Training(config.modules, config.optimizer),
             architecture=config.architecture,
             tokenizer=tokenizer,
         )
         self.shape = model_image_shape(self.engine.config, config.max_tiles, config.pictures)
         record_max_tiles(self.engine.config, self.shape.max_tiles)
-        self.train, self.dropped = self.load(config.train_data)
-        self.validation, _ = self.load(config.validation_data)
+        self.train, self.dropped = self.encode(config.train_data, stage.train)
+        self.validation, _ = self.encode(config.validation_data, stage.validation)
         words = expand_words(self.engine.tokenizer, config.monitor.words)
         self.monitor = CriticalTokenMonitor(
             words, high_entropy_nats=config.monitor.high_entropy_nats
@@ -158,7 +160,7 @@ class SupervisedTrainer:
             config.modules.model_dump(),
             device=config.device,
             dtype=config.dtype,
-            ranks=ranks,
+            ranks=stage.ranks,
         )
         self.best = Best()
         self.step, self.seen = 0, 0
@@ -168,11 +170,12 @@ class SupervisedTrainer:
             self.best = Best(**loaded.state["best"])
         self.resume_after = self.step if resuming else None
 
-    def load(self, path: Path) -> tuple[list[Example], int]:
+    def encode(self, path: Path, samples: Sequence[Sample]) -> tuple[list[Example], int]:
         """Encode the samples of a file; count those that are left out."""
         config = self.config
-        return load_examples(
+        return encode_examples(
             path,
+            samples,
             self.engine,
             self.shape,
             too_long=config.too_long,
@@ -276,10 +279,12 @@ def corpus(files: Sequence[Path]) -> list[str]:
 def train(name: str, config: Supervised, *, resuming: bool = False) -> Path:
     """Run a supervised stage; return the model folder with the best validation loss."""
     final = Path(config.run) / "models" / name
-    if resuming and final.exists():
+    try:
+        trainer = SupervisedTrainer(name, config, resuming=resuming)
+    except NothingToDo:
         return final
-    trainer = SupervisedTrainer(name, config, resuming=resuming)
     trainer.loop()
     trainer.engine.load_weights(Path(config.run) / "checkpoints" / f"{name}-best")
     publish(trainer.engine, final)
+    trainer.engine.ranks.on_main(lambda: write_finished(name, config))
     return final
