@@ -4,11 +4,14 @@ As in the 38B's tokenizer, `<think>` and `</think>` are ordinary text of several
 tokens, and every decimal digit is a token of its own.
 """
 
+import functools
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -68,10 +71,95 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a model folder; the folder must hold `tokenizer.json`."""
-    if not (Path(directory) / "tokenizer.json").is_file():
-        raise ValueError(f"model folder {directory} has no tokenizer.json")
-    return PreTrainedTokenizerFast.from_pretrained(str(directory))
+    """Load the tokenizer of a model folder, with a chat template that opens thoughts.
+
+    The folder must hold `tokenizer.json`, or `vocab.json` and `merges.txt` of a Qwen2 tokenizer,
+    with its added tokens in `added_tokens.json` or `tokenizer_config.json`.
+
+    Raises:
+        ValueError: these files are missing, or are of another tokenizer.
+    """
+    folder = Path(directory)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        tokenizer = _from_vocabulary(folder)
+    else:
+        raise ValueError(
+            f"model folder {directory} has no tokenizer.json, nor vocab.json and merges.txt"
+        )
+    tokenizer.chat_template = thinking_template(tokenizer)
+    return tokenizer
+
+
+def _from_vocabulary(folder: Path) -> PreTrainedTokenizerFast:
+    config = _json(folder / "tokenizer_config.json")
+    kind = str(config.get("tokenizer_class", "Qwen2Tokenizer")).removesuffix("Fast")
+    if kind != "Qwen2Tokenizer":
+        raise ValueError(
+            f"{folder} has no tokenizer.json, and its vocab.json is of a {kind}: only a "
+            "Qwen2Tokenizer is read from vocab.json and merges.txt; save its tokenizer.json there"
+        )
+    tokenizer = Qwen2Tokenizer.from_pretrained(str(folder))
+    added = {str(t["content"]): int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
+    for token, wanted in {**_json(folder / "added_tokens.json"), **added}.items():
+        if (found := tokenizer.convert_tokens_to_ids(token)) != wanted:
+            raise ValueError(
+                f"{folder}: the added token {token!r} has id {wanted}, but vocab.json leaves "
+                f"{found} for it"
+            )
+    return tokenizer
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def thinking_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the chat template of a tokenizer, made to open thoughts as `enable_thinking` says.
+
+    Slow thinking opens the assistant turn with `<think>`, NoThink does not. Which of the two a
+    template does is found by rendering it both ways. Plain ChatML ignores the setting, as do
+    templates that always open a thought; the tag is then added, or taken away. A tokenizer without
+    a template gets `CHAT_TEMPLATE`, which is ChatML.
+    """
+    if tokenizer.chat_template is None:
+        return CHAT_TEMPLATE
+    return _opening(tokenizer, tokenizer.get_chat_template())
+
+
+@functools.lru_cache(maxsize=8)
+def _opening(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+    def opens(thinking: bool) -> bool:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "?"}],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        return str(text).rstrip().endswith(THINK_OPEN)
+
+    asked = "(enable_thinking is not defined or enable_thinking)"
+    added, taken_away = not opens(True), opens(False)
+    if added or taken_away:
+        # Jinja drops it where it ends a template.
+        template = template.removesuffix("\n")
+    if taken_away:
+        template = (
+            "{% set rendered_chat %}" + template + "{% endset %}"
+            f"{{% if add_generation_prompt and not {asked} %}}"
+            f"{{{{ rendered_chat.rstrip().removesuffix('{THINK_OPEN}') }}}}"
+            "{% else %}{{ rendered_chat }}{% endif %}"
+        )
+    if added:
+        template += (
+            f"{{% if add_generation_prompt and {asked} %}}{{{{ '{THINK_OPEN}\\n' }}}}{{% endif %}}"
+        )
+    return template
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
@@ -94,7 +182,8 @@ def render_prompt(
     Args:
         messages: roles and contents; each `<image>` stands for one picture.
         image_tokens: how many context tokens each picture takes, in order.
-        thinking: open the assistant turn with `<think>` (slow thinking) or not (NoThink).
+        thinking: open the assistant turn with `<think>` (slow thinking) or not (NoThink),
+            whether the tokenizer's own template heeds it or not; see `thinking_template`.
 
     Raises:
         ValueError: placeholders and pictures differ in number, or a message smuggles in a
@@ -108,7 +197,11 @@ def render_prompt(
             raise ValueError(f"the {message['role']} message contains the special token {found[0]}")
         safe.append({"role": message["role"], "content": content})
     text = tokenizer.apply_chat_template(
-        safe, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        safe,
+        chat_template=thinking_template(tokenizer),
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=thinking,
     )
     pieces = str(text).split("<image>")
     if len(pieces) - 1 != len(image_tokens):

@@ -133,7 +133,7 @@ class PendingCheckpoint:
 
         def place() -> None:
             replace_directory(self.temporary, final)
-            _remove_old(self.root, self.step, self.keep)
+            remove_old(self.root, self.step, self.keep)
 
         with self.cleaned_up():
             if self.writing is not None:
@@ -272,7 +272,8 @@ def _disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def _remove_old(root: Path, step: int, keep: int | None) -> None:
+def remove_old(root: Path, step: int, keep: int | None) -> None:
+    """Remove complete checkpoints beyond the newest `keep`, of which `step` is one."""
     if keep is None:
         return
     complete = [

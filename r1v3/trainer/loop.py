@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from r1v3.config import Stage
 from r1v3.engine.contract import Engine
 from r1v3.progress import ProgressBar, progress_bar, say
-from r1v3.trainer.checkpoint import PendingCheckpoint, start_checkpoint
+from r1v3.trainer.checkpoint import PendingCheckpoint, remove_old, start_checkpoint
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.interrupt import StageInterrupted, StopRequest
 from r1v3.trainer.metrics import MetricsLogger
@@ -111,9 +111,11 @@ def run_steps(
         StageInterrupted: a signal asked a rank to stop; the finished steps are saved.
     """
     ranks, name, total = trainer.engine.ranks, trainer.name, trainer.total
+    checkpoints = Checkpoints(trainer.run / "checkpoints" / name, trainer.engine, keep=keep)
     if trainer.finished:
         say(f"{name}: no step is left after {trainer.step} of {total}", shown=ranks.is_main)
-    checkpoints = Checkpoints(trainer.run / "checkpoints" / name, trainer.engine, keep=keep)
+        # A kill may have come between the last checkpoint and the removal of older ones.
+        ranks.on_main(lambda: remove_old(checkpoints.root, trainer.step, keep))
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         log = stack.enter_context(_log(trainer)) if ranks.is_main else None

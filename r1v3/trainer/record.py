@@ -1,4 +1,4 @@
-"""What a stage was started with, and how far it was trained: `--resume` goes on with nothing else.
+"""The record of a stage: its start, with which alone `--resume` goes on, and its length.
 
 `<run>/config/<stage>.yaml` holds the settings; `<run>/config/<stage>.record.json` holds digests of
 the data and of the model that the stage starts from, and the `steps` or `epochs` that the published

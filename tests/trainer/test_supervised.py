@@ -88,8 +88,22 @@ def test_resuming_a_finished_stage_changes_nothing() -> None:
     before = result(folder / "run", "sft")
     again = go_on(folder, "sft")
     assert again.code == 0 and "models/sft" in again.output
+    assert "sft: nothing to do, " in again.output and "Warning" not in again.output
     assert result(folder / "run", "sft") == before
     assert leftovers(folder / "run") == []
+
+
+def test_a_kill_before_old_checkpoints_are_removed_leaves_none_of_them(tmp_path: Path) -> None:
+    """Fails if every kill at that moment keeps a checkpoint more on the disk for good."""
+    whole, _ = finished("sft")
+    write_configs(tmp_path)
+    shutil.copytree(whole / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/models")
+    saved = tmp_path / "run/checkpoints/sft"
+    shutil.copytree(saved / "step-000004", saved / "step-000002")
+    outcome = go_on(tmp_path, "sft")
+    assert outcome.code == 0 and "sft: no step is left after 6 of 6" in outcome.output
+    assert result(tmp_path / "run", "sft") == result(whole / "run", "sft")
 
 
 def test_the_resolved_configuration_is_the_first_thing_written() -> None:
