@@ -89,10 +89,36 @@ def demo(
         run_demo(run, seed, configs, resuming=resume)
 
 
-@app.command(epilog="Example: r1v3 data configs/demo/data.yaml run=runs/mine sft=2000")
-def data(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Build the datasets of the handwriting recipe."""
+@app.command(
+    epilog="Example: r1v3 data configs/demo/data.yaml run=runs/mine sft=2000    "
+    "Your own rows: r1v3 data check rows.parquet --model runs/mine/models/sft"
+)
+def data(
+    config: Annotated[Path, typer.Argument(help="YAML file of the stage, or `check`.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value overrides, or the files to check.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="With check: also count the tokens of this model.")
+    ] = None,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="With check: as in a stage.")] = None,
+    truncated: Annotated[
+        Literal["error", "accept", "skip"], typer.Option(help="With check: as in a stage.")
+    ] = "error",
+) -> None:
+    """Build the datasets of the handwriting recipe; or check files of your own rows.
+
+    `r1v3 data check FILE` prints what stages will read of a file: its columns, pictures and tiles,
+    the lengths of its prompts, and every wrong row. It exits with 1 if there is one.
+    """
     with _friendly():
+        if str(config) == "check":
+            from r1v3.evaluation.data_check import check_files
+
+            files = [Path(file) for file in overrides or []]
+            if not check_files(files, model=model, max_tiles=max_tiles, truncated=truncated):
+                raise typer.Exit(1)
+            return
         from r1v3.config import Data, load
         from r1v3.data.recipe import build
 

@@ -128,18 +128,29 @@ def encode_sample(
         tiles.extend(np.asarray(tile) for tile in cut)
     messages = [{"role": m["role"], "content": m["content"]} for m in sample.prompt]
     prompt = render_prompt(tokenizer, messages, counts, thinking=thinking)
-    response: tuple[int, ...] = ()
-    if sample.response is not None:
-        text = sample.response
-        if smuggled := [token for token in SPECIAL_TOKENS if token in text]:
-            raise ValueError(f"the response contains the special token {smuggled[0]}")
-        if thinking:
-            text = text.removeprefix("<think>").removeprefix("\n")
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        response = (*ids, token_id(tokenizer, TURN_END))
+    response = encode_response(sample, tokenizer, thinking=thinking)
     size = shape.tile_size
     stacked = np.stack(tiles) if tiles else np.zeros((0, size, size, 3), dtype=np.uint8)
     return Example(tuple(prompt), stacked, response)
+
+
+def encode_response(
+    sample: Sample, tokenizer: PreTrainedTokenizerFast, *, thinking: bool = True
+) -> tuple[int, ...]:
+    """Encode the response with its end-of-turn token, where there is one; see `encode_sample`.
+
+    Raises:
+        ValueError: the response contains a special token.
+    """
+    text = sample.response
+    if text is None:
+        return ()
+    if smuggled := [token for token in SPECIAL_TOKENS if token in text]:
+        raise ValueError(f"the response contains the special token {smuggled[0]}")
+    if thinking:
+        text = text.removeprefix("<think>").removeprefix("\n")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return (*ids, token_id(tokenizer, TURN_END))
 
 
 def _pad(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -42,8 +42,13 @@ class TruncatedImage(ValueError):
     """A picture whose file ends before its last pixel."""
 
 
-def _open(data: bytes, name: str) -> Image.Image:
-    """Header of an image, checked; the pixels are not decoded yet."""
+def open_image(data: bytes, name: str) -> Image.Image:
+    """Open an image and check its header; the pixels are not decoded yet.
+
+    Raises:
+        TruncatedImage: the file ends before its reader can open it.
+        ValueError: it is no image of an accepted format and size; the message starts with `name`.
+    """
     if not data:
         raise ValueError(f"{name} is empty, not an image")
     if len(data) > MAX_FILE_BYTES:
@@ -114,7 +119,7 @@ def check_image_header(data: bytes, name: str) -> None:
         ValueError: it does not; the message starts with `name`.
     """
     try:
-        with _open(data, name) as image:
+        with open_image(data, name) as image:
             image.verify()
     except TruncatedImage:
         return
@@ -166,7 +171,7 @@ def _read(path: Path, name: str) -> bytes:
 
 
 def _decode(data: bytes, name: str, ground: Ground) -> Image.Image:
-    with _open(data, name) as image:
+    with open_image(data, name) as image:
         depth = data[24] if image.format == "PNG" else 8  # in the PNG's header
         try:
             image.load()

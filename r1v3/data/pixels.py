@@ -44,7 +44,7 @@ def to_rgb(image: Image.Image, ground: Ground, *, depth: int = 8) -> Image.Image
     Raises:
         Exception: PIL's, of many types, where it cannot convert a mode.
     """
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     if image.mode == "F" or image.mode.startswith("I"):
         converted = _deep_gray(image, ground)
     elif image.has_transparency_data:
@@ -57,7 +57,8 @@ def to_rgb(image: Image.Image, ground: Ground, *, depth: int = 8) -> Image.Image
     return converted
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of a picture, 1 (upright) where it has none that can be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF data: many types
