@@ -129,7 +129,8 @@ class PolicyLoss(Section):
     """Report eq. 4, 5 and 7; see `r1v3.kernels.grpo_loss`.
 
     importance_cap: weigh every token by min(training / rollout probability, cap), which corrects
-    for a rollout engine whose numbers differ from the trainer's; null: weight 1.
+    for a rollout engine whose numbers differ from the trainer's; null: weight 1. kl: k3 is what
+    other stacks use, k2 bounds what one token weighs; docs/runs.md compares them.
     """
 
     clip_low: Annotated[float, Field(ge=0)] = 0.2

@@ -56,7 +56,11 @@ def grpo_loss(
         dual_clip: > 1, or None, which it must be with ratio_clip "cispo".
         ratio_clip: "ppo" (the min above) or "cispo".
         kl_coef: weight of the KL to the reference.
-        kl: "k1", "k2" or "k3" (Schulman 2020), on ref_logprob - logprob clamped to +-20.
+        kl: "k1", "k2" or "k3" (Schulman 2020), on g = ref_logprob - logprob clamped to +-20. The
+            derivatives by logprob are 1, -g and 1 - exp(g), and 0 beyond the clamp: with k3 one
+            token of g = 19.5 weighs 2.9e8 (TRL does not bound it either; verl clamps the value to
+            +-10, which takes the gradient away above g = 2.6). k2's expected gradient is that of
+            the KL (arXiv:2506.09477); k1's is 0.
         aggregation: "sequence-mean" (eq. 7: mean over a sequence's tokens, then over
             sequences), "token-mean" (DAPO), "sequence-sum" (sums, then mean over sequences)
             or "constant" (sum / normalizer, Dr.GRPO).

@@ -4,7 +4,8 @@
 """
 
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from r1v3.rollout.contract import Request, Sampling, join
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.episode import Episode, Group, MicroBatch, has_signal
 from r1v3.trainer.loop import run_steps
-from r1v3.trainer.policy_loss import PolicyLossFn, combine
+from r1v3.trainer.policy_loss import HIGH_WEIGHT, PolicyLossFn, Targets, combine, gap_metrics
 from r1v3.trainer.questions import Questions
 from r1v3.trainer.randomness import torch_stream
 from r1v3.trainer.record import NothingToDo, write_finished
@@ -141,9 +142,27 @@ class GRPOTrainer:
         return {
             **{key: sum(metrics[key] for metrics, _ in steps) / n for key in steps[0][0]},
             **combine(targets, outputs, config.loss.importance_cap),
+            **self.gap_metrics(targets, outputs),
             **self.monitor.result(),
             **machine,
         }
+
+    def gap_metrics(
+        self, targets: Sequence[Targets], outputs: Sequence[dict[str, Tensor]]
+    ) -> dict[str, float]:
+        """Return `policy_loss.gap_metrics`; warn once when one token outweighs all others."""
+        kl = self.config.loss.kl
+        metrics = gap_metrics(targets, outputs, kl)
+        if (weight := metrics.get("kl_weight_max", 0.0)) > HIGH_WEIGHT and not self.warnings:
+            self.warnings.append("kl_weight_max")
+            warnings.warn(
+                f"step {self.step + 1}: a token weighs {weight:,.0f} in the gradient of the KL "
+                f"({kl}), where others weigh about their gap: the policy has left the reference "
+                f"there by {metrics['ref_gap_max']:.1f} nats at most. loss.kl=k2 is linear in the "
+                "gap; later steps show it as kl_weight_max",
+                stacklevel=2,
+            )
+        return metrics
 
     def with_fixed_logprobs(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """Add the log-probs of the policies that do not move: the old one and the reference.
@@ -251,6 +270,7 @@ class GRPOTrainer:
         config = resolve_max_tiles(config)
         self.name, self.config, self.run = "grpo", config, Path(config.run)
         self.step, self.total = 0, config.steps
+        self.warnings: list[str] = []
         stage = open_stage(self.name, config, resuming=resuming)
         ranks = stage.ranks
         temperature = config.decoding.temperature

@@ -12,7 +12,13 @@ from torch import Tensor
 from r1v3.config import PolicyLoss
 from r1v3.engine.head import Head
 from r1v3.kernels import grpo_loss
+from r1v3.kernels.reference import LOG_RATIO_LIMIT
 from r1v3.rollout.mismatch import Mismatch, importance_weights
+
+# Gap of a token to the reference in nats that counts as high, and the weight of a token in the KL
+# gradient that is warned of: k3 passes it at a gap of 4.6.
+HIGH_GAP = 5.0
+HIGH_WEIGHT = 100.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,34 @@ class PolicyLossFn:
         )
         tokens = {"token_logprobs": logprobs.detach(), "token_entropy": entropy.detach()}
         return loss, {**metrics, **tokens}
+
+
+def gap_metrics(
+    targets: Sequence[Targets], outputs: Sequence[dict[str, Tensor]], kl: str
+) -> dict[str, float]:
+    """Return how far the policy is from the reference, token by token; targets without it: {}.
+
+    ref_gap_max: the largest |ref_logprob - logprob| in nats. ref_gap_share: the share of tokens
+    where it is above `HIGH_GAP`. kl_weight_max: the largest derivative of a token's KL estimate by
+    its log-prob, in absolute value.
+    """
+    gaps = torch.cat(
+        [
+            (one.ref_logprobs - output["token_logprobs"])[one.loss_mask].double()
+            for one, output in zip(targets, outputs, strict=True)
+            if one.ref_logprobs is not None
+        ]
+        or [torch.zeros(0, dtype=torch.float64)]
+    )
+    if not len(gaps):
+        return {}
+    weights = {"k1": torch.ones_like(gaps), "k2": gaps, "k3": gaps.expm1()}[kl]
+    counted = torch.where(gaps.abs() > LOG_RATIO_LIMIT, 0.0, weights)
+    return {
+        "ref_gap_max": float(gaps.abs().max()),
+        "ref_gap_share": float((gaps.abs() > HIGH_GAP).double().mean()),
+        "kl_weight_max": float(counted.abs().max()),
+    }
 
 
 def normalizer(aggregation: str, targets: Sequence[Targets], max_tokens: int) -> float:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -343,6 +344,28 @@ def test_the_reference_kl_enters_the_loss(tmp_path: Path) -> None:
     expected = made[0.0]["loss"] + 0.5 * made[0.5]["ref_kl"]
     assert made[0.5]["loss"] == pytest.approx(expected, rel=1e-4)
     assert made[0.5]["grad_norm"] != pytest.approx(made[0.0]["grad_norm"], rel=1e-3)
+
+
+def test_a_token_that_outweighs_the_others_in_the_kl_is_warned_of_once(tmp_path: Path) -> None:
+    """Fails if one token far from the reference turns the update of a whole batch unseen."""
+    made = trainer(tmp_path, "loss.kl_coef=0.1", "micro_batch_prompts=1", "gradient_steps=2")
+    episode = sampled_episode(made)
+    assert 0 <= made.update(episode)["kl_weight_max"] < 100
+    watched = made.reference
+    assert watched is not None
+    evaluate = watched.evaluate
+
+    def strange(batches: Any) -> Any:
+        found = evaluate(batches)
+        found[0][0][0, 0] += 12.0
+        return found
+
+    watched.evaluate = strange  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match=r"step 1: a token weighs \d+,\d+ in .* \(k3\)") as said:
+        metrics = [made.update(episode) for _ in range(2)][0]
+    assert len([w for w in said if "weighs" in str(w.message)]) == 1
+    assert metrics["ref_gap_max"] == pytest.approx(12, abs=1) and metrics["ref_gap_share"] > 0
+    assert metrics["kl_weight_max"] == pytest.approx(math.exp(metrics["ref_gap_max"]), rel=1e-3)
 
 
 def test_rollout_logprobs_can_be_the_old_policy(tmp_path: Path) -> None:
