@@ -9,8 +9,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from r1v3.data.images import load_image
 from r1v3.report.run_folder import STAGE_NAMES, STAGES, Record, RunFolder, number
 
 SHADES = 10
@@ -79,9 +78,8 @@ def image_data_uri(run_dir: Path, name: object) -> tuple[str, str]:
             file = (folder / name).resolve()
             if not file.is_relative_to(root) or not file.is_file():
                 continue
-            with Image.open(file, formats=("PNG", "JPEG")) as image:
-                picture = image.convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError):
+            picture = load_image(file, truncated="accept")
+        except (OSError, ValueError):
             return "", "the image cannot be read"
         picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
         buffer = io.BytesIO()

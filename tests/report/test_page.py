@@ -353,6 +353,15 @@ def test_unreadable_images_are_explained(example_run: Path, name: object) -> Non
     assert uri == "" and note
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
+def test_transparent_images_are_shown_as_the_model_saw_them(example_run: Path, kind: str) -> None:
+    """Fails if a reader sees a black picture where the model saw a drawing on white, or none."""
+    Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(example_run / "clear.png", kind)
+    uri, note = image_data_uri(example_run, "clear.png")
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
+        assert image.convert("RGB").getcolors() == [(64, (255, 255, 255))] and not note
+
+
 def test_large_images_are_made_smaller(example_run: Path) -> None:
     Image.new("RGB", (3000, 1500)).save(example_run / "large.png")
     uri, _ = image_data_uri(example_run, "large.png")

@@ -63,6 +63,8 @@ _TOP = (
     ("downsample_ratio", "downsample_ratio", 0.5),
     ("select_layer", "vision_feature_layer", -1),
 )
+# Fields of tiling, which a native file may hold as well.
+_TILING = ("max_dynamic_patch", "min_dynamic_patch", "use_thumbnail", "dynamic_image_size")
 _DEFAULT_ORIGINAL: Json = {
     "architectures": ["InternVLChatModel"],
     "auto_map": {
@@ -172,6 +174,7 @@ def to_original(native: Mapping[str, Any]) -> Json:
     kept["llm_config"] |= {field: text[field] for field in _TEXT if field in text}
     kept["llm_config"] |= {"model_type": "qwen2"} | _rope_fields(text)
     kept |= {old: native.get(new, default) for old, new, default in _TOP}
+    kept |= {field: native[field] for field in _TILING if field in native}
     if KEPT not in native:
         kept["image_token_id"] = native["image_token_id"]
     if dtype := native.get("dtype") or native.get("torch_dtype"):
@@ -242,15 +245,33 @@ def native_config(folder: Path) -> dict[str, Any]:
 def load_config(folder: Path | str) -> InternVLConfig:
     """The configuration of a model folder in either layout.
 
+    Where it says nothing of tiles and transformers' image processor does, the processor's numbers
+    are added as `max_dynamic_patch` and `min_dynamic_patch`.
+
     Raises:
         ValueError: as `native_config`, or transformers refuses a value.
     """
     folder = Path(folder)
     native = native_config(folder)
+    if "max_dynamic_patch" not in {**native, **(native.get(KEPT) or {})}:
+        native = {**native, **_processor_tiles(folder)}
     try:
         return InternVLConfig.from_dict(native)
     except Exception as error:  # transformers raises many types on values it cannot use
         raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from error
+
+
+def _processor_tiles(folder: Path) -> Json:
+    """The numbers of tiles in a native model's preprocessor_config.json; none if it has none.
+
+    The processor cuts tiles by default, whatever `crop_to_patches` in that file says.
+    """
+    try:
+        written = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        most = written["max_patches"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {"max_dynamic_patch": most, "min_dynamic_patch": written.get("min_patches", 1)}
 
 
 def _image_token_id(folder: Path, original: Mapping[str, Any]) -> int:

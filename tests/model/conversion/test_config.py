@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import InternVLConfig
 
+from r1v3.data.encoding import model_image_shape, record_max_tiles
 from r1v3.model.conversion import load_config
 from r1v3.model.conversion.config import to_native, to_original
 from tests.model.conversion.checkpoints import IMAGE_TOKEN_ID, original_config, tiny_model
@@ -128,3 +129,35 @@ def test_a_config_that_is_none_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("own", "processor", "tiles"),
+    [
+        ({}, None, 1),
+        ({}, {"min_patches": 1, "max_patches": 12}, 12),
+        ({}, {"max_patches": 6, "crop_to_patches": False}, 6),
+        ({}, {"crop_size": 448, "do_resize": True}, 1),
+        ({}, [], 1),
+        ({"max_dynamic_patch": 4}, {"max_patches": 12}, 4),
+        ({"original_config": {"max_dynamic_patch": 9}}, {"max_patches": 12}, 9),
+    ],
+    ids=str,
+)
+def test_a_native_model_takes_its_tiles_from_its_processor(
+    tmp_path: Path, own: dict, processor: object, tiles: int
+) -> None:
+    """Fails if a model in transformers' own layout, whose config.json says nothing of tiles, is
+    shown every picture as one; or if its config.json does and is not believed."""
+    native = json.loads(json.dumps(tiny_model().config.to_dict())) | own
+    files = {} if processor is None else {"preprocessor_config": processor}
+    assert model_image_shape(load_config(write(tmp_path, native, **files))).max_tiles == tiles
+
+
+@pytest.mark.parametrize("told", [1, 5, 12])
+def test_the_tiles_of_training_survive_the_conversion(told: int) -> None:
+    """Fails if a server cuts other tiles than the model was trained with."""
+    config = tiny_model().config
+    record_max_tiles(config, 3)
+    record_max_tiles(config, told)
+    assert to_original(config.to_dict())["max_dynamic_patch"] == told
