@@ -2,8 +2,9 @@ r"""Answers as a whole: values, names, lists, sets, tuples, intervals, inequalit
 
 `read_answer` takes a short answer apart completely or raises `Unreadable`; `answers_agree` compares
 two of them. What is understood as the same: `x=3` and `3`; `x=3 or x=-5`, `x_1=3, x_2=-5`, `3, -5`
-and `\{3,-5\}`; `3\pm\sqrt2` and the two values; `x>3`, `3<x` and `(3,\infty)`; `1:2` and `1/2`. An
-equation that is not solved is not the solution.
+and `\{3,-5\}`; `3\pm\sqrt2` and the two values; `x>3`, `3<x` and `(3,\infty)`; `1:2` and `1/2`. A
+gold `AB=4, CD=5` agrees with `4, 5` in this order, as `x=1, y=2` does with `(1,2)`. An equation
+that is not solved is not the solution.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from r1v3.rewards.arithmetic import positive, rational
 from r1v3.rewards.formula import (
     Token,
     Tree,
@@ -23,7 +25,7 @@ from r1v3.rewards.formula import (
 )
 from r1v3.rewards.notation import tidy, without_full_stop
 from r1v3.rewards.symbolic import proved_proportional
-from r1v3.rewards.values import Value, parse_value, rational, values_agree
+from r1v3.rewards.values import Value, parse_value, values_agree
 
 MAX_ITEMS = 24
 
@@ -38,9 +40,13 @@ class Named:
 
 @dataclass(frozen=True)
 class Several:
-    """Answers in any order: `3 or -5`, `3, -5`, `\\{3, -5\\}`, `\\pm 3`."""
+    """Answers in any order: `3 or -5`, `3, -5`, `\\{3, -5\\}`, `\\pm 3`.
+
+    `listed`: they stand without braces, and joined by no "or".
+    """
 
     items: tuple[Answer, ...]
+    listed: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ _RELATIONS = {
     "geqslant": ">=", "!=": "!=", "ne": "!=", "neq": "!=", "in": "in",
 }  # fmt: skip
 _MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+_COMMA = frozenset([","])
 _OPENING = frozenset([("op", "("), ("op", "["), ("op", "{"), ("cmd", "{")])
 _CLOSING = frozenset([("op", ")"), ("op", "]"), ("op", "}"), ("cmd", "}")])
 
@@ -164,8 +171,13 @@ def _separator(token: Token) -> bool:
 
 
 def _read_list(tokens: Sequence[Token], marks: Sequence[int]) -> Answer:
-    parts = [part for part in _split(tokens, marks)]
     words = {tokens[i].value for i in marks}
+    # Sets inside are not searched: parts are read again as a list, which doubles with every level.
+    if words & _COMMA and words - _COMMA and ("cmd", "{") not in {t[:2] for t in tokens}:
+        solutions = _read_solutions(tokens, marks)
+        if solutions is not None:
+            return solutions
+    parts = _split(tokens, marks)
     parts = [p for i, p in enumerate(parts) if p or not 0 < i < len(parts) - 1 or not words - {","}]
     if len(parts) > MAX_ITEMS or not all(parts):
         raise Unreadable("a list with gaps, or too long")
@@ -179,10 +191,40 @@ def _read_list(tokens: Sequence[Token], marks: Sequence[int]) -> Answer:
         full = [item.name for item in named]
         if len(bases) == 1 and (len(set(full)) == len(full) or len(set(full)) == 1):
             return Named(bases.pop(), Several(tuple(item.answer for item in named)))
-        return Several(tuple(items))
-    if len(named) == 1 and isinstance(items[0], Named) and isinstance(items[0].answer, Value):
-        return Named(items[0].name, Several((items[0].answer, *items[1:])))
-    return Several(tuple(items))
+        return Several(tuple(items), listed=not words & _OR)
+    if len(named) == 1 and isinstance(items[0], Named):
+        first = items[0].answer
+        if isinstance(first, Value) or (
+            isinstance(first, Sequenced) and all(isinstance(i, Sequenced) for i in items[1:])
+        ):
+            return Named(items[0].name, Several((first, *items[1:])))
+    return Several(tuple(items), listed=not words & _OR)
+
+
+def _read_solutions(tokens: Sequence[Token], marks: Sequence[int]) -> Several | None:
+    """`x=1, y=2; x=3, y=4`: several solutions that each name the same unknowns."""
+    outer = [i for i in marks if tokens[i].value not in _COMMA]
+    parts = _split(tokens, outer)
+    if not all(parts) or len(parts) > MAX_ITEMS:
+        return None
+    solutions = tuple(_read(part) for part in parts)
+    names = [_named_items(solution) for solution in solutions]
+    if any(items is None or set(items) != set(names[0] or {}) for items in names):
+        return None
+    return Several(solutions)
+
+
+def _named_items(answer: Answer) -> dict[str, Answer] | None:
+    """Name and answer of each part of `x=1, y=2` or `(x, y) = (1, 2)`, in this order."""
+    if isinstance(answer, Several) and len(answer.items) > 1:
+        named = {item.name: item.answer for item in answer.items if isinstance(item, Named)}
+        return named if len(named) == len(answer.items) else None
+    if isinstance(answer, Named) and isinstance(answer.answer, Sequenced):
+        names, items = answer.name[1:-1].split(","), answer.answer.items
+        bracketed = answer.name[0] == "(" and answer.answer.opening == "("
+        if bracketed and all(names) and len(set(names)) == len(items) == len(names):
+            return dict(zip(names, items, strict=True))
+    return None
 
 
 def _combine(regions: Sequence[Region], words: set[str]) -> Answer:
@@ -238,7 +280,7 @@ def _read_brackets(tokens: Sequence[Token], depths: Sequence[int]) -> Answer | N
         if not inner:
             return Several(())
         found = _read(inner)
-        return found if isinstance(found, Several) else Several((found,))
+        return Several(found.items if isinstance(found, Several) else (found,))
     if not marks or opening.kind == "cmd" or closing.kind == "cmd":
         return None
     if opening.value == "{":  # a set whose braces lost their backslashes
@@ -246,6 +288,8 @@ def _read_brackets(tokens: Sequence[Token], depths: Sequence[int]) -> Answer | N
     return Sequenced(opening.value, closing.value, tuple(_read(p) for p in _split(inner, marks)))
 
 
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+_FUNCTION_VALUE = re.compile(r"[fghFG]\([a-z]\)")
 _COMMAS = frozenset([("op", ","), ("op", ";")])
 
 
@@ -314,8 +358,16 @@ def _read_equation(parts: Sequence[Sequence[Token]]) -> Answer:
     return answer if name is None else Named(name, answer)
 
 
+def _compared(tokens: Sequence[Token]) -> Value:
+    """A side of an inequality; `f(x)` is one unknown, no product."""
+    key = "".join(token.value for token in tokens)
+    if len(tokens) == 4 and _FUNCTION_VALUE.fullmatch(key):
+        return Value(("sym", key))
+    return parse_value(tokens)
+
+
 def _read_inequality(parts: Sequence[Sequence[Token]], signs: list[str]) -> Answer:
-    values = [parse_value(part) for part in parts]
+    values = [_compared(part) for part in parts]
     if len(values) == 2 and any(v.tree[:2] == ("*", ("num", "-1")) for v in values):
         if all(len(v.tree) == 3 or rational(v.tree) is not None for v in values):
             values = [replace(v, tree=_opposite(v.tree)) for v in values]
@@ -328,7 +380,34 @@ def _read_inequality(parts: Sequence[Sequence[Token]], signs: list[str]) -> Answ
             found = _bounds(values, signs, i)
             if found is not None:
                 return Region(found, name)
+    distance = _read_distance(values, signs)
+    if distance is not None:
+        return distance
     return Relation(tuple(value.tree for value in values), tuple(signs))
+
+
+def _read_distance(values: list[Value], signs: list[str]) -> Region | None:
+    """`|x|<3` and `1\\le|x|<2` for a real x; z and w may be complex, and are left as they are."""
+    bars = [i for i, v in enumerate(values) if v.tree[0] == "abs" and v.unit is None]
+    if len(bars) != 1 or len(values) not in (2, 3):
+        return None
+    i, inner = bars[0], values[bars[0]].tree[1]
+    ends = [value for k, value in enumerate(values) if k != i]
+    if inner[0] != "sym" or inner[1] in ("z", "w") or "!=" in signs:
+        return None
+    if any(end.unit is not None or not positive(end.tree) for end in ends):
+        return None
+    found = _bounds(values, signs, i)
+    if found is None:
+        return None
+    low, high, (low_closed, high_closed) = found[0].low, found[0].high, found[0].closed
+    if low == _MINUS_INFINITY:
+        mirrored = replace(high, tree=negative(high.tree))
+        return Region((Interval(mirrored, high, (high_closed, high_closed)),), inner[1])
+    far = _MINUS_INFINITY if high == _INFINITY else replace(high, tree=negative(high.tree))
+    near = replace(low, tree=negative(low.tree))
+    below = Interval(far, near, (high_closed, low_closed))
+    return Region((below, found[0]), inner[1])
 
 
 def _opposite(tree: Tree) -> Tree:
@@ -452,6 +531,9 @@ def answers_agree(gold: Answer, answer: Answer) -> bool:
         Unreadable: a part is not defined.
     """
     gold, answer = _plain(gold), _plain(answer)
+    named = _named_items(gold)
+    if named is not None and not isinstance(answer, Relation):
+        return _named_items_agree(gold, named, answer)
     if isinstance(gold, Value) and isinstance(answer, Value):
         return values_agree(gold, answer)
     if isinstance(gold, Named) and isinstance(answer, Named):
@@ -465,8 +547,8 @@ def answers_agree(gold: Answer, answer: Answer) -> bool:
     if isinstance(gold, Region) or isinstance(answer, Region):
         return _regions_agree(gold, answer)
     if isinstance(gold, Several) and isinstance(answer, Several):
-        named = [any(isinstance(i, Named) for i in several.items) for several in (gold, answer)]
-        if named[0] != named[1]:
+        mixed = [any(isinstance(i, Named) for i in several.items) for several in (gold, answer)]
+        if mixed[0] != mixed[1]:
             return False  # x = 1, y = 2 is not the set of 1 and 2
         return _matched(gold.items, answer.items, answers_agree)
     if isinstance(gold, Sequenced) and isinstance(answer, Sequenced):
@@ -478,9 +560,33 @@ def answers_agree(gold: Answer, answer: Answer) -> bool:
     return False
 
 
+def _named_items_agree(gold: Answer, named: dict[str, Answer], answer: Answer) -> bool:
+    """`x=1, y=2` against names and values in any order, or the bare values in the same order."""
+    given = _named_items(answer)
+    if given is not None:
+        return _matched(list(named.items()), list(given.items()), _pairs_agree)
+    if isinstance(gold, Named) and isinstance(answer, Named):
+        return _named_agree(gold, answer)
+    bracketed = isinstance(answer, Sequenced) and (answer.opening, answer.closing) == ("(", ")")
+    if not bracketed and not (isinstance(answer, Several) and answer.listed):
+        return False
+    assert isinstance(answer, Several | Sequenced)
+    letters = "".join(sorted(named))
+    if len(letters) == len(named) and letters in _ALPHABET and list(named) != sorted(named):
+        return False  # y=2, x=1: "2, 1" would be read as x, y
+    if len(answer.items) != len(named) or any(isinstance(item, Named) for item in answer.items):
+        return False
+    pairs = zip(named.values(), answer.items, strict=True)
+    return all(answers_agree(one, other) for one, other in pairs)
+
+
+def _pairs_agree(gold: tuple[str, Answer], answer: tuple[str, Answer]) -> bool:
+    return _named_agree(Named(*gold), Named(*answer))
+
+
 def _regions_agree(gold: Answer, answer: Answer) -> bool:
     names = [a.name for a in (gold, answer) if isinstance(a, Region) and a.name is not None]
-    if len(set(names)) > 1:
+    if len(names) == 2 and not _same_name(*names):
         return False
     try:
         first, second = _intervals(gold), _intervals(answer)

@@ -14,7 +14,9 @@ _FONTS = (
     "bm|boldsymbol|operatorname|emph|underline"
 )
 _WRAPPER = re.compile(rf"\\(?:{_FONTS})\*?\s{{0,4}}\{{([^{{}}]{{0,1000}})\}}")
-_SPACE = re.compile(r"\s+|~|\\[,;:! ]|\\(?:q?quad|thinspace|enspace|hfill|newline)(?![A-Za-z])")
+_SPACE = re.compile(
+    r"\s+|~|(?<!\\)\\[,;:! ]|\\(?:q?quad|(?:thinspace|enspace|hfill|newline)(?![A-Za-z]))"
+)
 _STYLE = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|[Bb]igg?[lrm]?|left|right|middle)"
     r"(?![A-Za-z])\.?"

@@ -8,12 +8,12 @@ stands for another integer (not 1.02e3 for 1024). Decimals inside a larger formu
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from r1v3.rewards.arithmetic import matrix, rational
 from r1v3.rewards.formula import (
     FUNCTIONS,
     Token,
@@ -23,15 +23,15 @@ from r1v3.rewards.formula import (
     number,
     parse_formula,
 )
-from r1v3.rewards.symbolic import Undecided, proved_equal, proved_within
+from r1v3.rewards.symbolic import proved_equal, proved_within
 from r1v3.rewards.units import DEGREE, ONE, PERCENT, Unit, multiplier, parse_unit
 
-MAX_BITS = 1 << 16
-MAX_FACTORIAL = 4000
 MIN_SHOWN, MIN_SIGNIFICANT = 3, 2
 
 _RADIAN = ("/", ("pi",), ("num", "180"))
 _CURRENCY = {"dollar": "\\dollar", "euro": "\\euro", "pound": "\\pound", "yuan": "\\yuan"}
+_SPEEDS = ("m / s", "m / s ^ 2", "m / s ^ { 2 }")
+_HUNDREDTH = Fraction(1, 100)
 _INFINITE = ("inf",)
 _MINUS_INFINITE = ("*", ("num", "-1"), ("inf",))
 
@@ -51,11 +51,15 @@ class Digits:
 
 @dataclass(frozen=True)
 class Value:
-    """A formula; `digits` if it is a lone decimal; `unit` if it has one that tells anything."""
+    """A formula; `digits` if it is a lone decimal; `unit` if it has one that tells anything.
+
+    `measured` is the other reading of a product that could be a number with a unit, as `20N`.
+    """
 
     tree: Tree
     digits: Digits | None = None
     unit: Unit | None = None
+    measured: Value | None = None
 
     def scaled(self, factor: Fraction, by: Tree | None = None) -> Value:
         """The value times a number, without its unit; its digits scale along."""
@@ -69,102 +73,6 @@ class Value:
             self.digits.step * factor, self.digits.shown, self.digits.significant
         )
         return Value(tree, digits)
-
-
-def _bounded(value: Fraction) -> Fraction:
-    if max(value.numerator.bit_length(), value.denominator.bit_length()) > 2 * MAX_BITS:
-        raise Undecided("a number of too many digits")
-    return value
-
-
-def _integer_root(value: int, degree: int) -> int | None:
-    """The exact root of a natural number, or None if it has none."""
-    if value < 2:
-        return value
-    low, high = 1, 1 << (value.bit_length() // degree + 1)
-    while low < high:
-        middle = (low + high) // 2
-        if middle**degree < value:
-            low = middle + 1
-        else:
-            high = middle
-    return low if low**degree == value else None
-
-
-def _root(value: Fraction, degree: int) -> Fraction | None:
-    if not 2 <= degree <= 64 or (value < 0 and degree % 2 == 0):
-        return None
-    top, bottom = (_integer_root(n, degree) for n in (abs(value.numerator), value.denominator))
-    if top is None or bottom is None:
-        return None
-    return Fraction(top if value >= 0 else -top, bottom)
-
-
-def _power(base: Fraction, exponent: Fraction) -> Fraction | None:
-    if exponent.denominator != 1:
-        if base < 0 or exponent.denominator > 64:
-            return None
-        root = _root(base, exponent.denominator)
-        return None if root is None else _power(root, Fraction(exponent.numerator))
-    if base == 0 and exponent <= 0:
-        raise Unreadable("a power of zero that is not defined")
-    if base in (0, 1):
-        return base
-    if base == -1:
-        return Fraction(1 if exponent.numerator % 2 == 0 else -1)
-    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if bits * abs(exponent) > MAX_BITS:
-        raise Undecided("a power of too many digits")
-    return base ** int(exponent)
-
-
-def _combinations(n: Fraction, k: Fraction) -> Fraction:
-    if n.denominator != 1 or k.denominator != 1 or not 0 <= n or not 0 <= k:
-        raise Undecided("a binomial of no natural numbers")
-    if min(k, abs(n - k)) * n.numerator.bit_length() > MAX_BITS:
-        raise Undecided("a binomial of too many digits")
-    return Fraction(math.comb(int(n), int(k)))
-
-
-def rational(tree: Tree) -> Fraction | None:
-    """The rational number that a tree is, or None if it is none or not by arithmetic alone.
-
-    Raises:
-        Undecided: the number has too many digits (about 40,000).
-        Unreadable: it is not defined, as 1/0.
-    """
-    kind = tree[0]
-    if kind == "num":
-        return Fraction(tree[1])
-    if kind in ("sym", "pi", "e", "i", "inf", "fun", "abs", "matrix", "log"):
-        inner = rational(tree[1]) if kind == "abs" else None
-        return None if inner is None else abs(inner)
-    parts = [rational(part) for part in tree[1:]]
-    values = [part for part in parts if part is not None]
-    if len(values) != len(parts):
-        return None
-    if kind == "+":
-        return _bounded(sum(values, Fraction(0)))
-    if kind == "*":
-        product = Fraction(1)
-        for value in values:
-            product = _bounded(product * value)
-        return product
-    first, *rest = values
-    if kind == "!":
-        if first.denominator != 1 or first < 0 or first > MAX_FACTORIAL:
-            raise Undecided("a factorial of too many digits")
-        return Fraction(math.factorial(int(first)))
-    second = rest[0]
-    if kind == "/":
-        if second == 0:
-            raise Unreadable("a division by zero")
-        return _bounded(first / second)
-    if kind == "^":
-        return _power(first, second)
-    if kind == "root":
-        return _root(second, int(first)) if first.denominator == 1 else None
-    return _combinations(first, second)
 
 
 def _digits(tokens: Sequence[Token]) -> Digits | None:
@@ -218,9 +126,23 @@ def _unit_behind(tokens: Sequence[Token], start: int) -> Unit | None:
         return unit if first.value not in ("pi", "Omega", "mu") or first.spaced else None
     # "2m" is a product; "2 m" is two metres, unless letters stand for numbers in front of it.
     if len(first.value) == 1 and not first.spaced:
-        return None
+        return unit if spelled in _SPEEDS and _lone_number(tokens[:start]) else None
     letters = any(t.kind == "word" and not t.text for t in tokens[:start])
     return None if letters and len(first.value) < 3 else unit
+
+
+def _lone_number(tokens: Sequence[Token]) -> bool:
+    return tokens[-1].kind == "num" and [t.value for t in tokens[:-1]] in ([], ["-"])
+
+
+def _measured(tokens: Sequence[Token]) -> Value | None:
+    """`20N` and `3m^2` as a number with a unit, where a letter without space may be a variable."""
+    for start in (1, 2):
+        if len(tokens) > start and tokens[start].kind == "word" and _lone_number(tokens[:start]):
+            unit = parse_unit(_spell(tokens[start:]))
+            if unit is not None:
+                return Value(parse_formula(tokens[:start]), _digits(tokens[:start]), unit)
+    return None
 
 
 def parse_value(tokens: Sequence[Token], sign: int = 1) -> Value:
@@ -252,6 +174,8 @@ def parse_value(tokens: Sequence[Token], sign: int = 1) -> Value:
     if tree not in (_INFINITE, _MINUS_INFINITE) and _has_infinity(tree):
         raise Unreadable("arithmetic with infinity")
     value = Value(tree, _digits(tokens)).scaled(Fraction(factor))
+    if unit is None and factor == 1:
+        return replace(value, measured=_measured(tokens))
     return Value(value.tree, value.digits, None if unit == ONE else unit)
 
 
@@ -262,13 +186,20 @@ def _has_infinity(tree: Tree) -> bool:
 def values_agree(gold: Value, answer: Value) -> bool:
     """Whether two values agree, units included (module docstring).
 
-    A unit that only one of them has is taken as understood; a percentage without its sign may be
-    meant either way (50% agrees with 50 and with 0.5), and an angle in degrees agrees with the same
-    angle in radians if that is written without a unit.
+    A unit that only one of them has is taken as understood. A percentage is a hundredth part: for a
+    gold 50%, the answers 50 (the sign left out) and 0.5 are right; for a gold 50, the answer 50% is
+    another value. Ground truths leave degree signs out, and no angle in radians is a whole number
+    but by accident: 30 and 30 degrees agree both ways, and an angle in degrees agrees with the same
+    angle in radians if that is written without a unit. `20N` is a product, unless the other has a
+    unit: then it is 20 newtons; `3m/s` is always a speed.
 
     Raises:
         Undecided: neither equality nor inequality could be shown.
     """
+    if gold.unit is None and answer.unit is not None:
+        gold = gold.measured or gold
+    elif answer.unit is None and gold.unit is not None:
+        answer = answer.measured or answer
     if gold.unit is not None and answer.unit is not None:
         if gold.unit.dimension != answer.unit.dimension:
             return False
@@ -276,14 +207,13 @@ def values_agree(gold: Value, answer: Value) -> bool:
             return _agree(Value(gold.tree, gold.digits), Value(answer.tree, answer.digits))
         return _agree(gold.scaled(gold.unit.factor), answer.scaled(answer.unit.factor))
     plain = (Value(gold.tree, gold.digits), Value(answer.tree, answer.digits))
+    if answer.unit is not None and answer.unit.dimension == PERCENT.dimension:
+        return _agree(plain[0], plain[1].scaled(_HUNDREDTH))
     if _agree(*plain):
         return True
     unit = gold.unit or answer.unit
     if unit is not None and unit.dimension == PERCENT.dimension:
-        hundredth = Fraction(1, 100)
-        if gold.unit is not None:
-            return _agree(plain[0].scaled(hundredth), plain[1])
-        return _agree(plain[0], plain[1].scaled(hundredth))
+        return _agree(plain[0].scaled(_HUNDREDTH), plain[1])
     if unit == DEGREE:
         degrees, other = plain if gold.unit is not None else (plain[1], plain[0])
         if rational(degrees.tree) is None or (
@@ -298,8 +228,9 @@ def _agree(gold: Value, answer: Value) -> bool:
     infinite = (_INFINITE, _MINUS_INFINITE)
     if gold.tree in infinite or answer.tree in infinite:
         return gold.tree == answer.tree
-    if gold.tree[0] == answer.tree[0] == "matrix":
-        return _matrices_agree(gold.tree, answer.tree)
+    first, second = matrix(gold.tree), matrix(answer.tree)
+    if first is not None and second is not None:
+        return _matrices_agree(first, second)
     if gold.tree == answer.tree:
         rational(gold.tree)  # what is not defined equals nothing
         return True

@@ -48,6 +48,39 @@ DIFFER = [
 ]  # fmt: skip
 
 
+# A letter right behind a number may be a variable: a unit only where the other side has one.
+UNSPACED = [
+    ("0.05 kN", "50N"), ("50N", "0.05 kN"), ("3000 g", "3kg"), ("3", "3kg"), ("4m/s", "240 m/min"),
+    ("4", "4m/s"), ("4m/s", "4"), ("9.8", "9.8m/s^2"), ("250 cm", "2.5m"), ("2.5m", "250 cm"),
+    ("12V", "12 volts"), ("7 hours", "7h"), ("420 min", "7h"), ("6 square meters", "6m^2"),
+    ("-5m/s", "-5 m/s"), ("3\\text{ A}", "3A"),
+]  # fmt: skip
+NOT_UNSPACED = [
+    ("50", "50N"), ("50N", "50"), ("0.05 kN", "5N"), ("3", "3kx"), ("4", "4m/x"), ("4", "4x/s"),
+    ("4", "4m/s^3"), ("4 m", "4s"), ("250 cm", "25m"), ("12V", "12 A"), ("420 min", "8h"),
+    ("4m/s", "4 s/m"), ("6 m", "6m^2"), ("2", "2m"), ("4", "a4m/s"), ("3 km", "3m"),
+]  # fmt: skip
+# A percent sign that is left out, or put where the ground truth has none.
+PERCENT = [("35\\%", "35"), ("35%", "0.35"), ("0.35", "35%"), ("12.5%", "1/8"),
+           ("12.5 percent", "12.5"), ("100%", "1"), ("1", "100%"), ("\\frac14", "25\\%"),
+           ("3%", "3"), ("40％", "40")]  # fmt: skip
+NOT_PERCENT = [("35", "35%"), ("1", "1%"), ("12.5", "12.5 percent"), ("0.35", "0.35%"),
+               ("100", "100%"), ("35%", "3500"), ("35%", "0.0035"), ("0.35", "3.5%"),
+               ("7", "7％"), ("x", "x%")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gold", "answer"), UNSPACED + PERCENT)
+def test_signs_and_letters_that_can_only_be_units_are(gold: str, answer: str) -> None:
+    """Fails if a right answer is not paid because its unit has no space, or is left out."""
+    assert answers_match(answer, gold)
+
+
+@pytest.mark.parametrize(("gold", "answer"), NOT_UNSPACED + NOT_PERCENT)
+def test_a_variable_is_no_unit_and_a_percent_sign_divides(gold: str, answer: str) -> None:
+    """Fails if `50N` is paid as 50, or 35% as 35: it is 0.35."""
+    assert not answers_match(answer, gold)
+
+
 @pytest.mark.parametrize(("gold", "answer"), AGREE)
 def test_units_in_every_spelling_agree(gold: str, answer: str) -> None:
     """Names, symbols, plurals and convertible units say the same."""
