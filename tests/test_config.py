@@ -14,6 +14,7 @@ from r1v3.config import (
     Connector,
     Data,
     Evaluate,
+    Pictures,
     Section,
     Select,
     Supervised,
@@ -296,3 +297,26 @@ def test_grpo_accepts_other_temperatures_and_evaluation_greedy(
     made = load(GRPO, path, [f"decoding.temperature={temperature}"])
     assert made.decoding.temperature == float(temperature)
     assert load(Evaluate, None, ["run=r", "data=[d]", "decoding.temperature=0"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("pictures.ground=gray", "`pictures.ground` = 'gray'"),
+        ("pictures.truncated=drop", "`pictures.truncated` = 'drop'"),
+        ("pictures.back=white", "unknown key `pictures.back`"),
+        ("pictures.truncate=skip", "`pictures.truncate` (did you mean `truncated`?)"),
+        ("max_tiles=0", "`max_tiles` = 0"),
+    ],
+)
+def test_settings_of_pictures_that_do_not_exist_are_named(
+    tmp_path: Path, override: str, said: str
+) -> None:
+    """Fails if a misspelled choice silently leaves the default."""
+    assert said in refused(SFT, tmp_path, STAGE, override)
+
+
+def test_a_file_from_before_pictures_could_be_set_has_the_safe_defaults(tmp_path: Path) -> None:
+    """Fails if an old configuration no longer loads, or trains on truncated pictures."""
+    old = load(SFT, written(tmp_path, STAGE))
+    assert old.pictures == Pictures(ground="white", truncated="error") and old.max_tiles is None

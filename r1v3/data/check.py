@@ -158,8 +158,15 @@ def _note(check: FileCheck, image: Image.Image) -> None:
         check.notes["of more than 8 bits"] += 1
     if orientation_of(image) in range(2, 9):
         check.notes["turned"] += 1
-    if getattr(image, "n_frames", 1) > 1:
+    if _frames(image) > 1:
         check.notes["of several frames"] += 1
+
+
+def _frames(image: Image.Image) -> int:
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # damage in later frames, which nothing reads: many types
+        return 1
 
 
 def _count_tokens(

@@ -233,6 +233,18 @@ def test_texts_of_a_file_cannot_write_to_the_terminal(
     assert max(map(len, out.splitlines())) < 300
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning", "ignore:Truncated:UserWarning")
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG"])
+@pytest.mark.parametrize("kept", [0.5, 0.7, 0.8, 0.9])
+def test_damage_in_later_frames_ends_no_check(kind: str, kept: float, tmp_path: Path) -> None:
+    """Fails if frames that no stage reads end the report of all rows with a traceback."""
+    frames = [Image.new("RGB", (30, 30), color) for color in ("red", "blue", "green", "black")]
+    whole = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    path = write_rows(tmp_path / "d.jsonl", showing(whole[: int(len(whole) * kept)]))
+    done = RUNNER.invoke(app, ["data", "check", str(path)])
+    assert done.exit_code in (0, 1) and isinstance(done.exception, SystemExit | None)
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
 def test_a_file_without_rows_is_a_problem(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
