@@ -1,12 +1,12 @@
 """Completions of an engine that is not trusted: checked one by one, then made into tensors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from r1v3.data.tokenizer import THINK_CLOSE
+from r1v3.data.tokenizer import THINK_CLOSE, THINK_OPEN
 from r1v3.rollout.contract import Rollout, Sampling, TokenRules
 
 # A log-prob is at most 0; float32 rounding may leave it a little above.
@@ -22,13 +22,13 @@ class Completion:
         logprobs: of every token, in nats, at the sampling temperature and after bans; zero for a
             forced token.
         finished: whether the last token ends the turn.
-        forced: range [start, stop) of the tokens that were not sampled.
+        forced: ranges [start, stop) of tokens that were not sampled.
     """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     finished: bool = False
-    forced: tuple[int, int] = (0, 0)
+    forced: tuple[tuple[int, int], ...] = ()
 
     def followed_by(self, later: "Completion") -> "Completion":
         """Return this completion with its continuation."""
@@ -120,35 +120,81 @@ def ban_list(sampling: Sampling, rules: TokenRules) -> tuple[int, ...]:
     return tuple(banned)
 
 
-def close_thoughts(
-    first: Sequence[Completion], sampling: Sampling, rules: TokenRules
-) -> dict[int, Completion]:
-    """Return the completions that continue after the thought budget, by row.
+def complete_thoughts(
+    found: Sequence[Completion],
+    sampling: Sampling,
+    rules: TokenRules,
+    go_on: Callable[[dict[int, Completion], int], Sequence[Completion]],
+) -> list[Completion]:
+    """Return completions whose every thought is closed where its budget is spent.
+
+    A completion is cut there, whatever followed, and goes on behind the forced tag: a thought that
+    is opened again has its budget too.
 
     Args:
-        first: completions of at most `sampling.budget` tokens.
-    Returns:
-        Every row that has not ended, with the forced closing tag where its thought is still open:
-        the whole tag, in place of the last tokens where it would not fit behind them.
+        found: completions of at most `sampling.budget` tokens.
+        go_on: continues unfinished completions, by row, with all tokens that are left to each; its
+            second argument counts the calls from 0.
     """
-    going_on = {}
-    for row, completion in enumerate(first):
-        if completion.finished:
-            continue
-        length = len(completion.token_ids)
-        texts = rules.closing.texts
-        written = "".join(texts[i] for i in completion.token_ids if i < len(texts))
-        tag: tuple[int, ...] = ()
-        room = sampling.max_tokens - len(rules.closing.forced)
-        if THINK_CLOSE not in written and room >= 0:
-            tag, length = rules.closing.forced, min(length, room)
-        going_on[row] = Completion(
-            completion.token_ids[:length] + tag,
-            completion.logprobs[:length] + (0.0,) * len(tag),
-            False,
-            (length, length + len(tag)),
-        )
-    return going_on
+    rows, calls = list(found), 0
+    while True:
+        rows = [close_thought(row, sampling, rules) or row for row in rows]
+        open_rows = {
+            i: row
+            for i, row in enumerate(rows)
+            if not row.finished and len(row.token_ids) < sampling.max_tokens
+        }
+        if not open_rows:
+            return rows
+        later = go_on(open_rows, calls)
+        for i, continuation in zip(open_rows, later, strict=True):
+            rows[i] = rows[i].followed_by(continuation)
+        calls += 1
+
+
+def close_thought(
+    completion: Completion, sampling: Sampling, rules: TokenRules
+) -> Completion | None:
+    """Return a completion cut where a thought has spent its budget, with the forced closing tag.
+
+    None where no thought has. As in local sampling, a tag that is being written is not cut, and
+    the forced one comes in time to be whole.
+    """
+    assert sampling.budget is not None
+    texts, tag = rules.closing.texts, rules.closing.forced
+    # The last place at which the tag still fits.
+    last = sampling.max_tokens - len(tag)
+    starts = {start for start, _ in completion.forced}
+    due, closed, written = min(sampling.budget, last), False, ""
+    for place in range(len(completion.token_ids) + (not completion.finished)):
+        if place == due and not closed and place not in starts:
+            if place == last or not inside_tag(written):
+                return Completion(
+                    completion.token_ids[:place] + tag,
+                    completion.logprobs[:place] + (0.0,) * len(tag),
+                    False,
+                    (
+                        *(part for part in completion.forced if part[0] < place),
+                        (place, place + len(tag)),
+                    ),
+                )
+            due += 1
+        if place == len(completion.token_ids):
+            break
+        token = completion.token_ids[place]
+        written += texts[token] if token < len(texts) else ""
+        while (sought := THINK_OPEN if closed else THINK_CLOSE) in written:
+            written = written.partition(sought)[2]
+            closed = sought == THINK_CLOSE
+            if not closed:
+                due = min(place + 1 + sampling.budget, last)
+        written = written[1 - len(THINK_CLOSE) :]
+    return None
+
+
+def inside_tag(written: str) -> bool:
+    """Return whether text ends in the beginning of a closing tag."""
+    return any(written.endswith(THINK_CLOSE[:n]) for n in range(2, len(THINK_CLOSE)))
 
 
 def assemble(completions: Sequence[Completion], pad_id: int) -> Rollout:
@@ -165,6 +211,7 @@ def assemble(completions: Sequence[Completion], pad_id: int) -> Rollout:
         logprobs[row, :length] = torch.tensor(completion.logprobs)
         entropy[row, :length] = math.nan
         mask[row, :length] = sampled[row, :length] = True
-        sampled[row, slice(*completion.forced)] = False
+        for start, stop in completion.forced:
+            sampled[row, start:stop] = False
     finished = torch.tensor([c.finished for c in completions], dtype=torch.bool)
     return Rollout(ids, mask, logprobs, entropy, sampled, finished)

@@ -12,6 +12,7 @@ from r1v3.data.tokenizer import THINK_CLOSE, THINK_OPEN
 from r1v3.engine.contract import Decoder
 from r1v3.kernels import ban_tokens_, logprobs_and_entropy
 from r1v3.ranks import ALONE, Ranks
+from r1v3.rollout.completions import inside_tag
 from r1v3.rollout.contract import Request, Rollout, Sampling, ThoughtClosing, TokenRules, join
 
 
@@ -177,7 +178,7 @@ def _forced_tokens(
     if sampling.budget is not None:
         due = (state.due[rows] == step) & ~state.closed[rows]
         for row in rows[due].tolist():
-            if step < state.last_closing and _inside_tag(state.tails[row]):
+            if step < state.last_closing and inside_tag(state.tails[row]):
                 state.due[row] += 1  # the model is writing the tag itself
             else:
                 state.forcing[row] = 0
@@ -189,11 +190,6 @@ def _forced_tokens(
     state.forcing[rows] = torch.where(forced & ~done, position + 1, -1)
     state.closed[rows] |= forced & done
     return forced, tokens
-
-
-def _inside_tag(tail: str) -> bool:
-    """Return whether text ends in the beginning of a closing tag."""
-    return any(tail.endswith(THINK_CLOSE[:n]) for n in range(2, len(THINK_CLOSE)))
 
 
 def _note_tags(state: _State, step: int, budget: int, closing: ThoughtClosing) -> None:

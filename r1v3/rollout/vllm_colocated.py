@@ -42,7 +42,7 @@ from r1v3.rollout.completions import (
     ban_list,
     check_completion,
     check_prompt,
-    close_thoughts,
+    complete_thoughts,
 )
 from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
 from r1v3.rollout.vllm_protocol import check_sampling, picture_name, placeholder_of
@@ -214,21 +214,15 @@ class ColocatedVLLM:
             found = self._generate(given, sampling, count, length)
         if budget is None:
             return found
-        for row, begun in close_thoughts(found, sampling, self.rules).items():
-            found[row] = begun
-        rows = [
-            row
-            for row, completion in enumerate(found)
-            if not completion.finished and len(completion.token_ids) < sampling.max_tokens
-        ]
-        given = [
-            (requests[row // count], found[row], seeds[row // count][1 + row % count])
-            for row in rows
-        ]
-        later = self._generate(given, sampling, 1, None) if rows else []
-        for row, completion in zip(rows, later, strict=True):
-            found[row] = found[row].followed_by(completion)
-        return found
+
+        def go_on(rows: dict[int, Completion], calls: int) -> list[Completion]:
+            given = [
+                (requests[row // count], begun, seeds[row // count][1 + row % count] + calls)
+                for row, begun in rows.items()
+            ]
+            return self._generate(given, sampling, 1, None)
+
+        return complete_thoughts(found, sampling, self.rules, go_on)
 
     def _generate(
         self,

@@ -37,7 +37,7 @@ from r1v3.http import (
     require_httpx,
 )
 from r1v3.ranks import ALONE, Ranks
-from r1v3.rollout.completions import Completion, assemble, close_thoughts
+from r1v3.rollout.completions import Completion, assemble, complete_thoughts
 from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
 from r1v3.rollout.server_pool import DEFAULT_LIMITS, Pool, Server, ServerLimits
 from r1v3.rollout.vllm_protocol import (
@@ -117,7 +117,7 @@ class VLLMServers:
     ) -> Rollout:
         """See `contract.Sampler.complete`. Entropies are NaN: vLLM does not compute them.
 
-        A thought budget is kept by a second request for the rows it cuts, which continues their
+        A thought budget is kept by further requests for the rows it cuts, which continue their
         token ids; a chat cannot be continued by token ids, so it is for prompts without pictures.
 
         Raises:
@@ -185,23 +185,23 @@ class VLLMServers:
         sampling: Sampling,
         seeds: Sequence[int],
     ) -> list[Completion]:
-        """Close the completions that were cut at the thought budget, and complete them."""
-        begun = close_thoughts(first, sampling, self.rules)
-        rows, calls = [], []
-        for row, completion in begun.items():
-            first[row] = completion
-            left = sampling.max_tokens - len(completion.token_ids)
-            if left:
-                ids = prompts[row] + completion.token_ids
-                rows.append(row)
-                calls.append(
-                    completion_call(
-                        ids, sampling, self.rules, count=1, max_tokens=left, seed=seeds[row]
-                    )
+        """Close the thoughts that have spent their budget, and complete what is cut."""
+
+        def go_on(rows: dict[int, Completion], calls: int) -> list[Completion]:
+            asked = [
+                completion_call(
+                    prompts[row] + begun.token_ids,
+                    sampling,
+                    self.rules,
+                    count=1,
+                    max_tokens=sampling.max_tokens - len(begun.token_ids),
+                    seed=seeds[row] + calls,
                 )
-        for row, (later,) in zip(rows, self._answers(calls), strict=True):
-            first[row] = first[row].followed_by(later)
-        return first
+                for row, begun in rows.items()
+            ]
+            return [later for (later,) in self._answers(asked)]
+
+        return complete_thoughts(first, sampling, self.rules, go_on)
 
     def update_weights(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
         """See `contract.Sampler.update_weights`; a server that is out loads them on its return.

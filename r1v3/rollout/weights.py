@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r1v3.files import fsync_directory, replace_directory, temporary_sibling, write_json
+from r1v3.data.tokenizer import load_tokenizer
+from r1v3.files import (
+    fsync_directory,
+    replace_directory,
+    temporary_sibling,
+    write_json,
+    write_text,
+)
 from r1v3.model.conversion import load_config, weights
 from r1v3.model.conversion.config import is_original, read_config
 
@@ -117,6 +124,9 @@ def publish(
     temporary.mkdir()
     try:
         _copy_rest(model_folder, temporary)
+        if (chat_template := load_tokenizer(model_folder).chat_template) is not None:
+            # The servers' prompts must be the trainer's.
+            write_text(temporary / "chat_template.jinja", str(chat_template))
         _write_shards(temporary, in_layout(tensors, model_folder), dtype, shard_bytes)
         replace_directory(temporary, final)
     except BaseException:

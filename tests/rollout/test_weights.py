@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
+from r1v3.data.tokenizer import load_tokenizer, render_prompt
 from r1v3.engine.hf.engine import HFEngine
 from r1v3.model.internvl import load_model
 from r1v3.rollout.weights import buckets, publish
@@ -43,6 +45,25 @@ def test_a_published_folder_is_a_model_and_the_one_before_stays(tmp_path: Path) 
     values = [t for f in current.glob("*.safetensors") for t in load_file(f).values()]
     assert current.readlink() == Path("step-00000003")
     assert {t.dtype for t in values} == {torch.bfloat16}
+
+
+def test_servers_render_prompts_as_the_trainer_does(tmp_path: Path) -> None:
+    """Fails if a folder whose own template ignores `enable_thinking` is published with it: every
+    prompt of the servers would then be refused."""
+    base = tiny.save(tmp_path / "base")
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    template += "{{ '<|im_end|>\n' }}{% endfor %}<|im_start|>assistant\n\n"
+    (base / "chat_template.jinja").write_text(template)
+    current = publish(tmp_path / "weights", base, exported(1), 1)
+    served = PreTrainedTokenizerFast.from_pretrained(str(current))
+    messages = [{"role": "user", "content": "How many?"}]
+    for thinking in (True, False):
+        text = served.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        wanted = render_prompt(load_tokenizer(base), messages, [], thinking=thinking)
+        assert served.encode(text, add_special_tokens=False) == wanted
+        assert str(text).endswith("<think>\n") == thinking
 
 
 def test_weights_that_stop_coming_leave_the_last_ones_in_place(tmp_path: Path) -> None:
