@@ -13,6 +13,7 @@ from rich.console import Console
 
 from r1v3.config import GRPO, SFT, Connector, Data, Evaluate, Section, Select, load
 from r1v3.data import recipe
+from r1v3.demo_time import expected_seconds, measure
 from r1v3.evaluation.evaluate import evaluate
 from r1v3.evaluation.summary import EVALUATED, summarize
 from r1v3.files import write_json, write_text
@@ -103,6 +104,10 @@ def run_demo(run: Path | None, seed: int, configs: Path, *, resuming: bool) -> d
     resolved = {name: config.model_dump(mode="json") for name, config in loaded.items()}
     write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     base = Path(loaded["sft"].model)
+    scoring = load(Evaluate, configs / "eval.yaml", common)
+    if not resuming:
+        minutes = expected_seconds(measure(base), **loaded, scoring=scoring) / 60
+        console.print(f"about {minutes:.0f} minutes, longer beside other programs")
     begin("data", loaded["data"], folder)
     with clock.stage("data"):
         recipe.build(

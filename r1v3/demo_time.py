@@ -1,0 +1,145 @@
+"""How long the demo will take on this machine, told from a few seconds of its own work.
+
+The work is timed on one thread in processor time, which other programs hardly change.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from r1v3.config import GRPO, SFT, Connector, Data, Evaluate
+from r1v3.data.batch import Batch
+from r1v3.data.builders import questions
+from r1v3.data.encoding import collate, encode_sample, model_image_shape
+from r1v3.data.tasks import IN_DOMAIN
+from r1v3.data.tokenizer import load_tokenizer
+from r1v3.engine.head import Head
+from r1v3.engine.hf.engine import HFEngine
+from r1v3.model.internvl import load_model
+from r1v3.model.parts import PARTS
+
+_PROMPTS, _GROUP, _STEPS = 8, 32, 6
+# Tokens of a typical response, and what decoding a completion costs in steps of a full batch.
+_RESPONSE_TOKENS = 50
+_COMPLETION_STEPS = 80
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Processor seconds that one piece of the demo's work takes.
+
+    Attributes:
+        sample: a question composed.
+        encoded: a question made into token ids and pixels.
+        pair: a prompt with its response learned from.
+        response: one of a group of responses to a prompt learned from.
+        prompt: a prompt prefilled.
+        completion: a completion decoded.
+    """
+
+    sample: float
+    encoded: float
+    pair: float
+    response: float
+    prompt: float
+    completion: float
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def measure(model: Path) -> Speed:
+    """Do a little of everything with a model folder on one thread; return what it took."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure(model)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(model: Path) -> Speed:
+    tokenizer = load_tokenizer(model)
+    engine = HFEngine(load_model(model), tokenizer, modules=dict.fromkeys(PARTS, True))
+    shape = model_image_shape(engine.config, 1)
+    rows = _PROMPTS * _GROUP
+    questions("train", IN_DOMAIN, 1, 0)  # loads the scans
+    samples = []
+    composing = _seconds(lambda: samples.extend(questions("train", IN_DOMAIN, rows, 0)))
+    examples = []
+    encoding = _seconds(
+        lambda: examples.extend(encode_sample(sample, tokenizer, shape) for sample in samples)
+    )
+
+    def batch(prompts: int, group_size: int) -> Batch:
+        responses = [[tokenizer.pad_token_id] * _RESPONSE_TOKENS] * (prompts * group_size)
+        return collate(
+            examples[:prompts],
+            tokenizer.pad_token_id,
+            responses=responses,
+            group_size=group_size,
+        )
+
+    def loss(head: Head, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return -head.logprobs_and_entropy()[0].mean(), {}
+
+    def learn(given: Batch) -> None:
+        engine.train_step([given], loss, learning_rate=0.0)
+
+    pairs, grouped = batch(64, 1), batch(_PROMPTS // 4, _GROUP)
+    learn(grouped)  # the first step of a process is slower
+    learning = _seconds(lambda: learn(pairs)) / 64
+    responding = _seconds(lambda: learn(grouped)) / (_PROMPTS // 4 * _GROUP)
+    decoder, ids = engine.decoder(), torch.full((rows,), tokenizer.pad_token_id)
+    prefilling = _seconds(lambda: decoder.prefill(pairs, 1, 2)) / 64
+    decoder.prefill(batch(_PROMPTS, _GROUP), _GROUP, _STEPS + 32)
+    decoder.step(ids)
+    decoding = _seconds(lambda: [decoder.step(ids) for _ in range(_STEPS)]) / (_STEPS * rows)
+    completing = decoding * _COMPLETION_STEPS
+    return Speed(composing / rows, encoding / rows, learning, responding, prefilling, completing)
+
+
+def expected_seconds(
+    speed: Speed, data: Data, sft: SFT, grpo: GRPO, connector: Connector, scoring: Evaluate
+) -> float:
+    """Return how long these stages, and scoring the five models, take in all."""
+    composed = sum(data.model_dump(include=_COUNTS).values())
+    pairs = sft.epochs * data.sft + connector.epochs * data.connector
+    # A validation runs forward alone, which is a third of a step.
+    checks = sft.epochs * data.sft / sft.batch_size / sft.validate_every * data.sft_validation
+    pairs += checks / 3
+    responses = grpo.steps * grpo.prompts_per_step * grpo.group_size
+    validated = grpo.steps // grpo.validate_every * data.grpo_validation
+    asked = data.test_in_domain + data.test_out_of_domain
+    # base answers in one mode; sft, grpo, connector and selected in all, grpo with budgets too.
+    others = len(scoring.modes) - ("slow" in scoring.modes)
+    modes = 1 + 4 * len(scoring.modes) + len(scoring.budgets)
+    answers = asked * (4 * scoring.samples + (1 + 4 * others + len(scoring.budgets)))
+    # In each of the five, a question is encoded to be checked, and once for each template.
+    alone = composed * (speed.sample + speed.encoded) + 3 * 5 * asked * speed.encoded
+    shared = (
+        pairs * speed.pair
+        + responses * speed.response
+        + (grpo.steps * grpo.prompts_per_step + validated + asked * modes) * speed.prompt
+        + (responses + validated * grpo.validation_samples + answers) * speed.completion
+    )
+    return alone + shared / (sft.threads or torch.get_num_threads())
+
+
+_COUNTS = {
+    "sft",
+    "sft_validation",
+    "grpo",
+    "grpo_validation",
+    "connector",
+    "connector_validation",
+    "test_in_domain",
+    "test_out_of_domain",
+}
