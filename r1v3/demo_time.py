@@ -1,4 +1,4 @@
-"""How long the demo will take on this machine, told from a few seconds of its own work.
+"""Time that the demo will take on this machine, told from a few seconds of its own work.
 
 The work is timed on one thread in processor time, which other programs hardly change.
 """

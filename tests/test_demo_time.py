@@ -1,4 +1,4 @@
-"""What the demo says of its length at the start."""
+"""The time that the demo tells at its start."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,7 @@ KINDS = {"data": Data, "sft": SFT, "grpo": GRPO, "connector": Connector, "eval":
 
 def seconds(speed: Speed, folder: Path, *overrides: str) -> float:
     given = {
-        name: load(kind, write_configs(folder) / f"{name}.yaml", [])
-        for name, kind in KINDS.items()
+        name: load(kind, write_configs(folder) / f"{name}.yaml", []) for name, kind in KINDS.items()
     }
     for override in overrides:
         stage, setting = override.split(".", 1)

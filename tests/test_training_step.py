@@ -138,6 +138,7 @@ def test_text_only_steps_leave_the_vision_tower_alone(tmp_path: Path) -> None:
     assert row.grad_norms["vision"] == 0.0 and row.grad_norms["llm"] > 0
 
 
+@pytest.mark.slow
 def test_the_command_times_megatron_in_processes_of_their_own(tmp_path: Path) -> None:
     """Fails if the command line, MegatronEngine's numbers or the JSON's fields are broken."""
     target = tmp_path / "step.json"

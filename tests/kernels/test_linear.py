@@ -11,7 +11,7 @@ from torch import Tensor
 from r1v3.kernels import cpu, linear_logprobs_and_entropy
 from r1v3.kernels.linear import head, tiles
 from tests.kernels.budget import assert_within_budget
-from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED
+from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED, slow_interpreted
 
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="not about the arithmetic of a kernel")
 # To the kernels they are all the same: logits are float32.
@@ -182,6 +182,7 @@ def test_frozen_parts_cost_no_product(
     assert not linear_logprobs_and_entropy(**inputs)[0].requires_grad
 
 
+@slow_interpreted
 def test_selected_rows(products: list[tuple[Tensor, Tensor]], small_tiles: None) -> None:
     """Fails if `rows` computes others, in another order, or differs from the full results."""
     inputs = make()

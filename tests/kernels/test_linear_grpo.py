@@ -15,7 +15,7 @@ from r1v3.kernels import (
 )
 from r1v3.kernels.linear import head, tiles
 from tests.kernels.budget import assert_within_budget
-from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED
+from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED, slow_interpreted
 
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="not about the arithmetic of a kernel")
 VOCAB, TRUE = 300, 290
@@ -101,7 +101,9 @@ def run(
 @pytest.mark.parametrize(
     "aggregation", ["sequence-mean", *([] if INTERPRETED else ["token-mean", "sequence-sum"])]
 )
-@pytest.mark.parametrize("policy", [{"dual_clip": 3.0}, {"ratio_clip": "cispo"}])
+@pytest.mark.parametrize(
+    "policy", [{"dual_clip": 3.0}, pytest.param({"ratio_clip": "cispo"}, marks=slow_interpreted)]
+)
 def test_is_the_composition(aggregation: str, dtype: torch.dtype, policy: dict[str, Any]) -> None:
     """Fails if loss, gradients or metrics are worse than logits -> log-probabilities -> loss."""
     inputs = make(dtype)
@@ -268,6 +270,7 @@ def test_float16_gradients_survive_a_loss_scale() -> None:
         torch.testing.assert_close(g.double(), t, rtol=2e-2, atol=2e-3)
 
 
+@slow_interpreted
 def test_hostile_tokens() -> None:
     """Fails if an overflowing ratio or a masked NaN reaches the loss or a gradient."""
     inputs = make()

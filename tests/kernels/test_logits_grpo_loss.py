@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r1v3.kernels import grpo_loss, logits_grpo_loss, logprobs_and_entropy, reference
 from r1v3.kernels.arguments import METRICS
-from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED
+from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED, slow_interpreted
 
 pytestmark = pytest.mark.usefixtures("backend")
 B, T = 3, 5
@@ -128,7 +128,7 @@ def test_hostile_tokens() -> None:
     check(given, torch.float32, kl_coef=0.1)
 
 
-@pytest.mark.parametrize("vocab", [151_674, 152_064])
+@pytest.mark.parametrize("vocab", [151_674, pytest.param(152_064, marks=slow_interpreted)])
 def test_model_vocabulary(vocab: int) -> None:
     """Fails at rows of 151,674 logits, most of which start off 16-byte boundaries."""
     logits = (3 * torch.randn(1, 3, vocab)).bfloat16()
@@ -144,6 +144,7 @@ def test_model_vocabulary(vocab: int) -> None:
     torch.testing.assert_close(leaf.grad, other.grad, rtol=2**-6, atol=1e-9)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("factor", [-2.5] if INTERPRETED else [1.0, -2.5])
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 def test_in_place_is_the_same(dtype: torch.dtype, factor: float) -> None:
@@ -175,6 +176,7 @@ def test_second_backward_says_why() -> None:
         loss.backward()
 
 
+@slow_interpreted
 def test_equals_the_loss_of_its_log_probabilities() -> None:
     """Fails if this op and `grpo_loss` of `logprobs_and_entropy` mean different things."""
     given = batch(300)

@@ -13,7 +13,7 @@ from r1v3.kernels import (
     selective_log_softmax,
 )
 from tests.kernels.budget import check_logits
-from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED
+from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED, slow_interpreted
 
 pytestmark = pytest.mark.usefixtures("backend")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,7 +32,7 @@ def test_matches_float64(vocab: int, temperature: float, dtype: torch.dtype) -> 
     check_logits(*make(9, vocab, dtype), temperature=temperature)
 
 
-@pytest.mark.parametrize("vocab", [151_674, 152_064])
+@pytest.mark.parametrize("vocab", [151_674, pytest.param(152_064, marks=slow_interpreted)])
 def test_matches_float64_at_model_vocabularies(vocab: int) -> None:
     """Fails at the vocabularies of InternVL3 (rows off 16-byte boundaries) and Qwen2.5."""
     check_logits(*make(3, vocab, torch.bfloat16), temperature=0.7)
@@ -226,7 +226,7 @@ def test_temperature_zero() -> None:
     assert (logits.grad == 0).all()
 
 
-@pytest.mark.parametrize("vocab", [1000, 9001])
+@pytest.mark.parametrize("vocab", [1000, pytest.param(9001, marks=slow_interpreted)])
 def test_a_row_does_not_depend_on_the_others(vocab: int, backend: str) -> None:
     """Fails if the batch around a row, or a second run, changes one of its bits."""
     logits, ids = make(16, vocab, torch.bfloat16)

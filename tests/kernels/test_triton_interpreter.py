@@ -29,14 +29,15 @@ SUITE = (
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter")
-def test_triton_kernels_pass_the_suite() -> None:
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_kernels_pass_the_suite(chosen: str) -> None:
     """Fails if a Triton kernel breaks any property that the CPU kernels are tested for.
 
     A process of its own, because Triton reads TRITON_INTERPRET when it is imported.
     """
     files = [str(HERE / f"test_{name}.py") for name in SUITE]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, *files],
         cwd=HERE.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
