@@ -14,7 +14,8 @@ from torch import Tensor
 from r1v3.config import GRPO, SFT, Connector, Data, Evaluate
 from r1v3.data.batch import Batch
 from r1v3.data.builders import questions
-from r1v3.data.encoding import collate, encode_sample, model_image_shape
+from r1v3.data.encoding import Example, collate, encode_sample, model_image_shape
+from r1v3.data.sample import Sample
 from r1v3.data.tasks import IN_DOMAIN
 from r1v3.data.tokenizer import load_tokenizer
 from r1v3.engine.head import Head
@@ -71,9 +72,9 @@ def _measure(model: Path) -> Speed:
     shape = model_image_shape(engine.config, 1)
     rows = _PROMPTS * _GROUP
     questions("train", IN_DOMAIN, 1, 0)  # loads the scans
-    samples = []
+    samples: list[Sample] = []
     composing = _seconds(lambda: samples.extend(questions("train", IN_DOMAIN, rows, 0)))
-    examples = []
+    examples: list[Example] = []
     encoding = _seconds(
         lambda: examples.extend(encode_sample(sample, tokenizer, shape) for sample in samples)
     )
