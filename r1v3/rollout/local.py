@@ -44,9 +44,7 @@ class LocalSampler:
                 self.decoder,
                 collate(examples, self.rules.pad_id),
                 sampling=replace(sampling, banned=(*self.rules.never, *sampling.banned)),
-                closing=self.rules.closing,
-                stop_id=self.rules.stop_id,
-                pad_id=self.rules.pad_id,
+                rules=self.rules,
                 group_size=group_size,
                 uniforms=uniforms[mine.start * group_size : mine.stop * group_size],
             )
@@ -72,9 +70,7 @@ def generate(
     prompts: Batch,
     *,
     sampling: Sampling,
-    closing: ThoughtClosing,
-    stop_id: int,
-    pad_id: int,
+    rules: TokenRules,
     group_size: int = 1,
     uniforms: Tensor,
 ) -> Rollout:
@@ -82,15 +78,16 @@ def generate(
 
     Args:
         prompts: a batch whose responses are ignored.
-        stop_id: the end-of-turn token, kept as the completion's last token.
+        sampling: its `banned` tokens alone are never sampled, `rules.never` is not read.
+        rules: the end-of-turn token among them is kept as a completion's last token.
         uniforms: float32 [P * group_size, max_tokens] in [0, 1), one random number per token.
     """
     logits = decoder.prefill(prompts, group_size, sampling.max_tokens)
     uniforms = uniforms.to(logits.device)
-    state = _State(len(logits), sampling, pad_id, uniforms, closing)
+    state = _State(len(logits), sampling, rules, uniforms)
     banned = torch.tensor(sorted(set(sampling.banned)), dtype=torch.int64, device=logits.device)
     for step in range(sampling.max_tokens):
-        tokens = _emit(logits, state, step, sampling, closing, stop_id, banned)
+        tokens = _emit(logits, state, step, sampling, rules, banned)
         live = ~state.finished[state.active]
         if not live.any() or step + 1 == sampling.max_tokens:
             break
@@ -113,11 +110,9 @@ def generate(
 class _State:
     """The completions so far, all rows of them; `active` are those that are still decoded."""
 
-    def __init__(
-        self, rows: int, sampling: Sampling, pad: int, uniforms: Tensor, closing: ThoughtClosing
-    ) -> None:
+    def __init__(self, rows: int, sampling: Sampling, rules: TokenRules, uniforms: Tensor) -> None:
         shape, device = (rows, sampling.max_tokens), uniforms.device
-        self.ids = torch.full(shape, pad, device=device)
+        self.ids = torch.full(shape, rules.pad_id, device=device)
         self.logprobs = torch.zeros(shape, device=device)
         self.entropy = torch.zeros(shape, device=device)
         self.mask = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -127,7 +122,7 @@ class _State:
         self.closed = torch.zeros(rows, dtype=torch.bool, device=device)
         self.tails = [""] * rows
         # The step at which an open thought is closed: at its budget, or while the tag still fits.
-        self.last_closing = sampling.max_tokens - len(closing.forced)
+        self.last_closing = sampling.max_tokens - len(rules.closing.forced)
         first = sampling.max_tokens if sampling.budget is None else sampling.budget
         due = min(first, self.last_closing) if first < sampling.max_tokens else first
         self.due = torch.full((rows,), due, device=device)
@@ -140,8 +135,7 @@ def _emit(
     state: _State,
     step: int,
     sampling: Sampling,
-    closing: ThoughtClosing,
-    stop_id: int,
+    rules: TokenRules,
     banned: Tensor,
 ) -> Tensor:
     """Choose, record and return the next token of every active row."""
@@ -153,7 +147,7 @@ def _emit(
     else:
         scaled = torch.log_softmax(logits / sampling.temperature, -1)
         tokens = draw(scaled, state.uniforms[rows, step])
-    forced, closers = _forced_tokens(state, step, sampling, closing)
+    forced, closers = _forced_tokens(state, step, sampling, rules.closing)
     tokens = torch.where(forced, closers, tokens)
     logprobs, entropy = logprobs_and_entropy(
         logits, tokens, temperature=sampling.temperature or 1.0
@@ -165,8 +159,8 @@ def _emit(
     state.logprobs[rows, step] = torch.where(fresh, logprobs, 0.0)
     state.entropy[rows, step] = torch.where(fresh, entropy, 0.0)
     if sampling.budget is not None:
-        _note_tags(state, step, sampling.budget, closing)
-    state.finished[rows] |= tokens == stop_id
+        _note_tags(state, step, sampling.budget, rules.closing)
+    state.finished[rows] |= tokens == rules.stop_id
     return tokens
 
 

@@ -15,14 +15,14 @@ from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END
 from r1v3.engine.hf.decoder import DecodeCache, HFDecoder, prefill
 from r1v3.engine.hf.engine import HFEngine, response_hidden
 from r1v3.rollout import local
-from r1v3.rollout.contract import Rollout, Sampling, ThoughtClosing, decode_texts
+from r1v3.rollout.contract import Rollout, Sampling, TokenRules, decode_texts
 from r1v3.rollout.local import draw, generate
 from tests import tiny
 
 WORDS = tiny.tokenizer()
 STOP = WORDS.convert_tokens_to_ids(TURN_END)
 NEVER = tuple(WORDS.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS if t != TURN_END)
-CLOSING = ThoughtClosing.of(WORDS)
+RULES = TokenRules.of(WORDS)
 EXAMPLES = [
     tiny.an_example(0, tiles=1, words=6),
     tiny.an_example(1, tiles=0, words=1),
@@ -61,9 +61,7 @@ def rollout(
         HFDecoder(NET),
         batch,
         sampling=chosen,
-        closing=CLOSING,
-        stop_id=STOP,
-        pad_id=0,
+        rules=RULES,
         group_size=group_size,
         uniforms=torch.rand(len(examples) * group_size, chosen.max_tokens, generator=generator),
     )
