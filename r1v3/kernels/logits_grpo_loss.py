@@ -107,7 +107,7 @@ def logits_grpo_loss(
         entropy = torch.where(keep, entropy.detach().reshape(-1), 0.0)
     loss, metrics = loss_and_metrics_of_head(logprobs, entropy, shape, inputs)
     if gradient is not None:
-        loss = with_gradient_op(loss, [logits], [gradient])
+        loss = with_gradient_op(loss, logits, gradient, None, None)
     return loss, metrics
 
 

@@ -20,16 +20,21 @@ def _scale(tensor: Tensor, factor: Tensor) -> None:
         tensor.mul_(factor)
 
 
-def _with_gradient(loss: Tensor, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    """The loss [], with the gradient of each input, empty where an input needs none."""
+def _with_gradient(
+    loss: Tensor, x: Tensor, grad_x: Tensor, y: Tensor | None, grad_y: Tensor | None
+) -> Tensor:
+    """The loss [], with its gradients by x and y, empty where one is not needed.
+
+    Not lists of tensors: flattening them takes autograd longer than a small loss.
+    """
     return loss.clone()
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, differentiated, gradients = inputs
+    _, x, grad_x, y, grad_y = inputs
     ctx.consumed = False
-    ctx.dtypes = [x.dtype for x in differentiated]
-    ctx.save_for_backward(*gradients)
+    ctx.dtypes = x.dtype, None if y is None else y.dtype
+    ctx.save_for_backward(grad_x, grad_y)
 
 
 def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
@@ -41,12 +46,12 @@ def _backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
     ctx.consumed = True
     given = []
     for gradient, dtype, wanted in zip(
-        ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1], strict=True
+        ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1::2], strict=True
     ):
         if wanted:
             _scale_op(gradient, grad_loss)
         given.append(gradient.to(dtype).detach() if wanted else None)
-    return None, given, [None] * len(given)
+    return None, given[0], None, given[1], None
 
 
 _scale_op = register_op("scale_", _scale, fake=lambda *_: None, mutates_args=("tensor",))

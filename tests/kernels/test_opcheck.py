@@ -41,7 +41,7 @@ def logits_cases() -> dict[str, tuple[Any, ...]]:
         "logits_grpo": (x, x.clone(), *grpo),
         "logits_grpo without gradient": (x, None, *grpo),
         "scale_": (x.clone(), torch.tensor(2.0)),
-        "with_gradient of logits": (torch.ones(()), [leaf], [torch.randn(6, 11)]),
+        "with_gradient of logits": (torch.ones(()), leaf, torch.randn(6, 11), None, None),
         "ban_tokens_": (x.clone(), ids, None, 0),
         "ban_tokens_ of enabled rows": (x.clone(), ids, ids > 3, 2),
     }  # fmt: skip
@@ -90,7 +90,9 @@ def linear_cases() -> dict[str, tuple[Any, ...]]:
         "linear_grpo of rows": (
             hidden, weight, ids, mask, ids[:1], per_token, options, [True, True], *rest,
         ),
-        "with_gradient": (torch.ones(()), [*leaves], [torch.randn(6, 4), torch.randn(11, 4)]),
+        "with_gradient": (
+            torch.ones(()), leaves[0], torch.randn(6, 4), leaves[1], torch.randn(11, 4),
+        ),
     }  # fmt: skip
 
 

@@ -166,16 +166,16 @@ def linear_grpo_loss(
     )  # fmt: skip
     mask, terms = TokenTerms.of(inputs)
     _check_rows_are_the_mask(rows, mask)
-    differentiated = [hidden.reshape(-1, hidden.shape[-1]), weight]
-    needed = [torch.is_grad_enabled() and x.requires_grad for x in differentiated]
-    logprobs, entropy, *gradients = linear_grpo_op(
-        *(x.detach() for x in differentiated), token_ids.reshape(-1), mask, rows, terms.tensors(),
+    states = hidden.reshape(-1, hidden.shape[-1])
+    needed = [torch.is_grad_enabled() and x.requires_grad for x in (states, weight)]
+    logprobs, entropy, grad_states, grad_weight = linear_grpo_op(
+        states.detach(), weight.detach(), token_ids.reshape(-1), mask, rows, terms.tensors(),
         terms.options, needed, as_scalar(temperature), vocab_size, group_name(group),
         reduce_hidden_grad, row_tile or 0,
     )  # fmt: skip
     loss, metrics = loss_and_metrics_of_head(logprobs, entropy, shape, inputs)
     if any(needed):
-        loss = with_gradient_op(loss, differentiated, gradients)
+        loss = with_gradient_op(loss, states, grad_states, weight, grad_weight)
     return loss, metrics
 
 
