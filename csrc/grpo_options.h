@@ -6,6 +6,12 @@
 #include <string>
 #include <vector>
 
+#ifdef __CUDACC__
+#define R1V3_BOTH __host__ __device__ __forceinline__
+#else
+#define R1V3_BOTH inline __attribute__((always_inline))
+#endif
+
 namespace r1v3 {
 
 enum class RatioClip { kPpo = 0, kCispo = 1 };
@@ -23,6 +29,13 @@ struct GrpoOptions {
   KL kl;
   Aggregation aggregation;
 };
+
+enum class Policy { kClipped, kDualClipped, kCispo };
+
+R1V3_BOTH Policy policy_of(const GrpoOptions& options) {
+  if (options.ratio_clip == RatioClip::kCispo) return Policy::kCispo;
+  return options.dual_clip > 0.0 ? Policy::kDualClipped : Policy::kClipped;
+}
 
 inline GrpoOptions grpo_options(const std::vector<double>& numbers) {
   if (numbers.size() != 7) {

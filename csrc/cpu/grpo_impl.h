@@ -7,44 +7,15 @@
 #include <string.h>
 
 #include "grpo.h"
-#include "lanes.h"
+#include "grpo_numbers.h"
+
+#include "../grpo_terms.h"  // of these numbers, which are declared before
 
 namespace r1v3 {
 namespace {
 
-typedef int32_t Lanes __attribute__((vector_size(4 * kWidth)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
-typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
-
 // Vectors whose float32 sums are taken before they are added to the block's in double.
 constexpr int64_t kRun = 32;
-
-inline F choose(Lanes mask, F a, F b) { return mask ? a : b; }
-inline F only(Lanes mask, F a) { return (F)(mask & (Lanes)a); }
-
-struct Exponential {
-  F value;   // exp(x)
-  F excess;  // exp(x) - 1
-  F beyond;  // exp(x) - 1 - x
-};
-
-// For |x| <= 20, to some units in the last place, the differences too; NaN stays.
-inline Exponential exp_small(F x) {
-  const F magic = broadcast(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
-  const F shifted = x * 1.44269504f + magic;
-  const F n = shifted - magic;
-  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  const F r2 = r * r;
-  const F low = r * (1.0f / 6) + 0.5f, middle = r * (1.0f / 120) + 1.0f / 24;
-  const F high = r * (1.0f / 5040) + 1.0f / 720;
-  const F beyond = ((high * r2 + middle) * r2 + low) * r2, excess = beyond + r;
-  const F power = (F)(((Lanes)shifted - (Lanes)magic + 127) << 23);
-  const F value = power * excess + power;
-  // Around 0 nothing was subtracted.
-  const Lanes near = n == F{};
-  const F other = value - 1.0f;
-  return {value, choose(near, excess, other), choose(near, beyond, other - x)};
-}
 
 inline F load_floats(const float* values, int64_t n) {
   F x = {};
@@ -99,61 +70,32 @@ struct LaneSums {
   Lanes clip_low, clip_high, dual_clip, tokens, nonfinite;  // negative counts
 };
 
-// Which policy term of the loss, see grpo_loss.py.
-enum class Policy { kClipped, kDualClipped, kCispo };
-
-// The policy term: adds to `sums` and returns the derivative by the log-prob. Comparisons are
-// written so that NaN takes the free branch and stays visible.
+// Adds to `sums` and returns the derivative of the policy term by the log-prob.
 template <Policy kPolicy>
 inline F surrogate(const Terms& terms, F logprob, const Difference& log_ratio, F advantage,
                    F weight, Lanes valid, LaneSums& sums) {
-  const F ratio = exp_small(log_ratio.value).value, zero = {};
-  const Lanes low = ratio < terms.low, high = ratio > terms.high, negative = advantage < zero;
-  const F clipped = choose(high, terms.high, choose(low, terms.low, ratio)) * advantage;
-  F loss, slope;
-  if constexpr (kPolicy == Policy::kCispo) {
-    slope = -clipped;
-    loss = slope * only(valid, logprob);
-    sums.clip_low += low;
-    sums.clip_high += high;
-  } else {
-    const F free = ratio * advantage;
-    const Lanes flat = clipped < free;
-    loss = -choose(flat, clipped, free);
-    slope = choose(log_ratio.clamped | flat, zero, -free);
-    sums.clip_low += negative & low;
-    sums.clip_high += (advantage > zero) & high;
-  }
-  if constexpr (kPolicy == Policy::kDualClipped) {
-    const F bound = -terms.dual_clip * advantage;
-    const Lanes dual = negative & (loss > bound);
-    loss = choose(dual, bound, loss);
-    slope = choose(dual, zero, slope);
-    sums.dual_clip += dual;
-  }
-  sums.loss += weight * loss;
+  const F ratio = exponential(log_ratio.value).value;
+  const auto term =
+      policy_term(kPolicy, only(valid, logprob), ratio, log_ratio.clamped, advantage, terms.low,
+                  terms.high, terms.dual_clip);
+  sums.clip_low += term.clip_low;
+  sums.clip_high += term.clip_high;
+  sums.dual_clip += term.dual_clip;
+  sums.loss += weight * term.loss;
   sums.approx_kl -= log_ratio.value;
   const F counted = only(valid, ratio);
   sums.ratio += counted;
   sums.ratio_max = choose(counted > sums.ratio_max, counted, sums.ratio_max);
-  return weight * slope;
+  return weight * term.slope;
 }
 
-// Estimates of KL(policy || reference) from one sample (J. Schulman, "Approximating KL Divergence").
+// Adds to `sums` and returns the derivative of the penalty by the log-prob.
 inline F kl_penalty(const Terms& terms, const Difference& d, LaneSums& sums) {
-  F value = d.value, slope = broadcast(1.0f);
-  if (terms.kl == KL::kK2) {
-    value = 0.5f * d.value * d.value;
-    slope = d.value;
-  } else if (terms.kl == KL::kK3) {
-    const Exponential inverse = exp_small(-d.value);
-    value = inverse.beyond;
-    slope = -inverse.excess;
-  }
-  sums.ref_kl += value;
+  const auto term = kl_term(terms.kl, d.value);
+  sums.ref_kl += term.value;
   if (!terms.penalized) return F{};
-  sums.loss += terms.kl_coef * value;
-  return choose(d.clamped, F{}, terms.kl_coef * slope);
+  sums.loss += terms.kl_coef * term.value;
+  return choose(d.clamped, F{}, terms.kl_coef * term.slope);
 }
 
 template <Policy kPolicy, bool Reference>
@@ -260,10 +202,10 @@ void grpo_block(const GrpoInputs& in, const GrpoOptions& options,
       options.kl_coef != 0.0,
   };
   const bool reference = in.ref_logprobs != nullptr;
-  const auto sums =
-      options.ratio_clip == RatioClip::kCispo ? sums_of<Policy::kCispo>(reference)
-      : options.dual_clip > 0.0               ? sums_of<Policy::kDualClipped>(reference)
-                                              : sums_of<Policy::kClipped>(reference);
+  const Policy policy = policy_of(options);
+  const auto sums = policy == Policy::kCispo         ? sums_of<Policy::kCispo>(reference)
+                    : policy == Policy::kDualClipped ? sums_of<Policy::kDualClipped>(reference)
+                                                     : sums_of<Policy::kClipped>(reference);
   sums(terms, in.mask, block, grad, out);
 }
 

@@ -13,16 +13,10 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-#include "../grpo_options.h"
+#include "numbers.h"
 
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#define R1V3_BOTH __host__ __device__ __forceinline__
-#else
-#define R1V3_BOTH inline
-#endif
+#include "../grpo_terms.h"  // of these numbers
 
 namespace r1v3::grpo {
 
@@ -30,121 +24,12 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 // Loads in flight are waited for in this many groups, so that sums start before the row is here.
 constexpr int kGroups = 4;
-constexpr int kVectorBytes = 16;
 constexpr float kLowest = -3.4028234e38f;
 // exp2 of this is 0, and 0 times it is 0: what -inf becomes, so that 0 * -inf never appears.
 constexpr float kFloor = -1.0e4f;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int64_t kIgnored = -100;
-
-struct bf16 { uint16_t bits; };
-struct alignas(kVectorBytes) Vector { uint32_t words[4]; };
-
-template <typename T>
-constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
-
-// ---- numbers -------------------------------------------------------------------------------
-
-R1V3_BOTH float as_float(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(bits);
-#else
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-#endif
-}
-
-R1V3_BOTH float max_nan(float a, float b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-  return larger;
-#else
-  return (a != a || a > b) ? a : b;
-#endif
-}
-
-R1V3_BOTH float max_number(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return fmaxf(a, b);
-#else
-  return (b != b || a > b) ? a : b;
-#endif
-}
-
-R1V3_BOTH float exp2_fast(float x) {
-#ifdef __CUDA_ARCH__
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-  return power;
-#else
-  return std::exp2(x);
-#endif
-}
-
-R1V3_BOTH bool finite(float x) { return x - x == 0.0f; }
-
-R1V3_BOTH uint32_t pack_pair(float low, float high) {
-#ifdef __CUDA_ARCH__
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-#else
-  const auto rounded = [](float x) -> uint32_t {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    if (x != x) return 0x7fffu;
-    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  };
-  return rounded(low) | rounded(high) << 16;
-#endif
-}
-
-R1V3_BOTH void unpack_pair(uint32_t bits, float& low, float& high) {
-  low = as_float(bits << 16);
-  high = as_float(bits & 0xffff0000u);
-}
-
-template <typename T>
-R1V3_BOTH void unpack(const Vector& vector, float (&x)[kLanes<T>]) {
-  if constexpr (sizeof(T) == 4) {
-    for (int i = 0; i < 4; ++i) x[i] = as_float(vector.words[i]);
-  } else {
-    for (int i = 0; i < 4; ++i) unpack_pair(vector.words[i], x[2 * i], x[2 * i + 1]);
-  }
-}
-
-template <typename T>
-R1V3_BOTH Vector pack(const float (&x)[kLanes<T>]) {
-  Vector vector;
-  if constexpr (sizeof(T) == 4) {
-    std::memcpy(vector.words, x, sizeof vector.words);
-  } else {
-    for (int i = 0; i < 4; ++i) vector.words[i] = pack_pair(x[2 * i], x[2 * i + 1]);
-  }
-  return vector;
-}
-
-template <typename T>
-R1V3_BOTH float to_float(T x) {
-  if constexpr (sizeof(T) == 4) {
-    return x;
-  } else {
-    float low, high;
-    unpack_pair(x.bits, low, high);
-    return low;
-  }
-}
-
-template <typename T>
-R1V3_BOTH T from_float(float x) {
-  if constexpr (sizeof(T) == 4) {
-    return x;
-  } else {
-    return T{static_cast<uint16_t>(pack_pair(x, 0.0f) & 0xffffu)};
-  }
-}
 
 // ---- who owns what -------------------------------------------------------------------------
 
@@ -242,15 +127,15 @@ R1V3_BOTH State merge(const State& a, const State& b, float scale) {
 
 // Of GrpoOptions, what a token's loss depends on.
 struct TokenOptions {
-  float clip_low, clip_high, dual_clip, kl_coef;  // dual_clip 0 is none
-  RatioClip ratio_clip;
+  Policy policy;
+  float clip_low, clip_high, dual_clip, kl_coef;
   KL kl;
 };
 
 inline TokenOptions single_precision(const GrpoOptions& options) {
   const auto narrow = [](double x) { return static_cast<float>(x); };
-  return {narrow(options.clip_low), narrow(options.clip_high), narrow(options.dual_clip),
-          narrow(options.kl_coef), options.ratio_clip, options.kl};
+  return {policy_of(options), narrow(options.clip_low), narrow(options.clip_high),
+          narrow(options.dual_clip), narrow(options.kl_coef), options.kl};
 }
 
 // What is known of a token before its logits are read. loss_scale is the factor of its loss in the
@@ -265,33 +150,18 @@ R1V3_BOTH float clamped(float x) {
   return x != x ? x : fminf(fmaxf(x, -kMaximumLogRatio), kMaximumLogRatio);
 }
 
-// The derivative of the policy term by the log-probability, without the token's weight.
-R1V3_BOTH float policy_slope(float raw, float a, const TokenOptions& options) {
-  const float ratio = expf(clamped(raw));
-  const float low = 1.0f - options.clip_low, high = 1.0f + options.clip_high;
-  if (options.ratio_clip == RatioClip::kCispo) {
-    return -(ratio > high ? high : ratio < low ? low : ratio) * a;  // NaN stays
-  }
-  const float free = ratio * a;
-  const float bounded = fminf(fmaxf(ratio, low), high) * a;
-  const bool constant = free > bounded;
-  const float loss = -(constant ? bounded : free);
-  bool flat = constant || fabsf(raw) > kMaximumLogRatio;
-  if (options.dual_clip > 0.0f) flat = flat || (a < 0.0f && loss > -options.dual_clip * a);
-  return flat ? 0.0f : -free;
-}
-
 // The derivative of the token's loss by its log-probability.
 R1V3_BOTH float grad_logprob(float logprob, const Token& token, const TokenOptions& options) {
   const float raw = logprob - (token.has_old ? token.old_logprob : logprob);
-  float grad = policy_slope(raw, token.advantage, options) * token.weight;
+  const auto policy = policy_term(options.policy, logprob, expf(clamped(raw)),
+                                  fabsf(raw) > kMaximumLogRatio, token.advantage,
+                                  1.0f - options.clip_low, 1.0f + options.clip_high,
+                                  options.dual_clip);
+  float grad = policy.slope * token.weight;
   if (token.has_ref && options.kl_coef != 0.0f) {
-    const float raw_gap = token.ref_logprob - logprob;
-    const float gap = clamped(raw_gap);
-    const float slope = options.kl == KL::kK1   ? 1.0f
-                            : options.kl == KL::kK2 ? -gap
-                                                    : -expm1f(gap);
-    grad += options.kl_coef * (fabsf(raw_gap) > kMaximumLogRatio ? 0.0f : slope);
+    const float d = logprob - token.ref_logprob;
+    const float slope = kl_term(options.kl, clamped(d)).slope;
+    grad += options.kl_coef * (fabsf(d) > kMaximumLogRatio ? 0.0f : slope);
   }
   return grad;
 }
