@@ -15,7 +15,8 @@ _FONTS = (
 )
 _WRAPPER = re.compile(rf"\\(?:{_FONTS})\*?\s{{0,4}}\{{([^{{}}]{{0,1000}})\}}")
 _SPACE = re.compile(
-    r"\s+|~|(?<!\\)\\[,;:! ]|\\(?:q?quad|(?:thinspace|enspace|hfill|newline)(?![A-Za-z]))"
+    r"\s+|~|(?<!\\)\\[,;:! ]|\\q?quad(?![A-Za-z]{2})"
+    r"|\\(?:thinspace|enspace|hfill|newline)(?![A-Za-z])"
 )
 _STYLE = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|[Bb]igg?[lrm]?|left|right|middle)"

@@ -190,8 +190,11 @@ def accuracy_reward(
             letter is a choice letter.
         thinking: see `extract_answer`.
 
-    Exact values must be equal; a decimal is judged by the digits it shows (`values`). What cannot
-    be decided scores 0.0, as does an answer or ground truth above 1,000 characters.
+    Exact values must be equal; a decimal is judged by the digits it shows (`values`). A unit that
+    one side leaves out is understood, but a percent sign divides: for the ground truth "5%" both
+    "5" and "0.05" are right, for "5" the answer "5%" is wrong. Degree signs may be left out on both
+    sides. What cannot be decided scores 0.0, as does an answer or ground truth above 1,000
+    characters.
 
     Raises:
         RuntimeError: sympy cannot be run (see `symbolic`).
