@@ -22,7 +22,7 @@ demo: $(STAMP)
 # One torch thread per worker: two workers use two cores without fighting for them. Where a test
 # asks for more threads, those that wait yield.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
-	-n auto --maxprocesses 4 --dist loadfile
+	-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 	$(PYTEST)

@@ -9,10 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds after which a process that should long have ended is taken to hang. Tests do not measure
@@ -44,6 +46,20 @@ def made_once(name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
             folder.mkdir()
             result.write_text(json.dumps(make(folder)), encoding="utf-8")
     return folder, json.loads(result.read_text(encoding="utf-8"))
+
+
+def marked(cases: Iterable[str], exhaustive: Container[str]) -> list[Any]:
+    """Parameters of a test; those that are `exhaustive` are marked `slow`."""
+    slow = pytest.mark.slow
+    return [pytest.param(case, marks=slow if case in exhaustive else ()) for case in cases]
+
+
+def slow_chosen(request: pytest.FixtureRequest) -> bool:
+    """Whether slow tests of the file that asks for a fixture are among those that will run."""
+    return any(
+        item.get_closest_marker("slow") is not None and item.path == request.path
+        for item in request.session.items
+    )
 
 
 def free_port() -> int:

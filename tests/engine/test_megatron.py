@@ -4,7 +4,6 @@ Four processes run all cases once, over gloo on the CPU; the tests judge what th
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from tests import tiny
 from tests.engine import recorded
 from tests.engine.layouts import LAYOUTS, OTHER_LAYOUTS, PATTERNS, WORLD, only
 from tests.model.conversion.checkpoints import original_config, original_tensors, parameters_of
-from tests.processes import run_ranks
+from tests.processes import marked, run_ranks, slow_chosen
 
 pytest.importorskip("megatron.core")
 
@@ -46,12 +45,6 @@ EXHAUSTIVE = ("tp2", "tp4", "train_connector_llm", "train_vision_llm", "whole_op
 RESUMED = [case for case in CASES if case.startswith(("train_", "whole_")) or case == "bfloat16"]
 TOLERANCE = 1e-5
 Tensors = dict[str, Tensor]
-
-
-def marked(cases: Iterable[str], prefix: str = "") -> list[Any]:
-    """Parameters of a test, the exhaustive ones marked `slow`."""
-    slow = pytest.mark.slow
-    return [pytest.param(case, marks=slow if prefix + case in EXHAUSTIVE else ()) for case in cases]
 
 
 def an_engine(folder: Path, **settings: Any) -> HFEngine:
@@ -83,10 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     folder = tmp_path_factory.mktemp("megatron")
     write_models(folder)
     recorded.write_rollout(an_engine(folder / "model"), folder / "rollout.safetensors")
-    every = any(
-        item.get_closest_marker("slow") and item.path == request.path
-        for item in request.session.items
-    )
+    every = slow_chosen(request)
     cases = [case for case in CASES if every or case not in EXHAUSTIVE]
     run_ranks("tests.engine.megatron_worker", WORLD, folder, ",".join(cases))
     return folder
@@ -157,7 +147,7 @@ def wrong_weights(found: Tensors, wanted: Tensors, least: Tensors) -> dict[str, 
     return wrong
 
 
-@pytest.mark.parametrize("layout", marked(LAYOUTS))
+@pytest.mark.parametrize("layout", marked(LAYOUTS, EXHAUSTIVE))
 def test_every_layout_is_the_single_process(
     folder: Path, truth: tuple[recorded.Seen, Tensors], layout: str
 ) -> None:
@@ -178,7 +168,7 @@ def test_every_layout_is_the_single_process(
     assert wrong_weights(found, wanted.tensors, least) == {}
 
 
-@pytest.mark.parametrize("layout", marked(LAYOUTS))
+@pytest.mark.parametrize("layout", marked(LAYOUTS, EXHAUSTIVE))
 def test_every_layout_samples_the_same_tokens(
     folder: Path, truth: tuple[recorded.Seen, Tensors], layout: str
 ) -> None:
@@ -209,7 +199,7 @@ def test_the_recorded_batch_tests_something(
     assert len(set(rollout["mask"].sum(1).tolist())) > 1, "all rows end together"
 
 
-@pytest.mark.parametrize("case", marked(RESUMED))
+@pytest.mark.parametrize("case", marked(RESUMED, EXHAUSTIVE))
 def test_a_checkpoint_goes_on_bit_for_bit(folder: Path, case: str) -> None:
     """Fails if moments, counters or main parameters are lost, where a rank trains nothing too."""
     ranks = reports(folder, case)
@@ -219,7 +209,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(folder: Path, case: str) -> None:
         assert rank["seconds"][0]["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("pattern", marked(PATTERNS, "train_"))
+@pytest.mark.parametrize("pattern", marked(PATTERNS, ("connector_llm", "vision_llm")))
 def test_exactly_the_named_parts_are_trained(folder: Path, pattern: str) -> None:
     """Fails if a frozen weight moves, a trained one does not, or freezing changes a gradient."""
     trained = PATTERNS[pattern]

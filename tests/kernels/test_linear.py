@@ -94,6 +94,7 @@ def test_matches_float64(dtype: torch.dtype, tiles: str, request: pytest.Fixture
     assert (got[3][290:] == 0).all() and (got[4][290:] == 0).all(), "padded columns"
 
 
+@slow_interpreted
 def test_logits_of_a_language_model_stay_exact() -> None:
     """Fails if logits pass through bfloat16: then a log-probability is off by 5e-2, not 2e-4.
 
@@ -147,6 +148,7 @@ def work(products: list[tuple[Tensor, Tensor]]) -> int:
     return sum(a.shape[0] * a.shape[1] * b.shape[1] for a, b in products)
 
 
+@slow_interpreted
 def test_dropped_rows_never_reach_a_product(products: list[tuple[Tensor, Tensor]]) -> None:
     """Fails if rows with loss_mask 0 or label -100 cost anything, or their NaN gets through."""
     inputs = make()
@@ -235,6 +237,7 @@ def hard_logits() -> tuple[Tensor, Tensor]:
     return logits, torch.tensor([200, 7, 9, 299, 0, 3, 150, 140])
 
 
+@slow_interpreted
 @pytest.mark.parametrize("temperature", [1.0, 1e-3, 0.0])
 def test_hard_cases(temperature: float, small_tiles: None) -> None:
     """Fails if tiles turn -inf into NaN, lose NaN, or cancel digits of far-away logits.

@@ -166,6 +166,7 @@ def test_in_place_is_the_same(dtype: torch.dtype, factor: float) -> None:
     )
 
 
+@slow_interpreted
 def test_second_backward_says_why() -> None:
     """Fails if a gradient that was handed out, and perhaps changed, is handed out again."""
     given = batch(40)
@@ -195,6 +196,7 @@ def test_equals_the_loss_of_its_log_probabilities() -> None:
     torch.testing.assert_close(got["token_entropy"][valid], entropy.detach()[valid])
 
 
+@slow_interpreted
 def test_packed_equals_padded() -> None:
     """Fails if cu_seqlens cut the tokens elsewhere than the rows of a batch."""
     given = batch(120)
@@ -302,6 +304,7 @@ def test_bits_do_not_depend_on_the_run_or_the_batch() -> None:
         assert torch.equal(alone[key], first[key][1:2])
 
 
+@slow_interpreted
 def test_wrong_labels_and_arguments_raise(backend: str) -> None:
     """Fails if a label of a token that counts is wrong and goes through, or masked ones matter."""
     given = batch(50)

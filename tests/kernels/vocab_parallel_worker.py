@@ -197,9 +197,10 @@ def main(folder: Path, device: str) -> None:
     for dtype in (torch.bfloat16,) if INTERPRETED else DTYPES:
         for temperature in (0.6,) if INTERPRETED else (1.0, 0.6):
             outputs += check_logits(mine, dtype, temperature)
-    check_rest(mine)
     outputs += check_grpo(mine)
-    check_linear(mine)
+    if not INTERPRETED:  # a compiled rank shows the same
+        check_rest(mine)
+        check_linear(mine)
     check_collectives(mine)
     unsharded = entropy_from_logits(torch.zeros(1, 8))
     assert abs(unsharded.item() - 2.0794415) < 1e-6, "group=None must not mean the world group"

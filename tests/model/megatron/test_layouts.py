@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.model.megatron import reference
 from tests.model.megatron.reference import WORLD
-from tests.processes import run_ranks
+from tests.processes import marked, run_ranks, slow_chosen
 
 PARITY = [
     "tp1",
@@ -32,6 +32,8 @@ PARITY = [
 DECODING = ["decode_tp1", "decode_tp2_sp", "decode_tp4", "decode_pp2", "decode_tp2_pp2_sp"]
 CHECKPOINTS = ["checkpoint_main", "checkpoint_tied"]
 TRAINING = ["training_tp2", "training_tied_tp2_pp2_sp"]
+# Left to `make test-all`: what stands between layouts that run always.
+EXHAUSTIVE = ("tp2", "pp2", "tp2_sp", "tied_tp2", "decode_tp2_sp", "decode_pp2")
 OTHERS = ["recompute", "bfloat16", "frozen", "fresh", "refusals"]
 # megatron-core's checkpoint writer fails without it, and then waits for itself forever.
 HAS_PSUTIL = importlib.util.find_spec("psutil") is not None
@@ -39,12 +41,14 @@ Reports = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+def everything(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Reports:
     """Results by case, of every rank."""
     folder = tmp_path_factory.mktemp("layouts")
     for name in reference.CONFIGS:
         reference.write(folder / name, name)
     cases = PARITY + DECODING + TRAINING + OTHERS + (CHECKPOINTS if HAS_PSUTIL else [])
+    if not slow_chosen(request):
+        cases = [case for case in cases if case not in EXHAUSTIVE]
     run_ranks("tests.model.megatron.worker", WORLD, folder, ",".join(cases))
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(WORLD)]
 
@@ -58,7 +62,7 @@ def of(everything: Reports, case: str) -> Reports:
     return [rank[case] for rank in everything]
 
 
-@pytest.mark.parametrize("case", PARITY)
+@pytest.mark.parametrize("case", marked(PARITY, EXHAUSTIVE))
 def test_outputs_equal_transformers(everything: Reports, case: str) -> None:
     """Fails if packing, splitting or recomputing changes a hidden state, log-prob or entropy."""
     seen = [rank["outputs"] for rank in of(everything, case) if rank["outputs"]]
@@ -69,7 +73,7 @@ def test_outputs_equal_transformers(everything: Reports, case: str) -> None:
         assert {name: error for name, error in outputs.items() if error > 1e-5} == {}
 
 
-@pytest.mark.parametrize("case", PARITY)
+@pytest.mark.parametrize("case", marked(PARITY, EXHAUSTIVE))
 def test_gradients_equal_transformers(everything: Reports, case: str) -> None:
     """Fails if any parameter of any rank gets another gradient than in transformers."""
     expected = sum(1 for _ in reference.tiny_model(reference.CONFIGS[model_of(case)]).parameters())
@@ -80,13 +84,13 @@ def test_gradients_equal_transformers(everything: Reports, case: str) -> None:
         assert all(case == "plain_tp2" and "vision" in n and "k_proj.bias" in n for n in wrong)
 
 
-@pytest.mark.parametrize("case", PARITY)
+@pytest.mark.parametrize("case", marked(PARITY, EXHAUSTIVE))
 def test_padding_gets_no_gradient(everything: Reports, case: str) -> None:
     """Fails if a padded head or vocabulary row would start to move."""
     assert [rank["padding"] for rank in of(everything, case)] == [0.0] * WORLD
 
 
-@pytest.mark.parametrize("case", PARITY)
+@pytest.mark.parametrize("case", marked(PARITY, EXHAUSTIVE))
 def test_replicated_parameters_stay_equal(everything: Reports, case: str) -> None:
     """Fails if tensor-parallel ranks would drift apart in what each of them holds whole."""
     assert [rank["unequal_replicas"] for rank in of(everything, case)] == [[]] * WORLD
@@ -143,7 +147,7 @@ def test_a_step_of_megatrons_optimizer(everything: Reports, case: str) -> None:
     assert sum(rank["losses"][0] > 0 for rank in of(everything, case)) >= WORLD // 2
 
 
-@pytest.mark.parametrize("case", DECODING)
+@pytest.mark.parametrize("case", marked(DECODING, EXHAUSTIVE))
 def test_decoding_equals_the_whole_forward(everything: Reports, case: str) -> None:
     """Fails if a cache mixes up rows, positions or heads, also after rows were dropped."""
     for rank in of(everything, case):
