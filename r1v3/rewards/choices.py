@@ -14,22 +14,24 @@ from r1v3.rewards.notation import tidy, unwrap_text
 _LEAD = (
     r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?"
     r"(?:options?|choices?|answers?)\s*(?:is\s+|are\s+|:\s*)?"
-    r"|(?:故|应|因此)?选项?|答案[是为选]?:?)?\s*"
+    r"|(?:故|应|因此)?选项?:?|答案[是为选]?:?)?\s*"
 )
 _CHOICE = re.compile(
     # (B)  (B) 12  (B). 12
-    rf"{_LEAD}(?:[(\[]\s*(?P<bracketed>[A-Za-z])\s*[)\]]\s*(?:[.:]|,(?=\s*[^A-Z(\[\s]))?"
+    rf"{_LEAD}(?:[(\[{{]\s*(?P<bracketed>[A-Za-z])\s*[)\]}}]\s*(?:[.:。]|,(?=\s*[^A-Z(\[\s]))?"
     # B.  B) 12  B: 12  B - 12
-    r"|(?P<delimited>[A-Za-z])\s*(?:[.:)](?![a-z])|,(?=[^\W\d_a-zA-Z])|-(?=\s))"
+    r"|(?P<delimited>[A-Za-z])\s*(?:[.:。)](?![a-z])|,(?=[^\W\d_a-zA-Z])|-(?=\s))"
     r"|(?P<bare>[A-Za-z])\Z|(?P<spaced>[A-Z])(?=\s))"  # B  B twelve
     r"\s*(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _LETTER = r"[(\[]?\s*([A-Z])\s*[)\]]?(?![A-Za-z])\s*\.?"
-_JOINED = r"\s*(?:[,;/&+]\s*(?:and\s+)?|\band\b|[和与及]|以及)?\s*"
+_JOINED = r"\s*(?:\\?[,;/&+]\s*(?:and\s+)?|\band\b|[和与及]|以及)?\s*"
 _LETTERS = re.compile(
     rf"{_LEAD}(?:{_LETTER}(?:{_JOINED}{_LETTER})+|(?P<run>[A-Z]{{2,8}})\.?)", re.DOTALL
 )
+_LETTER_FIRST = re.compile(r"(?P<letter>[A-Z])\s*(?:[,=]|(?=\(.*\)\Z)\()\s*(?P<text>.+?)\)?")
+_LETTER_LAST = re.compile(r"(?P<text>.+?)\s*(?:,\s*|(?=\())\(?(?P<letter>[A-Z])\)?")
 _ENUMERATED = re.compile(r"\A(\s*[A-Z])\s*、")
 _ONE_LETTER = re.compile(r"[A-Z]")
 _SPLIT = re.compile(r"\s*(?:[,;\n]|\band\b)\s*(?=\(?[A-Z]\s*[).:])")
@@ -41,6 +43,13 @@ _DENIAL = re.compile(
     r"|^\s*(?:not\b|or\b)|错|不对|不是|不正确|排除",
     re.IGNORECASE,
 )
+_VERDICT = re.compile(
+    r"\b(?:not?|none|nor|neither|never|cannot|impossible|unlikely|excluded?|eliminated?|rejected"
+    r"|ruled|invalid|fails?|too|except|maybe|perhaps|possibly|actually|rather|instead|wait|mean)\b"
+    r"|\w+n't\b|还是|但|而",
+    re.IGNORECASE,
+)
+_OTHER_LETTER = re.compile(r"(?<![\w\\'])(?:(?![AI]\s+[a-z])([A-Z]))(?![\w'])")
 _LABEL = re.compile(r"\s*(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[.:)])[.:]?\s*(?=\S)")
 
 
@@ -94,6 +103,8 @@ def find_letters(answer: str) -> frozenset[str] | None:
     text = plain_text(answer)
     if len(text) > 2 and text[0] + text[-1] in ("()", "[]") and text.count(text[0]) == 1:
         text = text[1:-1]
+    if text[:1] + text[-1:] == "{}":
+        text = text[1:-1]
     text = text.removeprefix("\\{").removesuffix("\\}").strip()
     match = _LETTERS.fullmatch(text)
     if match is None:
@@ -108,6 +119,31 @@ def _lead_length(text: str) -> int:
     return lead.end() if lead else 0
 
 
+def _says_more(rest: str, index: int, options: Sequence[str]) -> bool:
+    """Whether a remark behind a letter takes it back or names a second one.
+
+    What the option's own text says as well is no remark: `D. cannot be determined`.
+    """
+    own, rest = plain_text(options[index]), plain_text(rest)
+    if {v.casefold() for v in _VERDICT.findall(rest)} - {
+        v.casefold() for v in _VERDICT.findall(own)
+    }:
+        return True
+    letters = {chr(ord("A") + i) for i in range(len(options)) if i != index}
+    return bool(letters & set(_OTHER_LETTER.findall(rest)) - set(_OTHER_LETTER.findall(own)))
+
+
+def _with_own_text(answer: str, keys: Sequence[str]) -> int | None:
+    """The option of `12 cm (B)`, `12 cm, B`, `B (12 cm)`, `B, 12 cm` or `B = 12 cm`."""
+    text = plain_text(answer).rstrip(".。")
+    for match in (_LETTER_FIRST.fullmatch(text), _LETTER_LAST.fullmatch(text)):
+        if match is not None:
+            index = ord(match["letter"]) - ord("A")
+            if index < len(keys) and option_key(match["text"]) == keys[index] != "":
+                return index
+    return None
+
+
 def find_choice(answer: str, options: Sequence[str]) -> Choice | None:
     """The option that `answer` names, or None if it names none or hedges between several.
 
@@ -117,6 +153,9 @@ def find_choice(answer: str, options: Sequence[str]) -> Choice | None:
     """
     keys = [option_key(option) for option in options]
     key = option_key(answer)
+    beside = _with_own_text(answer, keys)
+    if beside is not None:
+        return Choice(beside, by_text=False)
     named = letter_choice(answer)
     if named is not None:
         letter, rest, spaced = named
@@ -127,6 +166,7 @@ def find_choice(answer: str, options: Sequence[str]) -> Choice | None:
                 return Choice(index, by_text=False)
             if not spaced:
                 hedged = rest_key in keys or _HEDGE.search(rest) or _DENIAL.search(rest)
+                hedged = hedged or _says_more(rest, index, options)
                 return None if hedged else Choice(index, by_text=False, rest=rest)
     return Choice(keys.index(key), by_text=True) if key and key in keys else None
 

@@ -32,6 +32,7 @@ __all__ = ["accuracy_reward", "extract_answer"]
 
 _LETTER = re.compile(r"\(?[A-Z]\)?[.)]?")
 _WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[ '\-]+[^\W\d_]+)*")
+_PARTS = re.compile(r"[,;/、，\n]|\b(?:and|or)\b")
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d{1,20}|\d{1,20},(?:\d{2}|\d{4,20}))")
 _WORDS_OF_FORMULAS = frozenset(["pi", "infinity", "inf"])
 
@@ -100,7 +101,11 @@ def _option_correct(answer: str, gold: str, options: Sequence[str]) -> bool | No
     gold_choice = find_choice(gold, options)
     if gold_choice is None:
         wanted = find_choices(gold, options)
-        return None if wanted is None else find_choices(answer, options) == wanted
+        if wanted is not None:
+            return find_choices(answer, options) == wanted
+        alike = [i for i, option in enumerate(options) if _agrees(option, gold)]
+        choice = find_choice(answer, options) if len(alike) == 1 else None
+        return None if choice is None or choice.rest else choice.index == alike[0]
     gold_option = options[gold_choice.index]
     choice = find_choice(answer, options)
     if choice is not None:
@@ -130,7 +135,12 @@ def _fits_another(rest: str, index: int, options: Sequence[str]) -> bool:
     """Whether the text behind a letter is that of another option in another notation."""
     if not rest or _agrees(options[index], rest):
         return False
-    return any(_agrees(option, rest) for i, option in enumerate(options) if i != index)
+    parts = [part for part in _PARTS.split(rest) if part.strip()]
+    own = [] if len(parts) == 1 else [p for p in _PARTS.split(options[index]) if p.strip()]
+    parts = [part for part in parts if not any(_agrees(one, part) for one in own)]
+    return any(
+        _agrees(option, part) for i, option in enumerate(options) if i != index for part in parts
+    )
 
 
 def judge(answer: str, ground_truth: str, *, options: Sequence[str] | None = None) -> Judgement:

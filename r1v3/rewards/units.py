@@ -8,7 +8,7 @@ different dimensions (their zero points differ), and so are things that are coun
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 Dimension = tuple[tuple[str, int], ...]
@@ -16,10 +16,15 @@ Dimension = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class Unit:
-    """`factor` of the base units of `dimension`, sorted pairs of base dimension and power."""
+    """`factor` of the base units of `dimension`, sorted pairs of base dimension and power.
+
+    `noun`: whether it is surely a thing that is counted or measured. A word of no known unit in the
+    singular ("6 excluded", "6 upward") may be a verdict on the number, unless that is 1.
+    """
 
     dimension: Dimension
     factor: Fraction = Fraction(1)
+    noun: bool = field(default=True, compare=False)
 
     def times(self, other: Unit, power: int = 1) -> Unit:
         """The product with a power of another unit."""
@@ -27,7 +32,7 @@ class Unit:
         for name, exponent in other.dimension:
             powers[name] = powers.get(name, 0) + exponent * power
         dimension = tuple(sorted((name, p) for name, p in powers.items() if p))
-        return Unit(dimension, self.factor * other.factor**power)
+        return Unit(dimension, self.factor * other.factor**power, self.noun and other.noun)
 
 
 ONE = Unit(())
@@ -94,20 +99,26 @@ _DERIVED = r"""
 1 1 2 -3 -1 V volt 伏 伏特
 1/1000 1 2 -3 -1 mV millivolt
 1000 1 2 -3 -1 kV kilovolt
+1602176634/10000000000000000000000000000 1 2 -2 0 eV electronvolt
+1602176634/10000000000000000000000000 1 2 -2 0 keV
+1602176634/10000000000000000000000 1 2 -2 0 MeV
+1602176634/10000000000000000000 1 2 -2 0 GeV
 1 1 2 -3 -2 \Omega Ω ohm 欧 欧姆
 1000 1 2 -3 -2 kΩ kiloohm
+1000000 1 2 -3 -2 MΩ megaohm
 1 0 0 1 1 C coulomb 库仑
 1 0 0 -1 0 Hz hertz 赫兹
 1000 0 0 -1 0 kHz
 1 1 0 -2 -1 T tesla 特斯拉
 1/1000 0 3 0 0 L l liter litre 升
-1/1000000 0 3 0 0 mL ml milliliter millilitre 毫升
+1/1000000 0 3 0 0 mL ml milliliter millilitre cc 毫升
 10000 0 2 0 0 ha hectare 公顷
 44704/100000 0 1 -1 0 mph
 5/18 0 1 -1 0 kph kmh
 """
 _PLURALS = {"feet": "foot", "people": "person", "children": "child", "mice": "mouse",
             "men": "man", "women": "woman", "geese": "goose", "teeth": "tooth"}  # fmt: skip
+_SAME_PLURAL = frozenset("fish sheep deer person each horsepower".split())
 # Counted things in Chinese: all say "of them", and mean nothing that could differ.
 _MEASURE_WORDS = frozenset(
     "个 只 人 本 张 条 支 枝 岁 次 种 名 位 件 棵 辆 页 组 份 台 间 袋 箱 盒 瓶 朵 颗 根 头 匹 "
@@ -128,7 +139,9 @@ _NOT_COUNTED = frozenset(
     except instead rather unless without with mod divides infinity infinite answer correct right
     wait option choice true yes per only pi and or is are was were be the that this these those
     fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths percentile exponent
-    base binary octal hexadecimal decimal degrees radians""".split()
+    base binary octal hexadecimal decimal degrees radians onwards upwards downwards afterwards
+    backwards forwards always sometimes besides fails loses lacks contradicts violates unknowns
+    guess guesses unless digits folds""".split()
 )
 _MULTIPLIERS = {
     "dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
@@ -137,8 +150,17 @@ _MULTIPLIERS = {
 }  # fmt: skip
 _POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "平方": 2, "立方": 3}
 _MICRO = re.compile(r"\\mu\s*(?=[A-Za-z])")
+_SPELLINGS = [
+    (re.compile(r"(?<![^\W\d_])([kM])\s*\\Omega"), r"\1Ω"),
+    (re.compile(r"degrees?\s+(?:C|[Cc]elsius)"), r"\\celsius"),
+    (re.compile(r"degrees?\s+(?:F|[Ff]ahrenheit)"), r"\\fahrenheit"),
+    (re.compile(r"\bper\s+cent"), "percent"),
+    (re.compile(r"\bsq\s*\."), "square"),
+    (re.compile(r"\bcu\s*\."), "cubic"),
+    (re.compile(r"\b((?:year|month|week|day)s?)\s+old"), r"\1"),
+]
 _PIECE = re.compile(
-    r"\s*(?:(?P<word>\\?[^\W\d_]+|%)|(?P<power>\^\s*\{?\s*(?P<exponent>[+-]?\d)\s*\}?)"
+    r"\s*(?:(?P<word>\\?[^\W\d_]+|%)|(?P<power>\^\s*\{?\s*(?P<exponent>[+-]?\s?\d)\s*\}?)"
     r"|(?P<over>/)|(?P<times>\*|\u00b7))"
 )
 
@@ -180,7 +202,7 @@ def multiplier(word: str) -> int | None:
 
 def _counted(words: list[str]) -> Unit | None:
     """One or two nouns of things that are counted ("apples", "red balls") as a dimension."""
-    if words == ["units"] or "".join(words) in _MEASURE_WORDS:
+    if words in (["unit"], ["units"]) or "".join(words) in _MEASURE_WORDS:
         return ONE
     if not 1 <= len(words) <= 2:
         return None
@@ -191,12 +213,14 @@ def _counted(words: list[str]) -> Unit | None:
         if word.lower() in _NOT_COUNTED or word.lower().endswith(("teen", "illion", "illions")):
             return None
     noun = words[-1].lower()
+    plural = noun.endswith("s") and not noun.endswith("ss")
+    plural = plural or noun in _PLURALS or noun in _SAME_PLURAL
     noun = _PLURALS.get(noun, noun)
     for ending, singular in (("ies", "y"), ("sses", "ss"), ("xes", "x"), ("ches", "ch"), ("s", "")):
         if noun.endswith(ending) and not noun.endswith("ss"):
             noun = noun.removesuffix(ending) + singular
             break
-    return Unit(((" ".join([*words[:-1], noun]).lower(), 1),))
+    return Unit(((" ".join([*words[:-1], noun]).lower(), 1),), noun=plural)
 
 
 def _chinese(word: str) -> Unit | None:
@@ -218,6 +242,8 @@ def parse_unit(text: str) -> Unit | None:
     "million").
     """
     text = _MICRO.sub("μ", text.strip().strip(".").strip())
+    for spelling, name in _SPELLINGS:
+        text = spelling.sub(name, text)
     if not text or len(text) > 60:
         return None
     nouns = text.split()
@@ -232,7 +258,7 @@ def parse_unit(text: str) -> Unit | None:
         if piece["power"]:
             if last is None:
                 return None
-            unit, last = unit.times(last, sign * (int(piece["exponent"]) - 1)), None
+            unit, last = unit.times(last, sign * (int(piece["exponent"].replace(" ", "")) - 1)), None
         elif piece["over"] or piece["word"] in ("per", "每"):
             sign, last = -1, None
         elif piece["times"]:

@@ -197,6 +197,8 @@ def values_agree(gold: Value, answer: Value) -> bool:
         Undecided: neither equality nor inequality could be shown.
     """
     if gold.unit is None and answer.unit is not None:
+        if not answer.unit.noun and rational(answer.tree) != 1:
+            return False
         gold = gold.measured or gold
     elif answer.unit is None and gold.unit is not None:
         answer = answer.measured or answer
