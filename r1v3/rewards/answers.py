@@ -29,6 +29,8 @@ from r1v3.rewards.values import Value, parse_value, values_agree
 
 MAX_ITEMS = 24
 
+_DATE = re.compile(r"\d{4}([-/])\d{1,2}\1\d{1,2}|\d{1,2}([-/])\d{1,2}\2\d{4}")
+
 
 @dataclass(frozen=True)
 class Named:
@@ -87,6 +89,7 @@ Answer = Value | Named | Several | Sequenced | Region | Relation
 
 _INFINITY = Value(("inf",))
 _MINUS_INFINITY = Value(negative(("inf",)))
+_REALS = Region((Interval(_MINUS_INFINITY, _INFINITY, (False, False)),))
 _OR = frozenset(["or", "或", "或者", "lor"])
 _AND = frozenset(["and", "和", "与", "及", "以及", "且", "并且", "land"])
 _RELATIONS = {
@@ -125,6 +128,8 @@ def read_answer(text: str) -> Answer:
         Undecided: it has a number that is too large.
     """
     text = without_full_stop(tidy(text))
+    if _DATE.fullmatch(text):
+        raise Unreadable("a date")
     if len(text) > 2 and text[0] == text[-1] == '"':
         text = text[1:-1]
     return _read(tokenize(text))
@@ -156,7 +161,7 @@ def _read(tokens: Sequence[Token]) -> Answer:
 def _read_value(tokens: Sequence[Token]) -> Answer:
     names = [token.value for token in tokens if token.kind == "cmd"]
     if names == ["mathbb"] and [t.value for t in tokens] == ["mathbb", "{", "R", "}"]:
-        return Region((Interval(_MINUS_INFINITY, _INFINITY, (False, False)),))
+        return _REALS
     if len(tokens) == 1 and tokens[0].value in ("emptyset", "varnothing"):
         return Several(())
     if "pm" in names or "mp" in names:
@@ -280,14 +285,17 @@ def _read_brackets(tokens: Sequence[Token], depths: Sequence[int]) -> Answer | N
         if not inner:
             return Several(())
         found = _read(inner)
-        return Several(found.items if isinstance(found, Several) else (found,))
+        return Several(found.items if isinstance(found, Several) and found.items else (found,))
     if not marks or opening.kind == "cmd" or closing.kind == "cmd":
         return None
     if opening.value == "{":  # a set whose braces lost their backslashes
         return Several(tuple(_read(p) for p in _split(inner, marks)))
-    return Sequenced(opening.value, closing.value, tuple(_read(p) for p in _split(inner, marks)))
+    items = tuple(_read(part) for part in _split(inner, marks))
+    sequence = Sequenced(opening.value, closing.value, items)
+    return Named(tokens[0].value, sequence) if start else sequence
 
 
+_COORDINATES = ({"x", "y"}, {"x", "y", "z"})
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 _FUNCTION_VALUE = re.compile(r"[fghFG]\([a-z]\)")
 _COMMAS = frozenset([("op", ","), ("op", ";")])
@@ -335,6 +343,8 @@ def _read_relation(tokens: Sequence[Token], marks: Sequence[int]) -> Answer:
             raise Unreadable("a formula in a set")
         if isinstance(answer, Several):
             return Named(name, answer)
+        if isinstance(answer, Value) and answer.tree[0] == "sym":
+            return Relation((("sym", name), answer.tree), ("in",))
         return Region(_intervals(answer), name)
     if set(signs) == {"="}:
         return _read_equation(parts)
@@ -491,7 +501,7 @@ def _difference(answer: Answer) -> tuple[str, Tree] | None:
 def _relations_agree(gold: Answer, answer: Answer) -> bool:
     """Equations that are multiples of one another, and chains of the same formulas."""
     if isinstance(gold, Relation) and isinstance(answer, Relation) and gold.signs != ("=",):
-        turned = (answer.sides[::-1], tuple(_MIRRORED[s] for s in answer.signs[::-1]))
+        turned = (answer.sides[::-1], tuple(_MIRRORED.get(s, "") for s in answer.signs[::-1]))
         for sides, signs in ((answer.sides, answer.signs), turned):
             if signs == gold.signs and len(sides) == len(gold.sides):
                 pairs = zip(gold.sides, sides, strict=True)
@@ -508,7 +518,7 @@ def _relations_agree(gold: Answer, answer: Answer) -> bool:
 
 def _plain(answer: Answer) -> Answer:
     """A set of one is its element, a ratio of two is their quotient."""
-    if isinstance(answer, Several) and len(answer.items) == 1:
+    if isinstance(answer, Several) and len(answer.items) == 1 and answer.items != (Several(()),):
         return answer.items[0]
     return answer
 
@@ -536,6 +546,9 @@ def answers_agree(gold: Answer, answer: Answer) -> bool:
         return _named_items_agree(gold, named, answer)
     if isinstance(gold, Value) and isinstance(answer, Value):
         return values_agree(gold, answer)
+    given = _named_items(answer) if isinstance(gold, Sequenced) else None
+    if given is not None and set(given) in _COORDINATES and gold.opening + gold.closing == "()":
+        answer = Sequenced("(", ")", tuple(given[name] for name in sorted(given)))
     if isinstance(gold, Named) and isinstance(answer, Named):
         return _named_agree(gold, answer)
     if isinstance(gold, Relation) or isinstance(answer, Relation):
@@ -544,6 +557,8 @@ def answers_agree(gold: Answer, answer: Answer) -> bool:
         return answers_agree(gold.answer, answer)
     if isinstance(answer, Named):
         return answers_agree(gold, answer.answer)
+    if gold == _REALS and isinstance(answer, Value) and answer.tree == ("sym", "R"):
+        return True
     if isinstance(gold, Region) or isinstance(answer, Region):
         return _regions_agree(gold, answer)
     if isinstance(gold, Several) and isinstance(answer, Several):

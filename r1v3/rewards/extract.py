@@ -22,7 +22,8 @@ _LETTERS = (
 )
 _STATED = re.compile(
     # "Answer: ...", "the answer is ...": whatever follows, up to the end of the line
-    r"(?P<answer>(?:\banswer\**[ \t]{0,4}(?:is\b|[:=：])|答案(?:是|为|选|[:：]))[ \t*:：]{0,8})"
+    r"(?P<answer>(?:\banswer\**[ \t]{0,4}(?:is\b|[:=：])|(?:答案|选项)(?:是|为|选|[:：]))"
+    r"[ \t*:：]{0,8})"
     # "the correct option is (B)", "I choose B", "故选B": letters only
     r"|(?:\b(?:option|choice)\**[ \t]{0,4}(?:is\b|would be\b|should be\b|[:：])"
     r"|\b(?:I|we)(?:'d|'ll|[ \t]would|[ \t]will)?[ \t](?:choose|chose|pick|select|go[ \t]with)"
@@ -32,6 +33,9 @@ _STATED = re.compile(
     # "Option B is correct"
     rf"|\b(?:option|choice|answer)[ \t](?P<correct>{_LETTERS})[ \t]is[ \t](?:the[ \t])?"
     r"(?:correct|right|best)\b"
+    # "B is the correct answer"
+    rf"|(?<![\w.])(?P<named>{_LETTERS})[ \t]is[ \t]the[ \t](?:correct|right|best)[ \t]"
+    r"(?:answer|option|choice)\b"
     # "**B**", "**(B) 12**"
     r"|\*\*[ \t]{0,4}(?P<bold>[(（]?[A-Z](?:[)）][.:]?|[.:]|(?=[ \t]{0,4}\*\*))[^*\n]{0,200})"
     r"\*\*(?!\w)",
@@ -41,9 +45,29 @@ _ONLY_LETTERS = re.compile(
     rf"(?P<letters>{_LETTERS})(?![A-Za-z\d])[*]{{0,2}}[ \t]{{0,4}}"
     r"(?=[.。,，;；!]|\*|\Z|because\b|since\b|as\b|for\b|因为)"
 )
-_DOUBT = re.compile(r"\b(?:or|maybe|perhaps|possibly|either|could)\b|或", re.IGNORECASE)
+_DOUBT = re.compile(r"\b(?:or|maybe|perhaps|possibly|either|could)\b|或|还是", re.IGNORECASE)
+_DENIED = re.compile(
+    r"[ \t]*[*_)\]]{0,4}[ \t]*(?:(?:is|was)(?: not\b|n't| wrong| incorrect| false| ruled)|[/|]"
+    r"|(?:是|就|也)?(?:错|不对|不是|不正确)|吗|[?？])",
+    re.IGNORECASE,
+)
+# Behind a statement: it is taken back ("Wait, ...", "Actually, ...", "that is wrong").
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|actually|scratch that|on second thoughts?|correction|hold on)\b"
+    r"|\b(?:that|this|it)(?: is|'s| was)(?: not|n't)?(?: wrong| incorrect| right| correct)",
+    re.IGNORECASE,
+)
+_CONFIRMED = re.compile(r"(?:that|this|it)(?: is|'s| was) (?:right|correct)\Z", re.IGNORECASE)
+# In front of it, in the same sentence: it is only tried, or one of two.
+_SUPPOSED = re.compile(
+    r"\b(?:if|suppose|supposing|assume|assuming|unless|whether|were|n?either|n?or)"
+    r"(?:[ \t]that)?(?:[ \t](?:the|your|my|our))?(?:[ \t](?:final|correct|right|best))?[ \t*(]{1,4}\Z"
+    r"|(?:如果|假设|若|假如|或)(?:正确)?的?\Z",
+    re.IGNORECASE,
+)
 _BARE_ANSWER = re.compile(
-    r"\(?[A-Z]\)?[.)]?|[-+]?\d{1,30}(?:\.\d{1,30})?|(?:\([A-Z]\)|[A-Z][.)])[ \t][^\n]{1,200}"
+    r"\(?[A-Z]\)?[.)]?|[-+]?\d{1,30}(?:\.\d{1,30})?\.?|\$[-+]?\d{1,30}(?:\.\d{1,30})?\$\.?"
+    r"|(?:\([A-Z]\)|[A-Z][.)])[ \t][^\n]{1,200}"
 )
 _LAST_LETTER = re.compile(r"\(?[A-Z]\)?[.)]?")
 _FILLER = r"(?:[\s$().]|\\[()\[\]]|\\q?quad|\\text\s?\{|\}){0,12}"
@@ -132,16 +156,26 @@ def _stated(text: str) -> str | None:
         last = statement
     if last is None:
         return None
-    rest = text[last.end() :].partition("\n")[0]
+    behind = text[last.end() :]
+    if _SUPPOSED.search(text[max(0, last.start() - 80) : last.start()]):
+        return None
+    if any(not _CONFIRMED.match(back[0]) for back in _TAKEN_BACK.finditer(behind)):
+        return None
+    rest = behind.partition("\n")[0]
     if last["answer"] is not None:
         letters = _ONLY_LETTERS.match(rest)
         if letters is not None and letters["letters"].strip("()[]（） ,").isupper():
-            if not _DOUBT.search(re.split(r"[.。](?:\s|\Z)", rest[letters.end() :], maxsplit=1)[0]):
+            after = rest[letters.end() :]
+            if _DENIED.match(after):
+                return None
+            if not _DOUBT.search(re.split(r"[.。](?:\s|\Z)", after, maxsplit=1)[0]):
                 return letters["letters"].strip()
         formula = _FORMULA_SENTENCE.match(rest)
         return _clean(formula[1] if formula else _HOPE.sub("", rest))
-    chosen = last["chosen"] or last["correct"] or last["bold"]
+    chosen = last["chosen"] or last["correct"] or last["named"] or last["bold"]
     if not chosen.lstrip("([（")[:1].isupper() or _DOUBT.match(rest.lstrip(" \t,，*")):
+        return None
+    if _DENIED.match(rest):
         return None
     return _clean(chosen)
 
@@ -175,11 +209,13 @@ def extract_answer(completion: str, *, thinking: bool = False) -> str | None:
     tagged, _, _ = text.rpartition("</answer>")
     if "<answer>" in tagged:
         return _clean(tagged.rpartition("<answer>")[2])
+    bare = text.strip()
+    last_line = bare.rpartition("\n")[2].strip()
+    if _LAST_LETTER.fullmatch(last_line):
+        return last_line
     stated = _stated(text)
     if stated is not None:
         return stated
-    bare = text.strip()
     if _BARE_ANSWER.fullmatch(bare):
-        return bare
-    last_line = bare.rpartition("\n")[2].strip()
-    return last_line if _LAST_LETTER.fullmatch(last_line) else None
+        return bare.removeprefix("$").removesuffix(".").removesuffix("$")
+    return None

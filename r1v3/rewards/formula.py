@@ -63,6 +63,7 @@ _DECORATIONS = frozenset(
     "overline bar vec hat widehat tilde widetilde overrightarrow overleftrightarrow dot ddot "
     "mathbb mathcal mathfrak mathscr angle triangle parallel odot".split()
 )
+_SAME_DECORATION = {"overrightarrow": "vec", "bar": "overline"}
 _WORDS = {"pi": "pi", "sqrt": "sqrt", "infinity": "infty", "inf": "infty", "oo": "infty"}
 _SIGNS = {("op", "+"): 1, ("op", "-"): -1}
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
@@ -453,6 +454,7 @@ class _Parser:
             return self.function(name)
         if name in _SYMBOLS:
             return self.symbol("\\" + _SAME_SYMBOL.get(name, name))
+        name = _SAME_DECORATION.get(name, name)
         if name in _DECORATIONS and self.peek() == ("op", "{"):
             return self.symbol(f"\\{name}({self.verbatim()})")
         if name == "begin":

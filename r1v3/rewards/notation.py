@@ -35,9 +35,15 @@ _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _TEMPERATURE = re.compile(
     r"\^?\s*\{?\s*\\circ\s*\}?\s*(?:\\(?:text|mathrm|rm)\s*\{\s*([CF])\s*\}|([CF]))(?![A-Za-z])"
 )
+_SHOWS_NOTHING = (
+    r"\\[hv]?phantom\s?\{[^{}]{0,200}\}|\\[hv]space\*?\s?\{[^{}]{0,40}\}"
+    r"|\\(?:text)?color\s?\{[^{}]{0,40}\}|\\(?:left|right)\.|\\(?:null|relax|strut)(?![A-Za-z])"
+    r"|\\m?(?:kern|hskip|vskip|skip)\s?-?[\d.]{1,9}\s?[a-z]{2}|\\[()\[\]\\]"
+)
 _INVISIBLE = re.compile(
-    "[\\s~{}$*\u00ad\u115f\u1160\u17b4\u17b5\u180e\u2800\u3164\uffa0\ufe00-\ufe0f]"
-    rf"|\\[,;:! ]|\\(?:{_FONTS}|q?quad|thinspace|enspace|displaystyle)(?![A-Za-z])|\\\Z"
+    "[\\s~{}$*%\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180e\u2800\u3164\uffa0\ufe00-\ufe0f]"
+    rf"|{_SHOWS_NOTHING}|\\[,;:! ]|\\(?:{_FONTS}|q?quad|thinspace|enspace|displaystyle)(?![A-Za-z])"
+    r"|\\\Z"
 )
 
 _NAMES = {
@@ -132,6 +138,7 @@ def tidy(text: str) -> str:
         if "\\begin" not in text:  # where there are no rows, a doubled backslash is an escape
             text = _DOUBLED.sub("\\\\", text)
         text = _THIN_GROUP.sub("{,}", _DEGREE.sub(r"^\\circ ", text))
+        text = text.replace("\\lbrace", "\\{").replace("\\rbrace", "\\}")
         text = _STYLE.sub(" ", _DELIMITER.sub(" ", text))
         text = _VARIANT.sub(r"\\\1", text.replace("\\%", "%"))
         text = _TEMPERATURE.sub(

@@ -152,8 +152,8 @@ _POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "平方": 2, "立方": 3}
 _MICRO = re.compile(r"\\mu\s*(?=[A-Za-z])")
 _SPELLINGS = [
     (re.compile(r"(?<![^\W\d_])([kM])\s*\\Omega"), r"\1Ω"),
-    (re.compile(r"degrees?\s+(?:C|[Cc]elsius)"), r"\\celsius"),
-    (re.compile(r"degrees?\s+(?:F|[Ff]ahrenheit)"), r"\\fahrenheit"),
+    (re.compile(r"degrees?\s+(?:[Cc]elsius|C)\b"), r"\\celsius"),
+    (re.compile(r"degrees?\s+(?:[Ff]ahrenheit|F)\b"), r"\\fahrenheit"),
     (re.compile(r"\bper\s+cent"), "percent"),
     (re.compile(r"\bsq\s*\."), "square"),
     (re.compile(r"\bcu\s*\."), "cubic"),
@@ -258,7 +258,8 @@ def parse_unit(text: str) -> Unit | None:
         if piece["power"]:
             if last is None:
                 return None
-            unit, last = unit.times(last, sign * (int(piece["exponent"].replace(" ", "")) - 1)), None
+            exponent = int(piece["exponent"].replace(" ", ""))
+            unit, last = unit.times(last, sign * (exponent - 1)), None
         elif piece["over"] or piece["word"] in ("per", "每"):
             sign, last = -1, None
         elif piece["times"]:
