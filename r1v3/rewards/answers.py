@@ -546,9 +546,10 @@ def answers_agree(gold: Answer, answer: Answer) -> bool:
         return _named_items_agree(gold, named, answer)
     if isinstance(gold, Value) and isinstance(answer, Value):
         return values_agree(gold, answer)
-    given = _named_items(answer) if isinstance(gold, Sequenced) else None
-    if given is not None and set(given) in _COORDINATES and gold.opening + gold.closing == "()":
-        answer = Sequenced("(", ")", tuple(given[name] for name in sorted(given)))
+    if isinstance(gold, Sequenced) and (gold.opening, gold.closing) == ("(", ")"):
+        given = _named_items(answer)
+        if given is not None and set(given) in _COORDINATES:
+            answer = Sequenced("(", ")", tuple(given[name] for name in sorted(given)))
     if isinstance(gold, Named) and isinstance(answer, Named):
         return _named_agree(gold, answer)
     if isinstance(gold, Relation) or isinstance(answer, Relation):

@@ -33,6 +33,7 @@ _LETTERS = re.compile(
 _LETTER_FIRST = re.compile(r"(?P<letter>[A-Z])\s*(?:[,=]|(?=\(.*\)\Z)\()\s*(?P<text>.+?)\)?")
 _LETTER_LAST = re.compile(r"(?P<text>.+?)\s*(?:,\s*|(?=\())\(?(?P<letter>[A-Z])\)?")
 _ENUMERATED = re.compile(r"\A(\s*[A-Z])\s*、")
+MAX_LETTERS = 8
 _ONE_LETTER = re.compile(r"[A-Z]")
 _SPLIT = re.compile(r"\s*(?:[,;\n]|\band\b)\s*(?=\(?[A-Z]\s*[).:])")
 _HEDGE = re.compile(
@@ -106,6 +107,10 @@ def find_letters(answer: str) -> frozenset[str] | None:
     if text[:1] + text[-1:] == "{}":
         text = text[1:-1]
     text = text.removeprefix("\\{").removesuffix("\\}").strip()
+    if (
+        len(re.findall(r"\b[A-Z]\b", text)) > MAX_LETTERS
+    ):  # the pattern's time would double with each
+        return None
     match = _LETTERS.fullmatch(text)
     if match is None:
         return None
@@ -165,7 +170,7 @@ def find_choice(answer: str, options: Sequence[str]) -> Choice | None:
             if not rest_key or rest_key == keys[index]:
                 return Choice(index, by_text=False)
             if not spaced:
-                hedged = rest_key in keys or _HEDGE.search(rest) or _DENIAL.search(rest)
+                hedged = rest_key in keys or bool(_HEDGE.search(rest) or _DENIAL.search(rest))
                 hedged = hedged or _says_more(rest, index, options)
                 return None if hedged else Choice(index, by_text=False, rest=rest)
     return Choice(keys.index(key), by_text=True) if key and key in keys else None

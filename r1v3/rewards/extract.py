@@ -61,7 +61,8 @@ _CONFIRMED = re.compile(r"(?:that|this|it)(?: is|'s| was) (?:right|correct)\Z", 
 # In front of it, in the same sentence: it is only tried, or one of two.
 _SUPPOSED = re.compile(
     r"\b(?:if|suppose|supposing|assume|assuming|unless|whether|were|n?either|n?or)"
-    r"(?:[ \t]that)?(?:[ \t](?:the|your|my|our))?(?:[ \t](?:final|correct|right|best))?[ \t*(]{1,4}\Z"
+    r"(?:[ \t]that)?(?:[ \t](?:the|your|my|our))?(?:[ \t](?:final|correct|right|best))?"
+    r"[ \t*(]{1,4}\Z"
     r"|(?:如果|假设|若|假如|或)(?:正确)?的?\Z",
     re.IGNORECASE,
 )

@@ -1,5 +1,7 @@
 r"""Answers that take back, hedge or rename what they say; and what looks so and does not."""
 
+import time
+
 import pytest
 
 from r1v3.rewards import accuracy_reward, format_reward
@@ -140,3 +142,13 @@ def test_a_bare_number_may_stand_in_dollars_or_end_in_a_full_stop(completion: st
 def test_commands_that_show_nothing_are_no_answer(nothing: str) -> None:
     """Fails if an empty box earns the format reward."""
     assert format_reward(f"a</think>\\boxed{{{nothing}}}") == 0.0
+
+
+@pytest.mark.parametrize("text", ["B, ", "B ", "(B) ", "B and ", "B. ", "A, B, ", "B、", "AB "])
+def test_letters_that_repeat_without_end_are_refused_in_time(text: str) -> None:
+    """Fails if a model that repeats itself in the box hangs the run: time doubled per letter."""
+    begin = time.process_time()
+    assert not answers_match(text * 150 + "x", "C", options=OPTIONS)
+    assert not answers_match(text * 150 + "x", "AB", options=OPTIONS)
+    assert not answers_match(text * 150 + "x", "AB")
+    assert time.process_time() - begin < 1
