@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -125,6 +126,9 @@ def thinking_template(tokenizer: PreTrainedTokenizerFast) -> str:
     template does is found by rendering it both ways. Plain ChatML ignores the setting, as do
     templates that always open a thought; the tag is then added, or taken away. A tokenizer without
     a template gets `CHAT_TEMPLATE`, which is ChatML.
+
+    Raises:
+        ValueError: the template cannot be rendered, with a system turn or without.
     """
     if tokenizer.chat_template is None:
         return CHAT_TEMPLATE
@@ -133,15 +137,15 @@ def thinking_template(tokenizer: PreTrainedTokenizerFast) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _opening(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+    user = {"role": "user", "content": "?"}
+
     def opens(thinking: bool) -> bool:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "?"}],
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=thinking,
-        )
-        return str(text).rstrip().endswith(THINK_OPEN)
+        try:
+            text = _rendered(tokenizer, template, [user], thinking)
+        except ValueError:  # some demand a system turn
+            system = {"role": "system", "content": SYSTEM_PROMPT}
+            text = _rendered(tokenizer, template, [system, user], thinking)
+        return text.rstrip().endswith(THINK_OPEN)
 
     asked = "(enable_thinking is not defined or enable_thinking)"
     added, taken_away = not opens(True), opens(False)
@@ -160,6 +164,28 @@ def _opening(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
             f"{{% if add_generation_prompt and {asked} %}}{{{{ '{THINK_OPEN}\\n' }}}}{{% endif %}}"
         )
     return template
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    messages: list[dict[str, str]],
+    thinking: bool,
+) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+    except (TemplateError, TypeError) as error:  # TypeError: it adds texts to what is no text
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the model's chat template refuses a prompt of the turns {roles}: {error}"
+        ) from error
+    return str(text)
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
@@ -186,8 +212,8 @@ def render_prompt(
             whether the tokenizer's own template heeds it or not; see `thinking_template`.
 
     Raises:
-        ValueError: placeholders and pictures differ in number, or a message smuggles in a
-            special token.
+        ValueError: placeholders and pictures differ in number, a message smuggles in a special
+            token, or the chat template refuses the messages or leaves a question out.
     """
     safe = []
     for message in messages:
@@ -196,14 +222,14 @@ def render_prompt(
         if found:
             raise ValueError(f"the {message['role']} message contains the special token {found[0]}")
         safe.append({"role": message["role"], "content": content})
-    text = tokenizer.apply_chat_template(
-        safe,
-        chat_template=thinking_template(tokenizer),
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=thinking,
-    )
-    pieces = str(text).split("<image>")
+    text = _rendered(tokenizer, thinking_template(tokenizer), safe, thinking)
+    for message in safe:
+        # Templates may drop earlier thoughts; those for lists of parts drop texts altogether.
+        if message["role"] != "assistant" and message["content"].strip() not in text:
+            raise ValueError(
+                f"the model's chat template leaves out the content of a {message['role']} turn"
+            )
+    pieces = text.split("<image>")
     if len(pieces) - 1 != len(image_tokens):
         raise ValueError(
             f"the prompt has {len(pieces) - 1} <image> placeholders for {len(image_tokens)} images"

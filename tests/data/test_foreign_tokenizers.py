@@ -226,3 +226,44 @@ def test_another_kind_of_vocabulary_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="vocab.json is of a GPT2Tokenizer"):
         load_tokenizer(tmp_path / "slow")
+
+
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+REFUSING = {
+    "no system turn": "{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}"
+    "{% endif %}" + TURNS + OPEN,
+    "a system turn": "{% if messages[0].role != 'system' %}{{ raise_exception('Needs one') }}"
+    "{% endif %}" + TURNS + OPEN,
+    "broken": TURNS + "{% if %}",
+    "unfinished": TURNS + "{% if add_generation_prompt %}",
+    "an unknown name": "{{ a.b.c }}" + TURNS + OPEN,
+    "an unknown filter": "{{ messages | nothing }}" + TURNS + OPEN,
+    "text and no text": "{{ 'a' + none }}" + TURNS + OPEN,
+    "lists of parts": "{% for m in messages %}{% for part in m.content %}{{ part['text'] }}"
+    "{% endfor %}{% endfor %}" + OPEN,
+    "lists of parts, strictly": "{% for m in messages %}{{ m.content[0]['text'] }}{% endfor %}"
+    + OPEN,
+    "the last turn only, and short": "{{ messages[-1].content[:3] }}" + OPEN,
+    "no messages": OPEN,
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("name", REFUSING)
+def test_a_template_that_cannot_show_the_turns_is_a_named_error(name: str) -> None:
+    """Fails if it ends in a traceback, or if prompts without their questions are trained on."""
+    messages = SYSTEM + USER if name == "no system turn" else USER
+    with pytest.raises(ValueError, match="chat template (refuses a prompt|leaves out the content)"):
+        render_prompt(with_template(REFUSING[name]), messages, [])
+
+
+@pytest.mark.parametrize("name", ["no system turn", "a system turn"])
+def test_a_template_that_minds_the_system_turn_opens_thoughts(name: str) -> None:
+    """Fails if a template is refused for prompts that it can show."""
+    messages = SYSTEM + USER if name == "a system turn" else USER
+    tokenizer = with_template(REFUSING[name])
+    slow, fast = (
+        str(tokenizer.decode(render_prompt(tokenizer, messages, [], thinking=thinking)))
+        for thinking in (True, False)
+    )
+    assert slow == fast + "<think>\n" and "How many?" in fast
