@@ -10,11 +10,12 @@ import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pydantic import ValidationError
 
 from r1v3.data.images import MAX_FILE_BYTES
-from r1v3.data.sample import Sample
+from r1v3.data.sample import OPTIONAL_KEYS, Sample
 
 USED_COLUMNS = (
     "data_source",
@@ -25,16 +26,23 @@ USED_COLUMNS = (
     "extra_info",
 )
 _INDEX_COLUMN = re.compile(r"__index_level_\d+__")
-_JSON_TYPES = (str, int, float, bool, list, tuple, dict)
+_JSON_TYPES = (str, int, float, bool)
+# What a sample checks itself.
+_CHECKED_KEYS = {
+    "extra_info": ("split", "index", *OPTIONAL_KEYS),
+    "reward_model": ("style", "ground_truth"),
+}
 
 
 def parse_row(row: Any, *, folder: Path, ignored: Counter[str] | None = None) -> Sample:
     """Sample from one decoded row of a file.
 
-    - An image may be bytes, `{"bytes": bytes or base64 text}`, a `data:...;base64,` address, a
-      path, or `{"path": path}`. Paths are relative to `folder` and must stay inside it. A row may
-      hold one image instead of a list.
-    - Columns that a sample does not know are kept, if JSON can hold their values.
+    - An image may be bytes, `{"bytes": bytes or base64 text}`, a `data:...;base64,` address, or a
+      path, with `file://` in front or not; `{"path": ...}` and `{"image": ...}` hold one of the
+      last two. Paths are relative to `folder` and must stay inside it. A row may hold one image
+      instead of a list. None, and an object that holds nothing else, is no image.
+    - Columns, and keys of `extra_info` and `reward_model`, that a sample does not know are kept if
+      JSON can hold their values.
     - NaN, which pandas writes where there is no value, counts as none.
 
     Args:
@@ -50,7 +58,7 @@ def parse_row(row: Any, *, folder: Path, ignored: Counter[str] | None = None) ->
     used = {key: row[key] for key in USED_COLUMNS if key in row and key != "images"}
     for key in ("extra_info", "reward_model"):
         if key in used:
-            used[key] = _without_nan(used[key])
+            used[key] = _json_keys(key, _without_nan(used[key]), unused)
     if isinstance(used.get("prompt"), list):
         used["prompt"] = [_without_empty(message) for message in used["prompt"]]
     if isinstance(ability := used.get("ability"), float) and math.isnan(ability):
@@ -82,13 +90,27 @@ def _further_columns(row: dict[str, Any], unused: Counter[str]) -> dict[str, Any
     return kept
 
 
+def _json_keys(column: str, value: Any, unused: Counter[str]) -> Any:
+    """An object without the further keys whose values JSON cannot hold."""
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for key, item in value.items():
+        if key in _CHECKED_KEYS[column] or _is_json(item):
+            kept[key] = item
+        else:
+            what = f"{column}.{key} ({type(item).__name__} values, which JSON cannot hold)"
+            unused[what] += 1
+    return kept
+
+
 def _without_nan(value: Any) -> Any:
-    """The same with None in place of every NaN."""
+    """The same with None in place of every NaN, and lists in place of tuples (a map's entries)."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return value
 
@@ -122,6 +144,10 @@ def _images(images: Any, folder: Path) -> list[bytes]:
     faults: list[str] = []
     contents: list[bytes] = []
     for index, image in enumerate(images):
+        if image is None or (
+            isinstance(image, dict) and image and all(part is None for part in image.values())
+        ):
+            continue
         try:
             contents.append(_image_bytes(image, folder))
         except ValueError as error:
@@ -146,24 +172,37 @@ def _image_bytes(image: Any, folder: Path) -> bytes:
     if isinstance(image, bytes):
         return image
     if isinstance(image, dict):
-        content, path = image.get("bytes"), image.get("path")
+        content = image.get("bytes")
         if isinstance(content, bytes):
             return content
         if isinstance(content, str):
             return _from_base64(content)
-        if content is None and isinstance(path, str):
-            return _read_inside(folder, path)
-        raise ValueError('an object must hold "bytes" (bytes or base64 text) or "path" (text)')
+        place = image.get("path") if image.get("path") is not None else image.get("image")
+        if content is None and isinstance(place, str):
+            return _from_place(place, folder)
+        raise ValueError(
+            'an object must hold "bytes" (bytes or base64 text), or "path" or "image" (text)'
+        )
     if isinstance(image, str):
-        if image.startswith("data:"):
-            return _from_base64(image.partition(";base64,")[2])
-        return _read_inside(folder, image)
+        return _from_place(image, folder)
     raise ValueError(f"must be bytes, a path or an object, not {type(image).__name__}")
 
 
+def _from_place(place: str, folder: Path) -> bytes:
+    """The bytes in a `data:` address, or in the file at a path."""
+    if place.startswith("data:"):
+        return _from_base64(place)
+    if place.startswith("file://"):
+        return _read_inside(folder, unquote(place.removeprefix("file://")))
+    return _read_inside(folder, place)
+
+
 def _from_base64(text: str) -> bytes:
+    """Decode base64, of a `data:` address or alone; many programs break it into lines."""
+    if text.startswith("data:"):
+        text = text.partition(";base64,")[2]
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"is not base64: {error}") from error
 

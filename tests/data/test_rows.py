@@ -99,6 +99,58 @@ def test_what_is_ignored_is_said_once(
     assert capsys.readouterr().out == f"{path}: ignored: {said}\n"
 
 
+UNKNOWN_TO_JSON = {
+    "date": datetime.date(2026, 1, 2),
+    "datetime": datetime.datetime(2026, 1, 2, 3, 4),
+    "time": datetime.time(3, 4),
+    "timedelta": datetime.timedelta(1),
+    "Decimal": Decimal("1.20"),
+    "bytes": b"\xff\xd8",
+    "float": float("inf"),
+    "list": [b"a"],
+    "dict": {"at": datetime.date(2026, 1, 2)},
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN_TO_JSON)
+@pytest.mark.parametrize("key", ["extra_info", "reward_model"])
+def test_further_keys_that_json_cannot_hold_are_ignored_and_said(
+    kind: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a row is wrong for a key that nothing reads, where such a column would not be."""
+    row = plain(extra_info=info(level=1))
+    row[key] = {**row[key], "made": UNKNOWN_TO_JSON[kind]}
+    (sample,) = load(tmp_path, row)
+    assert "made" not in getattr(sample, key) and sample.extra_info["level"] == 1
+    said = f"ignored: {key}.made ({kind} values, which JSON cannot hold)\n"
+    assert capsys.readouterr().out.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "kept"),
+    [
+        (pa.string(), "x", "x"), (pa.int64(), 3, 3), (pa.float64(), 0.5, 0.5),
+        (pa.float64(), NAN, None), (pa.bool_(), True, True), (pa.string(), None, None),
+        (pa.list_(pa.float64()), [1.0, NAN], [1.0, None]),
+        (pa.map_(pa.string(), pa.float64()), [("b", NAN)], [["b", None]]),
+        (pa.timestamp("us"), datetime.datetime(2026, 1, 2), "ignored"),
+        (pa.binary(), b"x", "ignored"), (pa.float64(), float("inf"), "ignored"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_columns_of_maps_are_lists_of_pairs(
+    kind: pa.DataType, given: Any, kept: Any, tmp_path: Path
+) -> None:
+    """Fails if a value in a map makes its row wrong, where such a value elsewhere would not."""
+    table = pa.Table.from_pylist([plain()])
+    maps = pa.array([[("a", given)]], pa.map_(pa.string(), kind))
+    pq.write_table(table.append_column("meta", maps), tmp_path / "d.parquet")
+    (sample,) = load_samples(tmp_path / "d.parquet")
+    assert sample.columns == ({} if kept == "ignored" else {"meta": [["a", kept]]})
+    write_samples(tmp_path / "copy.jsonl", [sample])
+    assert load_samples(tmp_path / "copy.jsonl") == [sample]
+
+
 def test_everything_that_is_ignored_stands_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,6 +315,16 @@ IMAGES: dict[str, Any] = {
     "address": f"data:image/png;base64,{TEXT}",
     "base64 object": {"bytes": TEXT},
     "object with its name": {"bytes": png(), "path": "gone.png"},
+    "broken into lines": {"bytes": base64.encodebytes(png()).decode()},
+    "address as bytes": {"bytes": f"data:image/png;base64,{TEXT}"},
+    "address as path": {"path": f"data:image/png;base64,{TEXT}"},
+    "address of a file": ["file://pictures/a.png"],
+    "quoted address of a file": "file://pictures/%61.png",
+    "image object": [{"image": "pictures/a.png"}],
+    "image object with an address": [{"image": "file://pictures/a.png", "max_pixels": 9}],
+    "image object beside others": {"bytes": None, "path": None, "image": "pictures/a.png"},
+    "gap": [None, png()],
+    "empty object": [{"bytes": png(), "path": None}, {"bytes": None, "path": None}],
 }
 
 
@@ -275,7 +337,28 @@ def test_images_are_read_in_every_form(kind: str, tmp_path: Path) -> None:
     assert sample.images == [png()]
 
 
-@pytest.mark.parametrize("images", [None, [], NAN], ids=str)
+@pytest.mark.parametrize("place", [
+    "file:///etc/hostname", "file://../a.png", "file://%2e%2e/a.png", "file:///%2e%2e/a.png",
+    "file://pictures/%2e%2e/%2e%2e/a.png",
+])  # fmt: skip
+@pytest.mark.parametrize("key", ["path", "image"])
+def test_addresses_of_files_stay_inside_the_folder(place: str, key: str, tmp_path: Path) -> None:
+    """Fails if a data file can read any file of the machine."""
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "rows").mkdir()
+    for images in (place, [{key: place}]):
+        with pytest.raises(ValueError, match="leads out of the data file's folder"):
+            load(tmp_path / "rows", plain(images=images))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        None, [], NAN, [None], [None, None], {"bytes": None}, {"bytes": None, "path": None},
+        [{"bytes": None, "path": None}], [{"image": None}], {"image": None, "path": None},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_row_may_have_no_images(images: Any, tmp_path: Path) -> None:
     """Fails if rows of text cannot stand beside rows with pictures."""
     prompt = [{"role": "user", "content": "2+3?"}]
