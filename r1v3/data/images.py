@@ -36,6 +36,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_FILE_BYTES
 # What PIL's decoders say where a file ends before its last pixel.
 _ENDS_EARLY = ("truncated", "not enough image data", "cannot load this image")
 _TRUNCATION = threading.Lock()
+# By the number of a type in a TIFF directory; the others have 1 byte.
+_TIFF_TYPE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 
 
 class TruncatedImage(ValueError):
@@ -83,17 +85,30 @@ def _truncated(name: str) -> TruncatedImage:
 def _is_cut_before_header(data: bytes) -> bool:
     """Whether a file ends early whose reader needs more than the first bytes to open it.
 
-    A WebP file states its length; a TIFF file says where its directory is, often at the end.
+    A WebP file states its length; a TIFF file says where its directory and longer values of it
+    are, often at the end.
     """
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return 30 <= len(data) < int.from_bytes(data[4:8], "little") + 8
     orders: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
     if len(data) < 8 or data[:4] not in orders:
         return False
-    order = orders[data[:4]]
-    directory = int.from_bytes(data[4:8], order)
-    entries = int.from_bytes(data[directory : directory + 2], order)
-    return len(data) < directory + 2 + 12 * entries
+    return len(data) < _tiff_directory_end(data, orders[data[:4]])
+
+
+def _tiff_directory_end(data: bytes, order: Literal["little", "big"]) -> int:
+    """Where the first directory of a TIFF file and the values that it points to end."""
+
+    def number(start: int, size: int) -> int:
+        return int.from_bytes(data[start : start + size], order)
+
+    first = number(4, 4) + 2
+    end = first + 12 * number(first - 2, 2)
+    for entry in range(first, min(end, len(data) - 11), 12):
+        size = _TIFF_TYPE_BYTES.get(number(entry + 2, 2), 1) * number(entry + 4, 4)
+        if size > 4:
+            end = max(end, number(entry + 8, 4) + size)
+    return end
 
 
 def _is_cut_png(data: bytes) -> bool:
@@ -177,7 +192,8 @@ def _decode(data: bytes, name: str, ground: Ground) -> Image.Image:
             image.load()
             return to_rgb(image, ground, depth=depth)
         except Exception as error:  # truncated or corrupt pixel data; many types, as above
-            if any(words in str(error) for words in _ENDS_EARLY):
+            cut = any(words in str(error) for words in _ENDS_EARLY)
+            if cut or _is_cut_before_header(data):
                 raise _truncated(name) from error
             raise ValueError(f"{name} cannot be decoded: {error}") from error
 

@@ -129,8 +129,9 @@ def _scale_floats(values: np.ndarray) -> np.ndarray:
 
 
 def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """[low, high] to 0..255, rounded; values beyond are the ends, NaN is 0."""
+    """[low, high] to 0..255, rounded; values beyond are the ends, NaN and an empty range are 0."""
     scaled = values.astype(np.float64) - low
-    scaled *= 255 / max(high - low, np.finfo(np.float64).tiny)
+    if high > low:
+        scaled *= 255 / (high - low)
     np.nan_to_num(scaled, copy=False, nan=0.0, posinf=255.0, neginf=0.0)
     return np.floor(scaled.clip(0, 255, out=scaled) + 0.5).astype(np.uint8)

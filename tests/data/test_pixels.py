@@ -134,6 +134,16 @@ def test_deep_gray_keeps_its_tones(kind: str) -> None:
     assert np.abs(gray(load_image(DEEP[kind])) - STEPS).max() <= 1
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [-1e30, -70000, -1, -0.5, 65536, 1e6, 1e30, 3e38, float("nan")])
+def test_one_tone_beyond_every_range_is_black(value: float) -> None:
+    """Fails if a picture of one value is divided by its range of nothing."""
+    image = load_image(deep(np.full((3, 4), value, "float32"), "TIFF"))
+    assert image.getextrema() == ((0, 0),) * 3
+    if -(2**31) < value < 0:
+        assert load_image(deep(np.full((3, 4), value, "int32"), "TIFF")).size == (4, 3)
+
+
 @pytest.mark.parametrize("level", [0, 1, 127, 128, 129, 257, 4095, 32767, 32768, 65407, 65535])
 def test_16_bits_are_rounded_to_the_nearest_of_8(level: int) -> None:
     """Fails if tones are cut down (0..255 would lose the top one) or stretched by content."""
@@ -386,6 +396,20 @@ def test_a_truncated_picture_is_a_choice(kind: str, missing: int) -> None:
     )
     with pytest.raises(TruncatedImage):  # accepting one changes nothing for the next
         load_image(data)
+
+
+@pytest.mark.filterwarnings("ignore:(Truncated File Read|Corrupt EXIF data):UserWarning")
+@pytest.mark.parametrize("missing", [1, 2, 5, 8, 11, 14])
+@pytest.mark.parametrize("packing", ["tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"])
+def test_a_tiff_that_ends_within_the_values_of_its_directory_is_truncated(
+    packing: str, missing: int
+) -> None:
+    """Fails if the last bytes of a TIFF file decide whether it is truncated or no picture."""
+    whole = encoded(RGB, "TIFF", compression=packing)
+    load_image(whole)
+    check_image_header(whole[:-missing], "image")
+    with pytest.raises(TruncatedImage):
+        load_image(whole[:-missing])
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif"])
