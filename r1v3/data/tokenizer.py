@@ -78,17 +78,21 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
     with its added tokens in `added_tokens.json` or `tokenizer_config.json`.
 
     Raises:
-        ValueError: these files are missing, or are of another tokenizer.
+        ValueError: these files are missing or damaged, or are of another tokenizer.
     """
     folder = Path(directory)
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        tokenizer = _from_vocabulary(folder)
-    else:
+    whole = (folder / "tokenizer.json").is_file()
+    if not whole and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise ValueError(
             f"model folder {directory} has no tokenizer.json, nor vocab.json and merges.txt"
         )
+    try:
+        if whole:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        else:
+            tokenizer = _from_vocabulary(folder)
+    except Exception as error:  # tokenizers raises plain Exception, transformers many types
+        raise ValueError(f"the tokenizer of model folder {directory}: {error}") from error
     tokenizer.chat_template = thinking_template(tokenizer)
     return tokenizer
 
@@ -98,7 +102,7 @@ def _from_vocabulary(folder: Path) -> PreTrainedTokenizerFast:
     kind = str(config.get("tokenizer_class", "Qwen2Tokenizer")).removesuffix("Fast")
     if kind != "Qwen2Tokenizer":
         raise ValueError(
-            f"{folder} has no tokenizer.json, and its vocab.json is of a {kind}: only a "
+            f"it has no tokenizer.json, and its vocab.json is of a {kind}: only a "
             "Qwen2Tokenizer is read from vocab.json and merges.txt; save its tokenizer.json there"
         )
     tokenizer = Qwen2Tokenizer.from_pretrained(str(folder))
@@ -106,8 +110,7 @@ def _from_vocabulary(folder: Path) -> PreTrainedTokenizerFast:
     for token, wanted in {**_json(folder / "added_tokens.json"), **added}.items():
         if (found := tokenizer.convert_tokens_to_ids(token)) != wanted:
             raise ValueError(
-                f"{folder}: the added token {token!r} has id {wanted}, but vocab.json leaves "
-                f"{found} for it"
+                f"the added token {token!r} has id {wanted}, but vocab.json leaves {found} for it"
             )
     return tokenizer
 
@@ -115,7 +118,12 @@ def _from_vocabulary(folder: Path) -> PreTrainedTokenizerFast:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} must hold an object, not {type(found).__name__}")
     return found
 
 

@@ -228,6 +228,29 @@ def test_another_kind_of_vocabulary_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "slow")
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("vocab.json", "{"), ("vocab.json", "[]"), ("vocab.json", ""), ("vocab.json", "\ufeff{}"),
+        ("merges.txt", "a\nb c d\n"), ("merges.txt", "#version: 0.2\nQQ ZZ\n"),
+        ("added_tokens.json", "{"), ("added_tokens.json", "[]"),
+        ("added_tokens.json", '{"a": "x"}'),
+        ("tokenizer_config.json", "{"), ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": []}'),
+        ("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer.json", "[]"),
+        ("tokenizer.json", ""),
+    ],
+)  # fmt: skip
+def test_damaged_files_of_a_tokenizer_are_an_error_that_names_the_folder(
+    file: str, text: str, tmp_path: Path
+) -> None:
+    """Fails if a half-copied folder ends in a traceback, or in a message without the place."""
+    write_vocabulary(tmp_path / "slow", fast(False), ["added_tokens.json"])
+    (tmp_path / "slow" / file).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"^the tokenizer of model folder {tmp_path / 'slow'}: "):
+        load_tokenizer(tmp_path / "slow")
+
+
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 REFUSING = {
     "no system turn": "{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}"
