@@ -129,14 +129,14 @@ def check_resume(name: str, config: Stage, inputs: Mapping[str, str]) -> None:
 
     Raises:
         ValueError: settings that change what is learned, or the data or the model to start from,
-            are others; names every difference.
+            are others; names every difference. Or the record of the start is damaged.
         NothingToDo: its model is trained to the end of this configuration.
     """
     run = Path(config.run)
     file, final = run / "config" / f"{name}.yaml", run / "models" / name
     if not file.is_file() or not (final.exists() or (run / "checkpoints" / name).exists()):
         return
-    stored = type(config).model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    stored = _stored(config, file)
     record = _read(name, run)
     before, now = _settings(stored), _settings(config)
     told = [
@@ -199,5 +199,20 @@ def _read(name: str, run: Path) -> dict[str, Any]:
     path = record_path(name, Path(run))
     if not path.is_file():
         return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; start in another run folder") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no object; start in another run folder")
     return found
+
+
+def _stored(config: Stage, file: Path) -> Stage:
+    """The settings that a stage was started with."""
+    try:
+        return type(config).model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{file} is damaged, or of another version: {error}; start in another run folder"
+        ) from error

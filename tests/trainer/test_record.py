@@ -127,6 +127,26 @@ def test_every_difference_is_named(tmp_path: Path) -> None:
     assert "threads" not in told and "validation_data" not in told
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("sft.yaml", b""), ("sft.yaml", b"a: ["), ("sft.yaml", b"- a"), ("sft.yaml", b"\xff\xfe"),
+        ("sft.yaml", b"a: b: c"), ("sft.yaml", b"run: x\nfrom_a_later_version: 1"),
+        ("sft.record.json", b""), ("sft.record.json", b"{"), ("sft.record.json", b"[]"),
+        ("sft.record.json", b"\xff"), ("sft.record.json", b"null"),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_an_error_that_names_the_file(
+    file: str, content: bytes, tmp_path: Path
+) -> None:
+    """Fails if it ends in a traceback, or the run goes on as if nothing had been recorded."""
+    run = tmp_path / "run"
+    begun("sft", run)
+    (run / "config" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} is damaged"):
+        check_resume("sft", setting("sft", run), {})
+
+
 def test_a_judge_may_move_but_not_come_or_go(tmp_path: Path) -> None:
     """Fails if a run cannot outlive its judge's address, or loses its judge unseen."""
     run = tmp_path / "run"
