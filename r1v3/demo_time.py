@@ -123,8 +123,8 @@ def expected_seconds(
     others = len(scoring.modes) - ("slow" in scoring.modes)
     modes = 1 + 4 * len(scoring.modes) + len(scoring.budgets)
     answers = asked * (4 * scoring.samples + (1 + 4 * others + len(scoring.budgets)))
-    # In each of the five, a question is encoded to be checked, and once for each template.
-    alone = composed * (speed.sample + speed.encoded) + 3 * 5 * asked * speed.encoded
+    # In each of the five, a question is encoded once for each template.
+    alone = composed * (speed.sample + speed.encoded) + 2 * 5 * asked * speed.encoded
     shared = (
         pairs * speed.pair
         + responses * speed.response

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from r1v3.config import Evaluate
-from r1v3.data.encoding import encode_all, model_image_shape
+from r1v3.data.encoding import Example, encode_all, model_image_shape
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
@@ -131,19 +131,21 @@ def _policy(config: Evaluate, ranks: Ranks) -> tuple[Policy, list[Sample], int]:
     shape = model_image_shape(model, config.max_tiles, config.pictures)
     limit = PositionLimit.of(model, config.too_long, config.decoding.max_tokens)
     samples: list[Sample] = []
-    total = longest = 0
+    encoded: list[Example] = []
+    total = 0
     for file in config.data:
         asked = load_samples(file)
         examples = encode_all(file, asked, tokenizer, shape, shown=ranks.is_main)
         kept = limit.rows(file, examples, shown=ranks.is_main)
         samples += [asked[i] for i in kept]
+        encoded += [examples[i] for i in kept]
         total += len(asked)
-        longest = max(longest, *(len(examples[i].prompt_ids) for i in kept))
 
     def local() -> tuple[Decoder, Ranks]:
         engine = build_engine(config, ranks)
         return engine.decoder(), engine.replicas
 
+    longest = max((len(example.prompt_ids) for example in encoded), default=0)
     sampler = build_sampler(
         config.rollout,
         config,
@@ -152,7 +154,9 @@ def _policy(config: Evaluate, ranks: Ranks) -> tuple[Policy, list[Sample], int]:
         max_length=longest + config.decoding.max_tokens,
         local=local,
     )
-    return Policy(sampler, tokenizer, shape), samples, total - len(samples)
+    policy = Policy(sampler, tokenizer, shape)
+    policy.remember(samples, encoded)
+    return policy, samples, total - len(samples)
 
 
 def _read(path: Path, config: Evaluate) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import DEFAULT_PICTURES, Decoding, Pictures
-from r1v3.data.encoding import ImageShape, encode_sample, model_image_shape
+from r1v3.data.encoding import Example, ImageShape, encode_sample, model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.tokenizer import TURN_END, load_tokenizer, token_id
 from r1v3.data.words import expand_words
@@ -76,21 +76,29 @@ class Policy:
         self._asked: Sequence[Sample] = ()
         self._requests: dict[bool, list[Request]] = {}
 
+    def remember(self, samples: Sequence[Sample], examples: Sequence[Example]) -> None:
+        """Take `examples` for these samples, as encoded in the thinking template."""
+        pairs = zip(samples, examples, strict=True)
+        self._asked = samples
+        self._requests = {True: [self._request(sample, example, True) for sample, example in pairs]}
+
     def requests(self, samples: Sequence[Sample], thinking: bool) -> list[Request]:
         """Encode samples; those of the same sequence are encoded once for each template."""
         if samples is not self._asked:
             self._asked, self._requests = samples, {}
         if thinking not in self._requests:
             self._requests[thinking] = [
-                Request(
-                    encode_sample(sample, self.tokenizer, self.shape, thinking=thinking),
+                self._request(
                     sample,
+                    encode_sample(sample, self.tokenizer, self.shape, thinking=thinking),
                     thinking,
-                    self.shape.pictures,
                 )
                 for sample in samples
             ]
         return self._requests[thinking]
+
+    def _request(self, sample: Sample, example: Example, thinking: bool) -> Request:
+        return Request(example, sample, thinking, self.shape.pictures)
 
     def complete(
         self,

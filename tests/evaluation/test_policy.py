@@ -73,6 +73,22 @@ def test_a_sample_is_encoded_once_for_each_template(
     assert [r.sample for r in policy.requests(samples[:2], True)] == samples[:2]
 
 
+def test_what_is_encoded_already_is_not_encoded_again(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the examples that were made to check the questions are made a second time."""
+    examples = [encode_sample(s, policy.tokenizer, policy.shape, thinking=True) for s in QUESTIONS]
+    wanted = policy.requests(list(QUESTIONS), True)
+    samples = list(QUESTIONS)
+    policy.remember(samples, examples)
+    monkeypatch.delattr("r1v3.evaluation.policy.encode_sample")
+    found = policy.requests(samples, True)
+    assert all(one.example is example for one, example in zip(found, examples, strict=True))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.example.prompt_ids == other.example.prompt_ids
+        assert (one.thinking, one.pictures) == (other.thinking, other.pictures)
+
+
 def test_a_seed_gives_the_same_answers(policy: Policy) -> None:
     assert answered(policy, seed=4).texts == answered(policy, seed=4).texts
     assert answered(policy, seed=4).texts != answered(policy, seed=5).texts
