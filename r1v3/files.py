@@ -57,6 +57,19 @@ def write_json(path: str | Path, obj: Any, *, indent: int | None = 2) -> None:
     write_text(path, json_text(obj, indent=indent) + "\n")
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        ValueError: it holds something else; the message does not name the file.
+        OSError: it cannot be read.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    return found
+
+
 def json_text(obj: Any, *, indent: int | None = None) -> str:
     """`obj` as strict JSON that every parser reads and UTF-8 can carry.
 

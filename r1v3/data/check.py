@@ -8,12 +8,12 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import Pictures
-from r1v3.data.encoding import ImageShape, decode_picture, encode_response
+from r1v3.data.encoding import ImageShape, decode_picture, encode_prompt, encode_response
 from r1v3.data.images import TruncatedImage, choose_grid, open_image
+from r1v3.data.lengths import PositionLimit
 from r1v3.data.pixels import orientation_of
 from r1v3.data.sample import OPTIONAL_KEYS, Sample
 from r1v3.data.schema import read_samples
-from r1v3.data.tokenizer import render_prompt
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ModelLimits:
     """The tokenizer that counts the tokens of a row, and the positions of its model."""
 
     tokenizer: PreTrainedTokenizerFast
-    positions: int
+    limit: PositionLimit
 
 
 @dataclass
@@ -172,15 +172,11 @@ def _frames(image: Image.Image) -> int:
 def _count_tokens(
     check: FileCheck, place: str, sample: Sample, counts: list[int], model: ModelLimits
 ) -> None:
-    thinking = bool(sample.extra_info.get("thinking", True))
-    messages = [{"role": m["role"], "content": m["content"]} for m in sample.prompt]
-    prompt = len(render_prompt(model.tokenizer, messages, counts, thinking=thinking))
+    thinking = sample.thinking
+    prompt = len(encode_prompt(sample, model.tokenizer, counts, thinking=thinking))
     response = len(encode_response(sample, model.tokenizer, thinking=thinking))
     check.prompt_tokens.append((prompt, place))
     if response:
         check.response_tokens.append((response, place))
-    if prompt + response > model.positions:
-        raise ValueError(
-            f"prompt {prompt} + response {response} = {prompt + response} tokens; the model has "
-            f"{model.positions} positions"
-        )
+    if told := model.limit.excess(prompt, response):
+        raise ValueError(f"{told}; the model has {model.limit.positions} positions")

@@ -126,12 +126,23 @@ def encode_sample(
         )
         counts.append(len(cut) * shape.tokens_per_tile)
         tiles.extend(np.asarray(tile) for tile in cut)
-    messages = [{"role": m["role"], "content": m["content"]} for m in sample.prompt]
-    prompt = render_prompt(tokenizer, messages, counts, thinking=thinking)
+    prompt = encode_prompt(sample, tokenizer, counts, thinking=thinking)
     response = encode_response(sample, tokenizer, thinking=thinking)
     size = shape.tile_size
     stacked = np.stack(tiles) if tiles else np.zeros((0, size, size, 3), dtype=np.uint8)
     return Example(tuple(prompt), stacked, response)
+
+
+def encode_prompt(
+    sample: Sample,
+    tokenizer: PreTrainedTokenizerFast,
+    image_tokens: list[int],
+    *,
+    thinking: bool = True,
+) -> list[int]:
+    """Encode the prompt, whose pictures take so many tokens each; raises as `render_prompt`."""
+    messages = [{"role": m["role"], "content": m["content"]} for m in sample.prompt]
+    return render_prompt(tokenizer, messages, image_tokens, thinking=thinking)
 
 
 def encode_response(

@@ -1,6 +1,6 @@
 """Rows that are longer than a model has positions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,27 +39,26 @@ class PositionLimit:
     def rows(
         self,
         path: Path,
-        examples: Sequence[Example] | Mapping[int, Example],
+        examples: Mapping[int, Example],
         *,
         shown: bool = True,
     ) -> list[int]:
         """Return the rows of a file that fit, in order.
 
         Args:
-            examples: encoded rows, or some of them by their number.
+            examples: encoded rows, by their number.
             shown: print how many rows are dropped.
 
         Raises:
             ValueError: rows do not fit and `too_long` is "error", or none fits; names the first
                 of them with their lengths.
         """
-        numbered = examples if isinstance(examples, Mapping) else dict(enumerate(examples))
-        too_long = {row: text for row, one in numbered.items() if (text := self._excess(one))}
-        kept = [row for row in numbered if row not in too_long]
+        too_long = {row: text for row, one in examples.items() if (text := self._excess(one))}
+        kept = [row for row in examples if row not in too_long]
         if not too_long:
             return kept
         told = (
-            f"{len(too_long)} of {len(numbered)} rows of {path} exceed the model's "
+            f"{len(too_long)} of {len(examples)} rows of {path} exceed the model's "
             f"{self.positions} positions (max_position_embeddings)"
         )
         if self.too_long == "drop" and kept:
@@ -71,10 +70,13 @@ class PositionLimit:
         raise ValueError(f"{told}: {'; '.join(named)}{more}; {remedy}")
 
     def _excess(self, example: Example) -> str | None:
-        """The lengths of a row that does not fit."""
-        prompt, response, kind = len(example.prompt_ids), self.response_tokens, "up to"
-        if response is None:
-            response, kind = len(example.response_ids), "response"
+        return self.excess(len(example.prompt_ids), len(example.response_ids))
+
+    def excess(self, prompt: int, response: int) -> str | None:
+        """The lengths of a row of so many tokens that does not fit."""
+        kind = "response"
+        if self.response_tokens is not None:
+            response, kind = self.response_tokens, "up to"
         if prompt + response <= self.positions:
             return None
         return f"prompt {prompt} + {kind} {response} = {prompt + response} tokens"

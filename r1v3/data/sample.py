@@ -190,6 +190,11 @@ class Sample(BaseModel):
         return split
 
     @property
+    def thinking(self) -> bool:
+        """Whether its response was written for the template that opens a thought."""
+        return bool(self.extra_info.get("thinking", True))
+
+    @property
     def index(self) -> int | str:
         """Number or name of the sample within its split."""
         index: int | str = self.extra_info["index"]

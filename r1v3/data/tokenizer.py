@@ -5,7 +5,6 @@ tokens, and every decimal digit is a token of its own.
 """
 
 import functools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from r1v3.files import read_json_object
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -119,12 +120,9 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except ValueError as error:
         raise ValueError(f"{path.name} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} must hold an object, not {type(found).__name__}")
-    return found
 
 
 def thinking_template(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -48,7 +48,7 @@ def check_files(
     if model is not None:
         config = load_config(model)
         shape = model_image_shape(config, max_tiles, pictures)
-        limits = ModelLimits(load_tokenizer(model), PositionLimit.of(config, "error").positions)
+        limits = ModelLimits(load_tokenizer(model), PositionLimit.of(config, "error"))
     right = True
     for file in files:
         check = check_file(file, shape, limits)

@@ -107,9 +107,8 @@ def find_letters(answer: str) -> frozenset[str] | None:
     if text[:1] + text[-1:] == "{}":
         text = text[1:-1]
     text = text.removeprefix("\\{").removesuffix("\\}").strip()
-    if (
-        len(re.findall(r"\b[A-Z]\b", text)) > MAX_LETTERS
-    ):  # the pattern's time would double with each
+    # The time of the pattern below multiplies with every letter.
+    if len(re.findall(r"\b[A-Z]\b", text)) > MAX_LETTERS:
         return None
     match = _LETTERS.fullmatch(text)
     if match is None:

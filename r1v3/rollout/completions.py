@@ -182,14 +182,30 @@ def close_thought(
         if place == len(completion.token_ids):
             break
         token = completion.token_ids[place]
-        written += texts[token] if token < len(texts) else ""
-        while (sought := THINK_OPEN if closed else THINK_CLOSE) in written:
-            written = written.partition(sought)[2]
-            closed = sought == THINK_CLOSE
-            if not closed:
-                due = min(place + 1 + sampling.budget, last)
-        written = written[1 - len(THINK_CLOSE) :]
+        text = texts[token] if token < len(texts) else ""
+        written, closed, reopened = follow_tags(written + text, closed)
+        if reopened:
+            due = min(place + 1 + sampling.budget, last)
     return None
+
+
+def follow_tags(written: str, closed: bool) -> tuple[str, bool, bool]:
+    """Follow a thought through the tags in text.
+
+    Args:
+        written: what may hold the rest of a tag, and the text after it.
+        closed: whether the thought is closed in front of it.
+
+    Returns:
+        The end of the text that may hold the beginning of a tag, whether the thought is closed
+        now, and whether one was opened in between.
+    """
+    reopened = False
+    while (sought := THINK_OPEN if closed else THINK_CLOSE) in written:
+        written = written.partition(sought)[2]
+        closed = sought == THINK_CLOSE
+        reopened = reopened or not closed
+    return written[1 - len(THINK_CLOSE) :], closed, reopened
 
 
 def inside_tag(written: str) -> bool:

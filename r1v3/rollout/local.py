@@ -8,11 +8,10 @@ from torch import Tensor
 
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import collate
-from r1v3.data.tokenizer import THINK_CLOSE, THINK_OPEN
 from r1v3.engine.contract import Decoder
 from r1v3.kernels import ban_tokens_, logprobs_and_entropy
 from r1v3.ranks import ALONE, Ranks
-from r1v3.rollout.completions import inside_tag
+from r1v3.rollout.completions import follow_tags, inside_tag
 from r1v3.rollout.contract import Request, Rollout, Sampling, ThoughtClosing, TokenRules, join
 
 
@@ -190,17 +189,13 @@ def _note_tags(state: _State, step: int, budget: int, closing: ThoughtClosing) -
     """Mark the rows whose thought this step's token closes, or opens again with its own budget."""
     rows = state.active.tolist()
     for row, token in zip(rows, state.ids[state.active, step].tolist(), strict=True):
-        written = state.tails[row] + (closing.texts[token] if token < len(closing.texts) else "")
-        while True:
-            tag = THINK_OPEN if state.closed[row] else THINK_CLOSE
-            _, found, rest = written.partition(tag)
-            if not found:
-                break
-            state.closed[row] = tag == THINK_CLOSE
-            if tag == THINK_OPEN:
-                state.due[row] = min(step + 1 + budget, state.last_closing)
-            written = rest
-        state.tails[row] = written[1 - len(THINK_CLOSE) :]
+        text = closing.texts[token] if token < len(closing.texts) else ""
+        before = bool(state.closed[row])
+        state.tails[row], closed, reopened = follow_tags(state.tails[row] + text, before)
+        if closed != before:
+            state.closed[row] = closed
+        if reopened:
+            state.due[row] = min(step + 1 + budget, state.last_closing)
 
 
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:

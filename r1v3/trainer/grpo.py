@@ -50,6 +50,9 @@ _SHOWN = ("reward", "accuracy", "response_length", "critical_entropy", "validati
 class GRPOTrainer:
     """The GRPO stage, one step at a time; see `loop.Steps`."""
 
+    # Whether the weight of a token in the KL gradient was warned of.
+    warned = False
+
     def take_step(self) -> dict[str, Any]:
         """Sample, reward and update once; return the metrics of the step."""
         started, failures = time.perf_counter(), self.verifier_failures()
@@ -153,8 +156,8 @@ class GRPOTrainer:
         """Return `policy_loss.gap_metrics`; warn once when one token outweighs all others."""
         kl = self.config.loss.kl
         metrics = gap_metrics(targets, outputs, kl)
-        if (weight := metrics.get("kl_weight_max", 0.0)) > HIGH_WEIGHT and not self.warnings:
-            self.warnings.append("kl_weight_max")
+        if (weight := metrics.get("kl_weight_max", 0.0)) > HIGH_WEIGHT and not self.warned:
+            self.warned = True
             warnings.warn(
                 f"step {self.step + 1}: a token weighs {weight:,.0f} in the gradient of the KL "
                 f"({kl}), where others weigh about their gap: the policy has left the reference "
@@ -270,7 +273,6 @@ class GRPOTrainer:
         config = resolve_max_tiles(config)
         self.name, self.config, self.run = "grpo", config, Path(config.run)
         self.step, self.total = 0, config.steps
-        self.warnings: list[str] = []
         stage = open_stage(self.name, config, resuming=resuming)
         ranks = stage.ranks
         temperature = config.decoding.temperature
@@ -303,6 +305,7 @@ class GRPOTrainer:
             local=lambda: (self.engine.decoder(), self.engine.replicas),
         )
         self.policy = Policy(self.sampler, tokenizer, shape)
+        self.policy.remember(self.validation, asked)
         self.verifier = make_verifier(config)
         self.telemetry = Telemetry(
             self.engine.config,

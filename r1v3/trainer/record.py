@@ -6,7 +6,6 @@ model was trained for.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import yaml
 from r1v3.config import GRPO, Stage, Supervised
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
-from r1v3.files import json_text, write_json
+from r1v3.files import json_text, read_json_object, write_json
 
 # Settings with which a run learns the same: where it runs, how the work is split, when it is saved.
 # Paths are among them, because what lies there is compared. `too_long` cannot change what is kept
@@ -138,12 +137,7 @@ def check_resume(name: str, config: Stage, inputs: Mapping[str, str]) -> None:
         return
     stored = _stored(config, file)
     record = _read(name, run)
-    before, now = _settings(stored), _settings(config)
-    told = [
-        f"{key} {before.get(key)} -> {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
+    told = differences(_settings(stored), _settings(config))
     length, trained = _length(config), record.get("trained")
     if length < (longest := max(_length(stored), trained or 0)):
         told.append(f"{_length_key(config)} {longest:g} -> {length:g}, which can only grow")
@@ -174,6 +168,15 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key before -> now` of every key whose values differ, in order of the keys."""
+    return [
+        f"{key} {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
 def _settings(config: Stage) -> dict[str, Any]:
     """The settings that change what is learned, by their dotted names, but for the length."""
     settings = {
@@ -200,12 +203,9 @@ def _read(name: str, run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; start in another run folder") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no object; start in another run folder")
-    return found
 
 
 def _stored(config: Stage, file: Path) -> Stage:

@@ -24,7 +24,7 @@ from r1v3.files import (
 from r1v3.progress import say
 from r1v3.ranks import Ranks
 from r1v3.trainer.checkpoint import Loaded, latest_checkpoint, load_checkpoint
-from r1v3.trainer.record import NothingToDo, check_resume, digests, flat, write_start
+from r1v3.trainer.record import NothingToDo, check_resume, differences, digests, flat, write_start
 
 
 def require_fresh(name: str, run: Path, resuming: bool) -> None:
@@ -50,12 +50,7 @@ def begin(name: str, config: Section, run: Path) -> None:
     if file.exists():
         before = flat(yaml.safe_load(file.read_text(encoding="utf-8")))
         now = flat(config.model_dump(mode="json"))
-        changes = [
-            f"{key} {before.get(key)} -> {now.get(key)}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-        if changes:
+        if changes := differences(before, now):
             warnings.warn(
                 f"{name} goes on with another configuration: {', '.join(changes)}", stacklevel=2
             )

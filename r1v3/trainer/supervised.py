@@ -88,7 +88,7 @@ def encode_examples(
         samples,
         engine.tokenizer,
         shape,
-        thinking=lambda sample: bool(sample.extra_info.get("thinking", True)),
+        thinking=lambda sample: sample.thinking,
         shown=engine.ranks.is_main,
     )
     examples: dict[int, Example] = {}

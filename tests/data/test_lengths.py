@@ -28,8 +28,11 @@ CASES = [
 ]
 
 
-def rows(lengths: list[tuple[int, int]]) -> list[Example]:
-    return [Example((1,) * prompt, NO_TILES, (2,) * response) for prompt, response in lengths]
+def rows(lengths: list[tuple[int, int]]) -> dict[int, Example]:
+    return {
+        row: Example((1,) * prompt, NO_TILES, (2,) * response)
+        for row, (prompt, response) in enumerate(lengths)
+    }
 
 
 @pytest.mark.parametrize(("lengths", "positions", "sampled", "beyond"), CASES)

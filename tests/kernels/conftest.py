@@ -19,9 +19,7 @@ from r1v3.kernels import cpu, devices
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # On a test, or as the marks of a parameter: left to `make test-all` by the interpreter, which takes
 # seconds for each row, because another test runs the same lines of the kernel there.
-slow_interpreted = pytest.mark.skipif(False, reason="")
-if INTERPRETED:
-    slow_interpreted = pytest.mark.slow
+slow_interpreted = pytest.mark.slow if INTERPRETED else pytest.mark.skipif(False, reason="")
 ON_DEVICE = pytest.param("cuda", marks=pytest.mark.gpu)
 BACKENDS = ("triton",) if INTERPRETED else ("compiled", "reference", ON_DEVICE)
 # Where arguments can be looked at without waiting for a device, so that wrong ones raise.

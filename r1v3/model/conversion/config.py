@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import InternVLConfig
 
+from r1v3.files import read_json_object
+
 Json = dict[str, Any]
 
 KEPT = "original_config"
@@ -217,12 +219,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"model folder {folder} has no config.json")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        return read_json_object(file)
     except ValueError as error:
         raise ValueError(f"{file} cannot be used: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} cannot be used: it holds no JSON object")
-    return config
 
 
 def native_config(folder: Path) -> dict[str, Any]:
