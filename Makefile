@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo base test test-all lint bench install clean
+.PHONY: demo base test test-all test-stacks lint bench install clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +30,11 @@ test: $(STAMP)
 # With the exhaustive forms of tests that `test` leaves out.
 test-all: $(STAMP)
 	$(PYTEST) -m "slow or not slow"
+
+# r1v3 inside the real TRL, transformers, ...: an environment for each under .venvs, made once.
+# STACKS="trl" chooses.
+test-stacks: $(STAMP)
+	$(BIN)/python -m tests_stacks.environments $(STACKS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

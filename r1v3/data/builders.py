@@ -9,7 +9,7 @@ from r1v3.data.chains import TeacherConfig, sample_chain, show_rows, solve
 from r1v3.data.compose import compose, to_png
 from r1v3.data.sample import Sample
 from r1v3.data.tasks import BUILDERS, IN_DOMAIN, LETTERS, OUT_OF_DOMAIN, Problem, show_grid
-from r1v3.data.tokenizer import THINK_CLOSE
+from r1v3.data.thoughts import THINK_CLOSE
 
 
 def question_text(problem: Problem) -> str:

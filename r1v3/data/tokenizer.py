@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from r1v3.data.thoughts import THINK_OPEN
 from r1v3.files import read_json_object
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -23,7 +24,6 @@ SPECIAL_TOKENS = (
     *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
 )
 SYSTEM_PROMPT = "You are a helpful assistant."
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 # Qwen2's split: words with one leading mark, single digits, runs of punctuation, white space.
 _SPLIT = (

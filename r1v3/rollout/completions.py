@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from r1v3.data.tokenizer import THINK_CLOSE, THINK_OPEN
+from r1v3.data.thoughts import follow_tags, inside_tag
 from r1v3.rollout.contract import Rollout, Sampling, TokenRules
 
 # A log-prob is at most 0; float32 rounding may leave it a little above.
@@ -187,30 +187,6 @@ def close_thought(
         if reopened:
             due = min(place + 1 + sampling.budget, last)
     return None
-
-
-def follow_tags(written: str, closed: bool) -> tuple[str, bool, bool]:
-    """Follow a thought through the tags in text.
-
-    Args:
-        written: what may hold the rest of a tag, and the text after it.
-        closed: whether the thought is closed in front of it.
-
-    Returns:
-        The end of the text that may hold the beginning of a tag, whether the thought is closed
-        now, and whether one was opened in between.
-    """
-    reopened = False
-    while (sought := THINK_OPEN if closed else THINK_CLOSE) in written:
-        written = written.partition(sought)[2]
-        closed = sought == THINK_CLOSE
-        reopened = reopened or not closed
-    return written[1 - len(THINK_CLOSE) :], closed, reopened
-
-
-def inside_tag(written: str) -> bool:
-    """Return whether text ends in the beginning of a closing tag."""
-    return any(written.endswith(THINK_CLOSE[:n]) for n in range(2, len(THINK_CLOSE)))
 
 
 def assemble(completions: Sequence[Completion], pad_id: int) -> Rollout:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import collate
+from r1v3.data.thoughts import follow_tags, inside_tag
 from r1v3.engine.contract import Decoder
 from r1v3.kernels import ban_tokens_, logprobs_and_entropy
 from r1v3.ranks import ALONE, Ranks
-from r1v3.rollout.completions import follow_tags, inside_tag
 from r1v3.rollout.contract import Request, Rollout, Sampling, ThoughtClosing, TokenRules, join
 
 

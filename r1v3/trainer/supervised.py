@@ -23,7 +23,8 @@ from r1v3.data.encoding import (
 from r1v3.data.lengths import PositionLimit, TooLong
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
-from r1v3.data.tokenizer import SYSTEM_PROMPT, THINK_OPEN, train_tokenizer
+from r1v3.data.thoughts import THINK_OPEN
+from r1v3.data.tokenizer import SYSTEM_PROMPT, train_tokenizer
 from r1v3.data.words import expand_words
 from r1v3.engine.build import Training, build_engine, resolve_max_tiles
 from r1v3.engine.contract import Engine

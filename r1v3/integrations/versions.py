@@ -1,0 +1,8 @@
+"""The versions of other stacks that the adapters were written for and are tested with."""
+
+TESTED = {
+    "torch": "2.13.0",
+    "trl": "1.16.0",
+    "transformers": "5.23.0",
+    "math-verify": "0.9.0",
+}

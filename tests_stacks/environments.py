@@ -1,0 +1,113 @@
+"""Build one environment for each stack under .venvs, and run its tests there.
+
+    python -m tests_stacks.environments            # every stack
+    python -m tests_stacks.environments trl verl
+
+r1v3 is installed into them as a user would: its wheel, beside the stack, without r1v3's other
+dependencies. An environment is made anew when the versions in `r1v3/integrations/versions.py`
+change.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from r1v3.integrations.versions import TESTED
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / ".venvs"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One environment.
+
+    Attributes:
+        packages: distributions; those in `TESTED` are installed in that version.
+        tests: files below tests_stacks.
+    """
+
+    packages: tuple[str, ...]
+    tests: tuple[str, ...]
+
+    @property
+    def requirements(self) -> list[str]:
+        """The packages as pip takes them, torch among them so that it stays what it is."""
+        packages = ("torch", "pytest", *self.packages)
+        return [f"{name}=={TESTED[name]}" if name in TESTED else name for name in packages]
+
+
+STACKS = {
+    "trl": Stack(
+        ("trl", "transformers", "pillow", "math-verify", "httpx"),
+        ("test_trl.py", "test_transformers.py"),
+    ),
+}
+
+
+def run(*command: str | Path) -> None:
+    """Run a command, and show it."""
+    print("+", *command, flush=True)
+    subprocess.run([str(word) for word in command], check=True)
+
+
+def build_wheel() -> Path:
+    """Build r1v3's wheel from the working tree, with the build tools of this environment."""
+    folder = FOLDER / "wheel"
+    shutil.rmtree(folder, ignore_errors=True)
+    run(sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "--no-build-isolation",
+        "-w", folder, ROOT)  # fmt: skip
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def prepare(name: str, wheel: Path) -> Path:
+    """Make an environment where it is missing or of other versions; return its folder."""
+    stack, folder = STACKS[name], FOLDER / name
+    stamp, wanted = folder / "requirements.txt", "\n".join(STACKS[name].requirements) + "\n"
+    pip = (folder / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check", "install")
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        run(sys.executable, "-m", "venv", folder)
+        # torch comes first and alone: a package that asks for any torch must not choose another.
+        run(*pip, f"torch=={TESTED['torch']}", "setuptools", "wheel")
+        run(*pip, *stack.requirements)
+        stamp.write_text(wanted, encoding="utf-8")
+    run(*pip, "--no-deps", "--force-reinstall", wheel)
+    return folder
+
+
+def check(name: str, folder: Path) -> bool:
+    """Run a stack's tests; the installed r1v3 is tested, not the working tree."""
+    command = [folder / "bin" / "pytest", "-o", "pythonpath=", "-q"]
+    command += [ROOT / "tests_stacks" / test for test in STACKS[name].tests]
+    print("+", *command, flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
+
+
+def main() -> None:
+    """Build and test what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("stacks", nargs="*", metavar="stack", help=f"of {', '.join(STACKS)}")
+    names = parser.parse_args().stacks or list(STACKS)
+    if unknown := set(names) - set(STACKS):
+        parser.error(f"no stack {', '.join(sorted(unknown))}; there are {', '.join(STACKS)}")
+    wheel = build_wheel()
+    failed = []
+    for name in names:
+        started = time.perf_counter()
+        if not check(name, prepare(name, wheel)):
+            failed.append(name)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
