@@ -142,6 +142,13 @@ def test_build_isolation_fetches_no_torch() -> None:
     assert names == {"setuptools", "wheel", "pybind11"}
 
 
+def test_entry_points_lead_to_modules() -> None:
+    """Fails if a plug-in has moved: verl logs what it cannot load at debug level only."""
+    for group in PROJECT["project"]["entry-points"].values():
+        for module in group.values():
+            assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
+
+
 def test_every_dependency_is_pinned_within_its_range() -> None:
     """Fails if a range changes and the tested version is forgotten, or the other way round."""
     project = PROJECT["project"]

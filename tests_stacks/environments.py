@@ -47,6 +47,10 @@ STACKS = {
         ("trl", "transformers", "pillow", "math-verify", "httpx"),
         ("test_trl.py", "test_transformers.py"),
     ),
+    "verl": Stack(
+        ("verl", "megatron-core", "cachetools", "uvicorn", "fastapi", "math-verify", "httpx"),
+        ("test_verl.py",),
+    ),
 }
 
 

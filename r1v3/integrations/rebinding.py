@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import inspect
 from dataclasses import dataclass
+from operator import attrgetter
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,8 @@ class Name:
         parameters: names of its parameters in order, keyword-only ones after "*", as
             `parameters_of` writes them.
         replacement: the object that callers find instead.
-        member: the method of a replaced class that `parameters` describes.
+        member: attributes from the object on to what `parameters` describes, for one whose own
+            signature says nothing: "forward" of an autograd function.
     """
 
     module: str
@@ -123,8 +125,10 @@ def check_parameters(distribution: str, name: Name) -> None:
         ImportError, RuntimeError: as `rebind`.
     """
     current = getattr(_owner(distribution, name), name.path.split(".")[-1])
-    current = getattr(current, name.member) if name.member else current
-    there = parameters_of(current)
+    try:
+        there = parameters_of(attrgetter(name.member)(current) if name.member else current)
+    except AttributeError as error:
+        raise RuntimeError(_missing(distribution, name)) from error
     if there != name.parameters:
         raise RuntimeError(
             f"{_written_for(distribution)}, where {name.dotted} takes ({name.parameters}); in "
@@ -153,7 +157,8 @@ def _owner(distribution: str, name: Name) -> Any:
 
 
 def _missing(distribution: str, name: Name) -> str:
-    return f"{_written_for(distribution)}; {_installed(distribution)} has no {name.dotted}"
+    full = f"{name.dotted}.{name.member}" if name.member else name.dotted
+    return f"{_written_for(distribution)}; {_installed(distribution)} has no {full}"
 
 
 def _written_for(distribution: str) -> str:

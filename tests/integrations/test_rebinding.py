@@ -104,6 +104,8 @@ def test_other_parameters_are_refused_and_nothing_is_changed(
         Name("stack.heads", "Motor.loss", "self", ours),
         Name("stack.tails", "head", "x", ours),
         Name("stack.heads.deep", "head", "x", ours),
+        Name("stack.heads", "head", "x", ours, member="forward"),
+        Name("stack.heads", "head", "x", ours, member="__self__.forward"),
     ],
     ids=lambda name: name.dotted,
 )
