@@ -1,4 +1,4 @@
-"""verl's Megatron heads on two gloo ranks, stock against r1v3; run by torchrun, asserts in each rank.
+"""verl's Megatron heads on two gloo ranks, stock against r1v3; every rank asserts, under torchrun.
 
 Vocabulary-parallel logits go to the engine's `_lm_head_logits_processor`; hidden states and a shard
 of the weight to `linear_cross_entropy`, for which the truth is float64 arithmetic.
@@ -31,6 +31,11 @@ def results(outputs: dict[str, Tensor], leaf: Tensor, up: Tensor) -> list[Tensor
     return [each.detach().double() for each in (*outputs.values(), leaf.grad)]
 
 
+def distance(a: Tensor, b: Tensor) -> float:
+    """Largest error of a, relative to the largest value of b."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
 def truth(logits: Tensor, label: Tensor, temperature: Tensor, entropy: bool) -> dict[str, Tensor]:
     """The definition."""
     logs = (logits / temperature[..., None]).log_softmax(-1)
@@ -60,12 +65,7 @@ def check_logits(stock: Any, ours: Any, vocabulary: int, dtype: torch.dtype, ent
         outputs = {key: outputs[key] for key in ("log_probs", "entropy") if key in outputs}
         assert ("entropy" in outputs) == entropy
         found = results(outputs, leaf, up)
-        errors.append(
-            [
-                ((a - b).abs().max() / b.abs().max()).item()
-                for a, b in zip(found, wanted, strict=True)
-            ]
-        )
+        errors.append([distance(a, b) for a, b in zip(found, wanted, strict=True)])
     limit = 2e-6 if dtype == torch.float32 else 8e-3
     for theirs, mine in zip(*errors, strict=True):
         assert mine < max(limit, 1.2 * theirs), (vocabulary, dtype, entropy, errors)

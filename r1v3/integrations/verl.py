@@ -1,7 +1,7 @@
 """r1v3 in verl: a policy loss, an advantage, a reward and the heads of its engines.
 
-Installed beside verl, r1v3 is found by it (entry point `r1v3` of the group `verl.plugins`), in every
-worker:
+Installed beside verl, r1v3 is found by it in every worker (entry point `r1v3` of the group
+`verl.plugins`):
 
     algorithm.adv_estimator=r1v3_group actor_rollout_ref.actor.policy_loss.loss_mode=r1v3_grpo
 
@@ -148,7 +148,7 @@ def advantage(
     """
     if config is not None:
         norm_adv_by_std_in_grpo = config.get("norm_adv_by_std_in_grpo", norm_adv_by_std_in_grpo)
-    _, groups = np.unique(np.asarray(index).astype(str), return_inverse=True)
+    groups = np.unique(np.asarray(index).astype(str), return_inverse=True)[1]
     scalars = group_advantages(
         token_level_rewards.sum(-1),
         torch.as_tensor(groups),
