@@ -1,7 +1,6 @@
 """The command line: one verb per stage. Heavy modules are imported inside the verbs."""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,8 +48,10 @@ def _error_line(error: Exception) -> str:
     """The message of an error; in a job of several ranks with the rank, and a lost peer by name."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return f"error: {error}"
+    from r1v3.ranks import is_lost_peer
+
     text = str(error)
-    if re.search(r"gloo|NCCL|ProcessGroup", text):
+    if is_lost_peer(error):
         text = f"another rank has died or hangs; checkpoints are kept: go on with --resume ({text})"
     return f"error: rank {os.environ['RANK']}: {text}"
 
@@ -135,9 +136,11 @@ def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False)
 
         loaded = load(SFT, config, overrides or [])
         _require_begun("sft", loaded.run, resume)
+        from r1v3.local_job import local_job
         from r1v3.trainer import sft as stage
 
-        _echo(stage.train(loaded, resuming=resume))
+        with local_job(loaded, stage.train, loaded, resuming=resume):
+            _echo(stage.train(loaded, resuming=resume))
 
 
 @app.command(epilog="Example: r1v3 grpo configs/demo/grpo.yaml run=runs/mine loss.clip_high=0.28")
@@ -148,9 +151,11 @@ def grpo(config: ConfigFile, overrides: Overrides = None, resume: Resume = False
 
         loaded = load(GRPO, config, overrides or [])
         _require_begun("grpo", loaded.run, resume)
+        from r1v3.local_job import local_job
         from r1v3.trainer import grpo as stage
 
-        _echo(stage.train(loaded, resuming=resume))
+        with local_job(loaded, stage.train, loaded, resuming=resume):
+            _echo(stage.train(loaded, resuming=resume))
 
 
 @app.command(epilog="Example: r1v3 connector configs/demo/connector.yaml run=runs/mine")
@@ -161,9 +166,11 @@ def connector(config: ConfigFile, overrides: Overrides = None, resume: Resume = 
 
         loaded = load(Connector, config, overrides or [])
         _require_begun("connector", loaded.run, resume)
+        from r1v3.local_job import local_job
         from r1v3.trainer import connector as stage
 
-        _echo(stage.train(loaded, resuming=resume))
+        with local_job(loaded, stage.train, loaded, resuming=resume):
+            _echo(stage.train(loaded, resuming=resume))
 
 
 @app.command(epilog="Example: r1v3 select configs/demo/select.yaml run=runs/mine")
@@ -182,6 +189,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     with _friendly():
         from r1v3.config import Evaluate, load
         from r1v3.evaluation.evaluate import evaluate as run_evaluation
+        from r1v3.local_job import local_job
 
         def show(mode: str, result: dict[str, Any]) -> None:
             for where in ("in_domain", "out_of_domain"):
@@ -191,7 +199,9 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
                         f"[{score['low']:.3f}, {score['high']:.3f}]  {score['tokens']:.1f} tokens"
                     )
 
-        run_evaluation(load(Evaluate, config, overrides or []), show)
+        loaded = load(Evaluate, config, overrides or [])
+        with local_job(loaded, run_evaluation, loaded):
+            run_evaluation(loaded, show)
 
 
 @app.command(

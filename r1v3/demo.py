@@ -1,10 +1,13 @@
 """The whole recipe in one run folder: data, SFT, GRPO, connector, selection, evaluation, report."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ from rich.console import Console
 from r1v3.config import GRPO, SFT, Connector, Data, Evaluate, Section, Select, load
 from r1v3.data import recipe
 from r1v3.demo_time import expected_seconds, measure
+from r1v3.engine.build import connect
 from r1v3.evaluation.evaluate import evaluate
 from r1v3.evaluation.summary import EVALUATED, summarize
 from r1v3.files import write_json, write_text
+from r1v3.local_job import local_job
+from r1v3.ranks import Ranks
 from r1v3.report.page import write_report
 from r1v3.report.tables import summary_table
 from r1v3.trainer import connector, grpo, sft
@@ -40,10 +46,10 @@ def choose_run(parent: Path, resuming: bool) -> Path:
 
 
 class Clock:
-    """Seconds spent in each stage, kept across resumed runs."""
+    """Seconds spent in each stage, kept across resumed runs; of several ranks one writes them."""
 
-    def __init__(self, run: Path) -> None:
-        self.path = run / "seconds.json"
+    def __init__(self, run: Path, ranks: Ranks) -> None:
+        self.path, self.ranks = run / "seconds.json", ranks
         self.seconds: dict[str, float] = {}
         if self.path.exists():
             self.seconds = json.loads(self.path.read_text(encoding="utf-8"))
@@ -57,93 +63,163 @@ class Clock:
         finally:
             spent = time.perf_counter() - started
             self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 1)
-            write_json(self.path, self.seconds)
+            if self.ranks.is_main:
+                write_json(self.path, self.seconds)
 
 
-def _evaluate_all(run: Path, configs: Path, base: Path, common: list[str], show: Any) -> None:
-    """Score every stage; a checkpoint that is another stage's is not scored twice."""
-    for name in EVALUATED:
-        model = base if name == "base" else run / "models" / name
-        overrides = [*common, f"name={name}", f"model={model}"]
-        if name == "base":
-            # Before post-training the model knows no thinking template; it answers directly.
-            overrides += ["modes=[nothink]", "budgets=[]"]
-        elif name != "grpo":
-            overrides += ["budgets=[]"]
-        config = load(Evaluate, configs / "eval.yaml", overrides)
-        begin(f"eval-{name}", config, run)
-        if name == "selected" and _same_weights(model, run / "models" / "grpo"):
-            record = json.loads((run / "evaluation/grpo.json").read_text(encoding="utf-8"))
-            write_json(
-                run / "evaluation/selected.json", {**record, "checkpoint": str(model)}, indent=None
-            )
-            continue
-        evaluate(config, lambda mode, result, name=name: show(name, mode, result))
+@dataclass(frozen=True)
+class Demo:
+    """A demo in its run folder, with the loaded configuration of every stage.
+
+    Attributes:
+        configs: the folder of the stages' files.
+        stages: data, sft, grpo, connector and select.
+    """
+
+    run: Path
+    seed: int
+    configs: Path
+    stages: dict[str, Any]
+    resuming: bool
+
+    @property
+    def base(self) -> Path:
+        """The model that post-training starts from."""
+        return Path(self.stages["sft"].model)
+
+    def scoring(self, *overrides: str) -> Evaluate:
+        """The configuration of an evaluation."""
+        common = [f"run={self.run}", f"seed={self.seed}"]
+        return load(Evaluate, self.configs / "eval.yaml", [*common, *overrides])
 
 
-def _same_weights(a: Path, b: Path) -> bool:
-    return (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+def load_demo(run: Path, seed: int, configs: Path, *, resuming: bool) -> Demo:
+    """Load the configuration of every stage.
+
+    Raises:
+        ValueError: a file is missing or wrong, or the stages do not share their processes.
+    """
+    common = [f"run={run}", f"seed={seed}"]
+    kinds: dict[str, type[Section]] = {"data": Data, "sft": SFT, "grpo": GRPO}
+    kinds |= {"connector": Connector}
+    stages: dict[str, Any] = {
+        name: load(kind, configs / f"{name}.yaml", common) for name, kind in kinds.items()
+    }
+    stages["select"] = load(Select, configs / "select.yaml", [f"run={run}"])
+    demo = Demo(run, seed, configs, stages, resuming)
+    processes = {name: stages[name].processes for name in ("sft", "grpo", "connector")}
+    processes["eval"] = demo.scoring().processes
+    if len(set(processes.values())) > 1:
+        told = ", ".join(f"{name} {number}" for name, number in processes.items())
+        raise ValueError(f"the stages of a demo share their processes; {configs} asks for {told}")
+    return demo
 
 
 def run_demo(run: Path | None, seed: int, configs: Path, *, resuming: bool) -> dict[str, Any]:
     """Run every stage, skipping what a resumed run has finished, and print the summary."""
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("the demo starts its processes itself: run it without torchrun")
     console = Console()
     folder = run or choose_run(Path("runs"), resuming)
     if not configs.is_dir():
         raise ValueError(f"no folder {configs}: run from the repository, or give --configs")
     seed = _remember_seed(folder, seed, resuming)
-    common = [f"run={folder}", f"seed={seed}"]
-    clock = Clock(folder)
     console.rule(f"r1v3 demo, seed {seed}, in {folder}")
-    kinds: dict[str, type[Section]] = {"data": Data, "sft": SFT, "grpo": GRPO}
-    kinds |= {"connector": Connector}
-    loaded: dict[str, Any] = {
-        name: load(kind, configs / f"{name}.yaml", common) for name, kind in kinds.items()
+    demo = load_demo(folder, seed, configs, resuming=resuming)
+    resolved = {
+        name: config.model_dump(mode="json")
+        for name, config in demo.stages.items()
+        if name != "select"
     }
-    selecting = load(Select, configs / "select.yaml", [f"run={folder}"])
-    resolved = {name: config.model_dump(mode="json") for name, config in loaded.items()}
     write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
-    base = Path(loaded["sft"].model)
-    scoring = load(Evaluate, configs / "eval.yaml", common)
     if not resuming:
-        minutes = expected_seconds(measure(base), **loaded, scoring=scoring) / 60
+        minutes = expected_seconds(measure(demo.base), demo.stages, demo.scoring()) / 60
         console.print(f"about {minutes:.0f} minutes, longer beside other programs")
-    begin("data", loaded["data"], folder)
+    begin("data", demo.stages["data"], folder)
+    write_json(folder / "metrics" / "entropy_histogram_edges.json", list(ENTROPY_BIN_EDGES))
+    with local_job(demo.stages["sft"], run_stages, demo):
+        seconds = run_stages(demo, console)
+    started = time.perf_counter()
+    summary = summarize(folder, seed, demo.base, seconds)
+    page = write_report(folder)
+    console.print(summary_table(summary))
+    total = sum(seconds.values()) + time.perf_counter() - started
+    console.print(f"{total:.0f} seconds in all; read {page}")
+    return summary
+
+
+def run_stages(demo: Demo, console: Console | None = None) -> dict[str, float]:
+    """Run every stage up to the evaluation, as one rank of the job.
+
+    Args:
+        console: what the first rank prints on.
+
+    Returns:
+        Seconds spent in each stage.
+    """
+    stages = demo.stages
+    ranks = connect(stages["sft"])
+    clock = Clock(demo.run, ranks)
+    if console is None:
+        console = Console(quiet=True)
     with clock.stage("data"):
         recipe.build(
-            loaded["data"], lambda line: console.print(line, highlight=False, soft_wrap=True)
+            stages["data"],
+            lambda line: console.print(line, highlight=False, soft_wrap=True),
+            ranks,
         )
-    write_json(folder / "metrics" / "entropy_histogram_edges.json", list(ENTROPY_BIN_EDGES))
     with clock.stage("sft"):
-        sft.train(loaded["sft"], resuming=resuming)
+        sft.train(stages["sft"], resuming=demo.resuming)
     with clock.stage("grpo"):
-        grpo.train(loaded["grpo"], resuming=resuming)
+        grpo.train(stages["grpo"], resuming=demo.resuming)
     with clock.stage("connector"):
-        connector.train(loaded["connector"], resuming=resuming)
+        connector.train(stages["connector"], resuming=demo.resuming)
     with clock.stage("select"):
-        console.print(f"selected by critical-token entropy: {select_from_run(selecting)}")
-
-    def show(name: str, mode: str, result: dict[str, Any]) -> None:
-        parts = [
-            f"{label} {score['accuracy']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
-            for label, score in (
-                ("in-domain", result["in_domain"]),
-                ("out-of-domain", result["out_of_domain"]),
-            )
-            if score
-        ]
-        console.print(
-            f"eval {name:<10} {mode:<10} {'  '.join(parts)}", highlight=False, soft_wrap=True
-        )
-
+        chosen = ranks.on_main(lambda: select_from_run(stages["select"]))
+        console.print(f"selected by critical-token entropy: {chosen}")
     with clock.stage("evaluation"):
-        _evaluate_all(folder, configs, base, common, show)
-    with clock.stage("report"):
-        summary = summarize(folder, seed, base, clock.seconds)
-        page = write_report(folder)
-    console.print(summary_table(summary))
-    console.print(f"{sum(clock.seconds.values()):.0f} seconds in all; read {page}")
-    return summary
+        _evaluate_all(demo, ranks, console)
+    return clock.seconds
+
+
+def _evaluate_all(demo: Demo, ranks: Ranks, console: Console) -> None:
+    """Score every stage; a checkpoint that is another stage's is not scored twice."""
+    for name in EVALUATED:
+        model = demo.base if name == "base" else demo.run / "models" / name
+        overrides = [f"name={name}", f"model={model}"]
+        if name == "base":
+            # Before post-training the model knows no thinking template; it answers directly.
+            overrides += ["modes=[nothink]", "budgets=[]"]
+        elif name != "grpo":
+            overrides += ["budgets=[]"]
+        config = demo.scoring(*overrides)
+        ranks.on_main(partial(begin, f"eval-{name}", config, demo.run))
+        if name == "selected" and _same_weights(model, demo.run / "models" / "grpo"):
+            ranks.on_main(partial(_copy_scores, demo.run, model))
+            continue
+        evaluate(config, partial(_show, console, name))
+
+
+def _copy_scores(run: Path, model: Path) -> None:
+    record = json.loads((run / "evaluation/grpo.json").read_text(encoding="utf-8"))
+    record["checkpoint"] = str(model)
+    write_json(run / "evaluation/selected.json", record, indent=None)
+
+
+def _show(console: Console, name: str, mode: str, result: dict[str, Any]) -> None:
+    parts = [
+        f"{label} {score['accuracy']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+        for label, score in (
+            ("in-domain", result["in_domain"]),
+            ("out-of-domain", result["out_of_domain"]),
+        )
+        if score
+    ]
+    console.print(f"eval {name:<10} {mode:<10} {'  '.join(parts)}", highlight=False, soft_wrap=True)
+
+
+def _same_weights(a: Path, b: Path) -> bool:
+    return (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
 def _remember_seed(folder: Path, seed: int, resuming: bool) -> int:

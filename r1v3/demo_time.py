@@ -4,9 +4,10 @@ The work is timed on one thread in processor time, which other programs hardly c
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,10 +108,12 @@ def _measure(model: Path) -> Speed:
     return Speed(composing / rows, encoding / rows, learning, responding, prefilling, completing)
 
 
-def expected_seconds(
-    speed: Speed, data: Data, sft: SFT, grpo: GRPO, connector: Connector, scoring: Evaluate
-) -> float:
-    """Return how long these stages, and scoring the five models, take in all."""
+def expected_seconds(speed: Speed, stages: Mapping[str, Any], scoring: Evaluate) -> float:
+    """Return how long the stages of a demo, by name, and scoring the five models take in all."""
+    data: Data = stages["data"]
+    sft: SFT = stages["sft"]
+    grpo: GRPO = stages["grpo"]
+    connector: Connector = stages["connector"]
     composed = sum(data.model_dump(include=_COUNTS).values())
     pairs = sft.epochs * data.sft + connector.epochs * data.connector
     # A validation runs forward alone, which is a third of a step.
@@ -123,16 +126,18 @@ def expected_seconds(
     others = len(scoring.modes) - ("slow" in scoring.modes)
     modes = 1 + 4 * len(scoring.modes) + len(scoring.budgets)
     answers = asked * (4 * scoring.samples + (1 + 4 * others + len(scoring.budgets)))
-    # In each of the five, a question is encoded once for each template.
-    alone = composed * (speed.sample + speed.encoded) + 2 * 5 * asked * speed.encoded
+    # Every process encodes all that a stage reads; in each of the five evaluations, a question is
+    # encoded once for each template.
+    alone = (composed + 2 * 5 * asked) * speed.encoded
     shared = (
-        pairs * speed.pair
+        composed * speed.sample
+        + pairs * speed.pair
         + responses * speed.response
         + (grpo.steps * grpo.prompts_per_step + validated + asked * modes) * speed.prompt
         + (responses + validated * grpo.validation_samples + answers) * speed.completion
     )
-    # Two threads do 1.3 to 1.5 times the work of one, on matrices as small as these.
-    return alone + shared / (sft.threads or torch.get_num_threads()) ** 0.5
+    # Threads share matrices as small as these badly: two do 1.4 times the work of one.
+    return alone + shared / sft.processes / (sft.threads or torch.get_num_threads()) ** 0.5
 
 
 _COUNTS = {

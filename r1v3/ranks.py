@@ -1,8 +1,12 @@
-"""Messages between the processes of one job, besides tensors: a handful of calls over gloo."""
+"""The processes of one job, and their messages besides tensors: a handful of calls over gloo."""
 
+import os
+import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -75,3 +79,54 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def join_job(device: str, timeout_seconds: float, store: dist.Store | None = None) -> Ranks:
+    """Join the processes that torchrun, or `local_job`, started; without them, this one is alone.
+
+    On CUDA a rank takes the device of its local rank and the default group is NCCL's; on the CPU it
+    is gloo's. The calls of `Ranks` always use gloo.
+
+    Args:
+        timeout_seconds: a collective that waits longer ends the job.
+        store: where the ranks meet; None for the address that torchrun has told.
+
+    Raises:
+        ValueError: there are several processes, and this one is not told which it is.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1" and "RANK" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE is {size} and RANK is not set: start the processes with torchrun, or "
+            "unset WORLD_SIZE to run alone"
+        )
+    on_cpu, timeout = torch.device(device).type == "cpu", timedelta(seconds=timeout_seconds)
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        backend = "gloo" if on_cpu else "nccl"
+        if store is not None:
+            rank = int(os.environ["RANK"])
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=int(size), timeout=timeout
+            )
+        elif "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if on_cpu:
+        return Ranks(dist.group.WORLD)
+    return Ranks(dist.new_group(backend="gloo", timeout=timeout))
+
+
+def leave_job() -> None:
+    """Take this process out of its job, if it is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error is that of a collective whose other ranks have died or hang."""
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"gloo|NCCL|ProcessGroup", str(error))
+    )

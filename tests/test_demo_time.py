@@ -21,7 +21,7 @@ def seconds(speed: Speed, folder: Path, *overrides: str) -> float:
         stage, setting = override.split(".", 1)
         given[stage] = load(KINDS[stage], folder / f"configs/{stage}.yaml", [setting])
     scoring = given.pop("eval")
-    return expected_seconds(speed, **given, scoring=scoring)  # type: ignore[arg-type]
+    return expected_seconds(speed, given, scoring)
 
 
 def test_every_piece_of_work_is_timed_and_nothing_is_changed() -> None:

@@ -22,18 +22,21 @@ from r1v3.config.sections import (
 class Stage(Section):
     """Settings of every training and evaluation stage.
 
-    run: the run folder. seed: of everything random in the stage. threads: CPU threads, null for
-    torch's own choice. model: the folder of the weights to start from. engine: `hf` is one
-    process; `megatron` runs under torchrun, laid out by `parallel`. dtype: of the weights in the
-    forward; gradients and optimizer state are float32 in any case. wandb_project: also log to
-    Weights & Biases, which must be installed. max_tiles: most tiles of a picture beside its
-    thumbnail; null takes the model's own number, `max_dynamic_patch` in its config.json, or 1 where
-    that says nothing. too_long: rows that with their response, or the longest one that may be
-    sampled, exceed the model's max_position_embeddings are an error, or are dropped and counted.
+    run: the run folder. seed: of everything random in the stage. processes: of this machine that
+    share the work, where torchrun started none. threads: CPU threads of each, null for torch's own
+    choice. model: the folder of the weights to start from. engine: `hf` holds a whole model in
+    every process, and splits micro-batches and questions among them; `megatron` is laid out by
+    `parallel`. dtype: of the weights in the forward; gradients and optimizer state are float32 in
+    any case. wandb_project: also log to Weights & Biases, which must be installed. max_tiles: most
+    tiles of a picture beside its thumbnail; null takes the model's own number, `max_dynamic_patch`
+    in its config.json, or 1 where that says nothing. too_long: rows that with their response, or
+    the longest one that may be sampled, exceed the model's max_position_embeddings are an error, or
+    are dropped and counted.
     """
 
     run: Path
     seed: int = 0
+    processes: Positive = 1
     threads: Positive | None = None
     device: str = "cpu"
     engine: Literal["hf", "megatron"] = "hf"

@@ -1,8 +1,8 @@
 """Writes the datasets of the handwriting recipe into a run folder."""
 
-import json
+import fcntl
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from r1v3.config import Data
@@ -19,40 +19,84 @@ from r1v3.data.chains import TeacherConfig
 from r1v3.data.sample import Sample
 from r1v3.data.schema import write_samples
 from r1v3.data.tasks import IN_DOMAIN, OUT_OF_DOMAIN
-from r1v3.files import write_json
+from r1v3.files import read_json_object, write_json
 from r1v3.progress import progress_bar
+from r1v3.ranks import ALONE, Ranks
 
 
-def build(config: Data, notify: Callable[[str], None] = lambda line: None) -> dict[str, Path]:
+def build(
+    config: Data, notify: Callable[[str], None] = lambda line: None, ranks: Ranks = ALONE
+) -> dict[str, Path]:
     """Build every dataset with a count above zero; files that are already there are kept.
+
+    Args:
+        notify: called on the first rank with a line for every file that was built.
+        ranks: processes that share the files among them.
 
     Returns:
         name -> `<run>/data/<name>.parquet`; `<run>/data/statistics.json` says what is in them and
         how the rejection sampling of cold-start chains went.
     """
-    teacher = TeacherConfig(**config.teacher.model_dump())
     folder = Path(config.run) / "data"
     folder.mkdir(parents=True, exist_ok=True)
     account = folder / "statistics.json"
-    statistics: dict[str, object] = (
-        json.loads(account.read_text(encoding="utf-8")) if account.is_file() else {}
-    )
+    makers = _makers(config)
+    counts = {name: getattr(config, name) for name in makers if getattr(config, name)}
+    paths = {name: folder / f"{name}.parquet" for name in counts}
 
-    def chains(split: str, count: int) -> list[Sample]:
-        result = cold_start(split, count, config.seed, teacher, tries=config.tries)
-        statistics[f"chains_{split}"] = _rejection(result)
-        return result.samples
+    def missing() -> list[str]:
+        # A file without its statistics is what a build leaves that was stopped in between.
+        known = _read(account)
+        return [name for name in counts if not (paths[name].exists() and name in known)]
 
+    shares = share_out({name: counts[name] for name in ranks.on_main(missing)}, ranks.size)
+    mine = shares[ranks.rank]
+    with progress_bar("data", sum(counts[name] for name in mine), shown=ranks.is_main) as bar:
+        for name in mine:
+            samples, found = makers[name](counts[name])
+            write_samples(paths[name], samples)
+            domains = Counter(str(sample.domain) for sample in samples)
+            found[name] = {"samples": len(samples), "domains": dict(sorted(domains.items()))}
+            _add(account, found)
+            bar.advance(counts[name])
+            if ranks.is_main:
+                notify(f"{name}: {counts[name]} samples")
+    ranks.barrier()
+    for name in (name for share in shares[1:] for name in share):
+        if ranks.is_main:
+            notify(f"{name}: {counts[name]} samples")
+    return paths
+
+
+def share_out(counts: Mapping[str, int], parts: int) -> list[list[str]]:
+    """Share named work among `parts`, the largest first, each to the part that has least."""
+    shares: list[list[str]] = [[] for _ in range(parts)]
+    for name in sorted(counts, key=lambda name: -counts[name]):
+        min(shares, key=lambda share: sum(counts[other] for other in share)).append(name)
+    return [[name for name in counts if name in share] for share in shares]
+
+
+def _makers(config: Data) -> dict[str, Callable[[int], tuple[list[Sample], dict[str, object]]]]:
+    """Functions that make so many samples of each dataset, and say what is to be told of them."""
+    teacher = TeacherConfig(**config.teacher.model_dump())
     seed = config.seed
-    makers: dict[str, Callable[[int], list[Sample]]] = {
+
+    def chains(split: str, count: int) -> tuple[list[Sample], dict[str, object]]:
+        result = cold_start(split, count, seed, teacher, tries=config.tries)
+        return result.samples, {f"chains_{split}": _rejection(result)}
+
+    def plain(
+        make: Callable[[int], list[Sample]],
+    ) -> Callable[[int], tuple[list[Sample], dict[str, object]]]:
+        return lambda count: (make(count), {})
+
+    others: dict[str, Callable[[int], list[Sample]]] = {
         "base": lambda n: base_corpus("train", n, seed),
         "base_validation": lambda n: base_corpus("validation", n, seed),
         "skills": lambda n: base_corpus("train", n, seed + 5, SKILL_KINDS),
         "explained": lambda n: base_corpus("train", n, seed + 6, EXPLAINED_KINDS),
         "explained_validation": lambda n: base_corpus("validation", n, seed + 6, EXPLAINED_KINDS),
         "skills_validation": lambda n: base_corpus("validation", n, seed + 5, SKILL_KINDS),
-        "sft": lambda n: chains("train", n),
-        "sft_validation": lambda n: chains("validation", n),
         "grpo": lambda n: questions("rl", IN_DOMAIN, n, seed),
         "grpo_validation": lambda n: questions("validation", IN_DOMAIN, n, seed),
         "connector": lambda n: connector_mix("train", n, seed, teacher),
@@ -60,20 +104,22 @@ def build(config: Data, notify: Callable[[str], None] = lambda line: None) -> di
         "test_in_domain": lambda n: questions("test", IN_DOMAIN, n, seed),
         "test_out_of_domain": lambda n: questions("test", OUT_OF_DOMAIN, n, seed + 1),
     }
-    counts = {name: getattr(config, name) for name in makers if getattr(config, name)}
-    paths = {name: folder / f"{name}.parquet" for name in counts}
-    # A file without its statistics is what a build leaves that was stopped in between.
-    missing = [name for name in counts if not (paths[name].exists() and name in statistics)]
-    with progress_bar("data", sum(counts[name] for name in missing)) as bar:
-        for name in missing:
-            samples = makers[name](counts[name])
-            write_samples(paths[name], samples)
-            domains = Counter(str(sample.domain) for sample in samples)
-            statistics[name] = {"samples": len(samples), "domains": dict(sorted(domains.items()))}
-            write_json(account, statistics)
-            bar.advance(counts[name])
-            notify(f"{name}: {len(samples)} samples")
-    return paths
+    return {
+        "sft": lambda n: chains("train", n),
+        "sft_validation": lambda n: chains("validation", n),
+        **{name: plain(make) for name, make in others.items()},
+    }
+
+
+def _read(account: Path) -> dict[str, object]:
+    return read_json_object(account) if account.is_file() else {}
+
+
+def _add(account: Path, found: dict[str, object]) -> None:
+    """Add to the statistics, to which other ranks add as well."""
+    with account.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_json(account, _read(account) | found)
 
 
 def _rejection(result: ColdStart) -> dict[str, float]:

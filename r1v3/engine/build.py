@@ -14,7 +14,7 @@ from r1v3.engine.contract import Engine
 from r1v3.engine.hf.engine import HFEngine
 from r1v3.model.conversion import load_config
 from r1v3.model.internvl import build_model, internvl_config, load_model
-from r1v3.ranks import ALONE, Ranks
+from r1v3.ranks import ALONE, Ranks, join_job
 
 StageT = TypeVar("StageT", bound=Stage)
 
@@ -28,20 +28,19 @@ class Training:
 
 
 def connect(config: Stage) -> Ranks:
-    """Connect the processes that torchrun started, and set the CPU threads of this one.
+    """Connect the processes of the job, if there are several, and set the CPU threads of this one.
 
     Raises:
-        ValueError: there are several processes and the engine is of one, or their number does not
-            fit the parallel layout.
+        ValueError: the number of processes does not fit the parallel layout.
     """
     set_threads(config.threads)
     if config.engine == "megatron":
         from r1v3.engine.megatron.ranks import connect as connect_megatron
 
         return connect_megatron(config.parallel, device=config.device)
-    if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"engine hf is one process, torchrun started {size}: use engine=megatron")
-    return ALONE
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    return join_job(config.device, config.parallel.timeout_seconds)
 
 
 def resolve_max_tiles(config: StageT) -> StageT:
@@ -111,11 +110,12 @@ def build_engine(
             config.seed,
             device=config.device,
         )
-        return HFEngine(model, tokenizer, **settings)
+        return HFEngine(model, tokenizer, ranks=ranks, **settings)
     assert config.model is not None
     tokenizer = load_tokenizer(config.model)
     if config.engine == "megatron":
         from r1v3.engine.megatron.engine import MegatronEngine
 
         return MegatronEngine(config.model, tokenizer, config, ranks, **settings)
-    return HFEngine(load_model(config.model, device=config.device), tokenizer, **settings)
+    model = load_model(config.model, device=config.device)
+    return HFEngine(model, tokenizer, ranks=ranks, **settings)

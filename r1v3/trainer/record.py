@@ -22,6 +22,7 @@ from r1v3.files import json_text, read_json_object, write_json
 # of the same data.
 FREE = (
     "run",
+    "processes",
     "threads",
     "device",
     "parallel",

@@ -27,10 +27,12 @@ def test_several_processes_without_torchrun_are_refused(monkeypatch: pytest.Monk
         connect(Parallel(tensor=2))
 
 
-def test_the_engine_of_one_process_is_not_started_twice(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("engine", ["hf", "megatron"])
+def test_a_process_that_is_not_told_its_rank_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
 ) -> None:
-    """Fails if every process of torchrun would train the same model into the same folder."""
+    """Fails if every process of a job would train the same model into the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="torchrun started 2: use engine=megatron"):
-        stage.connect(Stage(run=tmp_path))
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2 and RANK is not set: .* with torchrun"):
+        stage.connect(Stage.model_validate({"run": tmp_path, "engine": engine}))

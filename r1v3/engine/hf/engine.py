@@ -1,4 +1,4 @@
-"""HFEngine: transformers' InternVL in one process."""
+"""HFEngine: transformers' InternVL, a whole one in every process."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
@@ -17,7 +18,7 @@ from r1v3.engine.hf.decoder import HFDecoder, prefill
 from r1v3.engine.hf.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from r1v3.model.internvl import load_model, named_part_parameters
 from r1v3.model.parts import PARTS, check_modules
-from r1v3.ranks import ALONE
+from r1v3.ranks import ALONE, Ranks
 
 # Rows that are run together: enough to fill a matrix product, few enough to be of like length.
 _ROWS = 32
@@ -98,15 +99,21 @@ def _continue(
 
 
 class HFEngine:
-    """A `contract.Engine` of one process, with AdamW.
+    """A `contract.Engine` with AdamW, alone or data-parallel.
+
+    Each rank computes a part of the micro-batches, and all take the same step with the summed
+    gradients; so there should be as many micro-batches as ranks, or a multiple. Two micro-batches
+    on two ranks give the bits that they give on one.
 
     Args:
-        model: transformers' InternVL, on the device and in the dtype of training.
+        model: transformers' InternVL, on the device and in the dtype of training; the same weights
+            on every rank.
         tokenizer: saved beside the weights.
         modules: whether each of vision, connector and llm is trained; None only evaluates.
         weight_decay: of matrices; vectors are never decayed.
         max_grad_norm: total norm to clip to.
         temperature: of the distributions that log-probs and entropies are of.
+        ranks: the processes of the job, all of torch.distributed's default group.
     """
 
     def __init__(
@@ -119,11 +126,12 @@ class HFEngine:
         betas: tuple[float, float] = (0.9, 0.95),
         max_grad_norm: float = 1.0,
         temperature: float = 1.0,
+        ranks: Ranks = ALONE,
     ) -> None:
         trained = check_modules(modules)
         self.model = model
         self.config = model.config
-        self.ranks = self.replicas = ALONE
+        self.ranks = self.replicas = ranks
         self.tokenizer = tokenizer
         self.max_grad_norm = max_grad_norm
         self.temperature = temperature
@@ -163,22 +171,28 @@ class HFEngine:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """See `contract.Engine.evaluate`."""
-        found = [self.head(batch).logprobs_and_entropy() for batch in micro_batches]
-        return [(logprobs.cpu(), entropy.cpu()) for logprobs, entropy in found]
+        mine = self.ranks.shard(len(micro_batches))
+        found = [self.head(micro_batches[i]).logprobs_and_entropy() for i in mine]
+        results = [(logprobs.cpu(), entropy.cpu()) for logprobs, entropy in found]
+        return [result for part in self.ranks.gather(results) for result in part]
 
     def train_step(
         self, micro_batches: Sequence[Batch], loss_fn: LossFn, *, learning_rate: float
     ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
         """See `contract.Engine.train_step`."""
         self.optimizer.zero_grad(set_to_none=True)
-        total, outputs = 0.0, []
-        for index, batch in enumerate(micro_batches):
-            loss, output = loss_fn(self.head(batch), index)
+        losses, outputs = [], []
+        for index in self.ranks.shard(len(micro_batches)):
+            loss, output = loss_fn(self.head(micro_batches[index]), index)
             # A micro-batch without pictures reaches nothing when only the connector is trained.
             if loss.requires_grad:
                 loss.backward()
-            total += float(loss.detach())
+            losses.append(float(loss.detach()))
             outputs.append({name: tensor.detach().cpu() for name, tensor in output.items()})
+        parts = self.ranks.gather((losses, outputs))
+        total = sum(loss for part, _ in parts for loss in part)
+        outputs = [output for _, part in parts for output in part]
+        self._sum_gradients()
         norms = {part: _norm(parameters) for part, parameters in self.parts.items()}
         norm = math.sqrt(sum(value**2 for value in norms.values()))
         if not math.isfinite(norm):
@@ -199,6 +213,22 @@ class HFEngine:
         }
         return metrics, outputs
 
+    def _sum_gradients(self) -> None:
+        """Sum the gradients of all ranks; a parameter that none of them reached keeps none."""
+        if self.ranks.size == 1:
+            return
+        reached = [p.grad is not None for p in self.trainable.values()]
+        anywhere = map(any, zip(*self.ranks.gather(reached), strict=True))
+        chosen = [
+            p for p, is_reached in zip(self.trainable.values(), anywhere, strict=True) if is_reached
+        ]
+        if not chosen:
+            return
+        flat = torch.cat([_gradient(p).flatten() for p in chosen])
+        dist.all_reduce(flat)
+        for parameter, summed in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
+            parameter.grad = summed.view_as(parameter)
+
     def decoder(self) -> HFDecoder:
         """See `contract.Engine.decoder`."""
         return HFDecoder(self.model)
@@ -210,6 +240,9 @@ class HFEngine:
 
     def save(self, directory: Path) -> None:
         """See `contract.Engine.save`: model.safetensors, config.json and the tokenizer."""
+        self.ranks.on_main(lambda: self._save(directory))
+
+    def _save(self, directory: Path) -> None:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.export_hf()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         config = self.model.config.to_dict()
@@ -235,6 +268,10 @@ class HFEngine:
         with torch.no_grad():
             for own, saved in zip(self.model.parameters(), stored.parameters(), strict=True):
                 own.copy_(saved)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _norm(parameters: Sequence[nn.Parameter]) -> float:
