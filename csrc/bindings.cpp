@@ -16,6 +16,7 @@
 #include "cpu/gemm.h"
 #include "cpu/ops.h"
 #include "cpu/pages.h"
+#include "cpu/sampling.h"
 #ifdef R1V3_WITH_CUDA
 #include "cuda/logits_grpo_loss.h"
 #endif
@@ -147,6 +148,53 @@ void ban_tokens(Address logits, int dtype, int64_t n_rows, int64_t row_stride, i
                    n_ids, at<const uint8_t>(enabled), vocab_start);
 }
 
+r1v3::SampleView sample_view(Address logits, int dtype, int64_t n_rows, int64_t row_stride,
+                             int64_t vocab, int64_t first_id, Address temperature, Address banned,
+                             int64_t n_banned, Address enabled, Address floor, int num_threads) {
+  check_dtype(dtype);
+  require(n_rows >= 0, "n_rows", static_cast<double>(n_rows), ">= 0");
+  require(vocab >= 0, "vocab", static_cast<double>(vocab), ">= 0");
+  return {at<const void>(logits), dtype, n_rows, row_stride, vocab, first_id,
+          at<const double>(temperature), at<const int64_t>(banned), n_banned,
+          at<const uint8_t>(enabled), at<const double>(floor), num_threads};
+}
+
+void sample_tokens(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
+                   int64_t first_id, Address temperature, Address banned, int64_t n_banned,
+                   Address enabled, Address floor, int num_threads, Address uniforms,
+                   Address forced, Address tokens, Address logprobs, Address entropy,
+                   const std::string& capability) {
+  r1v3::sample_tokens(r1v3::kernels_for(capability),
+                      sample_view(logits, dtype, n_rows, row_stride, vocab, first_id, temperature,
+                                  banned, n_banned, enabled, floor, num_threads),
+                      {at<const double>(uniforms), at<const int64_t>(forced)},
+                      {at<int64_t>(tokens), at<float>(logprobs), at<float>(entropy)});
+}
+
+void sample_statistics(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
+                       int64_t first_id, Address temperature, Address banned, int64_t n_banned,
+                       Address enabled, Address floor, int num_threads, Address parts, Address rows,
+                       const std::string& capability) {
+  r1v3::sample_statistics(r1v3::kernels_for(capability),
+                          sample_view(logits, dtype, n_rows, row_stride, vocab, first_id,
+                                      temperature, banned, n_banned, enabled, floor, num_threads),
+                          at<double>(parts), at<r1v3::SampleRow>(rows));
+}
+
+void sample_choose(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
+                   int64_t first_id, Address temperature, Address banned, int64_t n_banned,
+                   Address enabled, Address floor, int num_threads, Address parts, Address all,
+                   int64_t ranks, int64_t rank, Address uniforms, Address forced, Address tokens,
+                   Address logprobs, Address entropy, const std::string& capability) {
+  require(rank >= 0 && rank < ranks, "rank", static_cast<double>(rank), "in [0, ranks)");
+  r1v3::sample_choose(r1v3::kernels_for(capability),
+                      sample_view(logits, dtype, n_rows, row_stride, vocab, first_id, temperature,
+                                  banned, n_banned, enabled, floor, num_threads),
+                      at<const double>(parts), at<const r1v3::SampleRow>(all), ranks, rank,
+                      {at<const double>(uniforms), at<const int64_t>(forced)},
+                      {at<int64_t>(tokens), at<float>(logprobs), at<float>(entropy)});
+}
+
 double read_sum(Address values, int64_t n, int num_threads, const std::string& capability) {
   return r1v3::read_sum(r1v3::kernels_for(capability), at<const float>(values), n, num_threads);
 }
@@ -240,6 +288,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("ban_tokens", &ban_tokens, WithoutGil(), arg("logits"), arg("dtype"), arg("n_rows"),
         arg("row_stride"), arg("vocab"), arg("ids"), arg("n_ids"), arg("enabled"),
         arg("vocab_start"));
+  m.def("sample_tokens", &sample_tokens, WithoutGil(), arg("logits"), arg("dtype"),
+        arg("n_rows"), arg("row_stride"), arg("vocab"), arg("first_id"), arg("temperature"),
+        arg("banned"), arg("n_banned"), arg("enabled"), arg("floor"), arg("num_threads"),
+        arg("uniforms"), arg("forced"), arg("tokens"), arg("logprobs"), arg("entropy"),
+        arg("capability") = "");
+  m.def("sample_statistics", &sample_statistics, WithoutGil(), arg("logits"), arg("dtype"),
+        arg("n_rows"), arg("row_stride"), arg("vocab"), arg("first_id"), arg("temperature"),
+        arg("banned"), arg("n_banned"), arg("enabled"), arg("floor"), arg("num_threads"),
+        arg("parts"), arg("rows"), arg("capability") = "");
+  m.def("sample_choose", &sample_choose, WithoutGil(), arg("logits"), arg("dtype"),
+        arg("n_rows"), arg("row_stride"), arg("vocab"), arg("first_id"), arg("temperature"),
+        arg("banned"), arg("n_banned"), arg("enabled"), arg("floor"), arg("num_threads"),
+        arg("parts"), arg("all"), arg("ranks"), arg("rank"), arg("uniforms"), arg("forced"),
+        arg("tokens"), arg("logprobs"), arg("entropy"), arg("capability") = "");
+  m.attr("sample_chunk") = r1v3::kSampleChunk;
   m.def("read_sum", &read_sum, WithoutGil(), arg("values"), arg("n"), arg("num_threads"),
         arg("capability") = "");
   m.def("prefer_huge_pages", &prefer_huge_pages, arg("data"), arg("bytes"));

@@ -3,11 +3,14 @@
 Importable by every test folder; the tokenizer is learned once per process.
 """
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from r1v3.data.builders import questions
@@ -18,6 +21,7 @@ from r1v3.data.tokenizer import IMAGE_CONTEXT, render_prompt, train_tokenizer
 from r1v3.engine.hf.decoder import HFDecoder
 from r1v3.engine.hf.engine import HFEngine
 from r1v3.evaluation.policy import Policy
+from r1v3.kernels import sample_tokens
 from r1v3.model.internvl import build_model, internvl_config
 from r1v3.rollout.contract import TokenRules
 from r1v3.rollout.local import LocalSampler
@@ -74,6 +78,19 @@ def sharpen(net: InternVLForConditionalGeneration, factor: float = 8.0) -> None:
     """Scale the head, so that the distributions of a random model are far from uniform."""
     with torch.no_grad():
         net.lm_head.weight.mul_(factor)
+
+
+def draws_of(script: Sequence[int]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`sample_tokens` that draws the same next token of the script in every row, unless forced."""
+    given = iter(script)
+
+    def sample(
+        logits: Tensor, uniforms: Tensor, *, forced: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        forced = torch.where(forced >= 0, forced, next(given))
+        return sample_tokens(logits, uniforms, forced=forced, **options)
+
+    return sample
 
 
 def an_example(seed: int, *, tiles: int = 1, words: int = 3, response: int = 0) -> Example:

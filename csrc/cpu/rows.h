@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "grpo.h"
+#include "sampling.h"
 
 namespace r1v3 {
 
@@ -38,6 +39,15 @@ struct Kernels {
                        GrpoSums* sums);
   // The sum of n floats as fast as memory delivers them: what the benchmarks compare with.
   double (*read_sum)(const float* values, int64_t n);
+  // Sums of the parts of the weights 2^(x scale) of n logits, NaN where one is NaN.
+  SampleSums (*sample_sums)(const float* x, int64_t n, double scale, double reference);
+  // The first of n logits at which the sum of weights, which starts at the given one, passes the
+  // threshold; the last one if none does.
+  int64_t (*sample_find)(const float* x, int64_t n, double scale, double reference, double upper,
+                         double lower, double threshold);
+  void (*to_float)(const void* x, int dtype, int64_t n, float* out);
+  // The largest that is not NaN, -inf without one.
+  double (*float_max)(const float* x, int64_t n);
 };
 
 extern const Kernels kPortableKernels;

@@ -7,6 +7,7 @@ namespace r1v3 {
 namespace {
 
 using F = __m256;
+using D = __m256d;
 constexpr int kWidth = 8;
 constexpr int64_t kStreamAlignment = 32;
 
@@ -18,6 +19,9 @@ inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F max_keep_second(F a, F b) { return _mm256_max_ps(a, b); }
 inline F nearest(F z) {
   return _mm256_round_ps(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline D nearest(D z) {
+  return _mm256_round_pd(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 inline void store_fence() { _mm_sfence(); }
 
@@ -80,8 +84,9 @@ inline void store_pair(T* x, const Pair& v) {
 
 #include "grpo_impl.h"
 #include "rows_impl.h"
+#include "sample_impl.h"
 
 namespace r1v3 {
 const Kernels kAvx2Kernels = {"avx2", statistics_any, element_any, gradient_any, grpo_block,
-                              read_sum};
+                              read_sum, sample_sums, sample_find, to_float, float_max};
 }

@@ -10,6 +10,7 @@ namespace r1v3 {
 namespace {
 
 using F = __m512;
+using D = __m512d;
 constexpr int kWidth = 16;
 constexpr int64_t kStreamAlignment = 64;
 
@@ -21,6 +22,9 @@ inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F max_keep_second(F a, F b) { return _mm512_max_ps(a, b); }
 inline F nearest(F z) {
   return _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline D nearest(D z) {
+  return _mm512_roundscale_pd(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 inline F times_power_of_two(F p, F n) { return _mm512_scalef_ps(p, n); }
 inline void store_fence() { _mm_sfence(); }
@@ -77,8 +81,9 @@ inline void store_pair(T* x, const Pair& v) {
 
 #include "grpo_impl.h"
 #include "rows_impl.h"
+#include "sample_impl.h"
 
 namespace r1v3 {
 const Kernels kAvx512Kernels = {"avx512", statistics_any, element_any, gradient_any, grpo_block,
-                                read_sum};
+                                read_sum, sample_sums, sample_find, to_float, float_max};
 }

@@ -9,6 +9,7 @@ namespace {
 
 typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
+typedef double D __attribute__((vector_size(16)));
 constexpr int kWidth = 4;
 constexpr int64_t kStreamAlignment = 1;  // plain stores
 
@@ -27,6 +28,12 @@ inline F nearest(F z) {
   const F limit = set1(0x1p22f), magic = set1(0x1.8p23f);
   const F rounded = (z + magic) - magic;
   return select((z < limit) & (z > -limit), rounded, z);
+}
+
+inline D nearest(D z) {
+  const D limit = 0x1p51 - D{}, magic = 0x1.8p52 - D{};
+  const D rounded = (z + magic) - magic;
+  return (z < limit) & (z > -limit) ? rounded : z;
 }
 
 // The factor is 0 below the normal numbers and infinite above them.
@@ -116,8 +123,9 @@ inline void store_pair(T* x, const Pair& v) {
 
 #include "grpo_impl.h"
 #include "rows_impl.h"
+#include "sample_impl.h"
 
 namespace r1v3 {
 const Kernels kPortableKernels = {"portable", statistics_any, element_any, gradient_any, grpo_block,
-                                  read_sum};
+                                  read_sum, sample_sums, sample_find, to_float, float_max};
 }

@@ -13,6 +13,7 @@ from r1v3.kernels.logprobs_and_entropy import (
     logprobs_and_entropy,
     selective_log_softmax,
 )
+from r1v3.kernels.sample_tokens import sample_tokens
 
 __all__ = [
     "ban_tokens_",
@@ -23,5 +24,6 @@ __all__ = [
     "linear_logprobs_and_entropy",
     "logits_grpo_loss",
     "logprobs_and_entropy",
+    "sample_tokens",
     "selective_log_softmax",
 ]

@@ -164,6 +164,89 @@ def ban_tokens(logits: Tensor, token_ids: Tensor, enabled: Tensor | None, vocab_
     )  # fmt: skip
 
 
+def _sampled_rows(
+    x: Tensor,
+    first: int,
+    temperature: Tensor,
+    banned: Tensor | None,
+    enabled: Tensor | None,
+    floor: Tensor | None,
+) -> tuple[object, ...]:
+    return (
+        x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0], x.stride(0), x.shape[1], first,
+        temperature.data_ptr(), _address(banned), 0 if banned is None else banned.shape[0],
+        _address(enabled), _address(floor), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def sample_tokens(
+    x: Tensor,
+    temperature: Tensor,
+    banned: Tensor | None,
+    enabled: Tensor | None,
+    floor: Tensor | None,
+    uniforms: Tensor,
+    forced: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, log-probabilities and entropy [n] of x [n, vocab] (any row stride).
+
+    Args:
+        temperature, floor, uniforms: float64 [n]; banned: int64 [K]; enabled: bool [n]; forced:
+            int64 [n].
+    """
+    results = _sampling_results(x)
+    _C.sample_tokens(
+        *_sampled_rows(x, 0, temperature, banned, enabled, floor), uniforms.data_ptr(),
+        _address(forced), *(result.data_ptr() for result in results),
+    )  # fmt: skip
+    return results
+
+
+def sample_statistics(
+    x: Tensor, first: int, temperature: Tensor, banned: Tensor | None, enabled: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Statistics of a shard: its own [n, chunks, 3], and those for the others [n, 7], float64."""
+    chunks = -(-x.shape[1] // _C.sample_chunk)
+    parts = torch.empty(x.shape[0], chunks, 3, dtype=torch.float64, device=x.device)
+    rows = parts.new_empty(x.shape[0], 7)
+    _C.sample_statistics(
+        *_sampled_rows(x, first, temperature, banned, enabled, None), parts.data_ptr(),
+        rows.data_ptr(),
+    )  # fmt: skip
+    return parts, rows
+
+
+def sample_choose(
+    x: Tensor,
+    first: int,
+    temperature: Tensor,
+    banned: Tensor | None,
+    enabled: Tensor | None,
+    parts: Tensor,
+    rows: Tensor,
+    rank: int,
+    uniforms: Tensor,
+    forced: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results as of `sample_tokens`, from the rows [ranks, n, 7] of all shards.
+
+    A token of another shard is -1, with the log-probability 0.
+    """
+    results = _sampling_results(x)
+    _C.sample_choose(
+        *_sampled_rows(x, first, temperature, banned, enabled, None), parts.data_ptr(),
+        rows.data_ptr(), rows.shape[0], rank, uniforms.data_ptr(), _address(forced),
+        *(result.data_ptr() for result in results),
+    )  # fmt: skip
+    return results
+
+
+def _sampling_results(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = x.new_empty(x.shape[0], dtype=torch.int64)
+    logprobs = x.new_empty(x.shape[0], dtype=torch.float32)
+    return tokens, logprobs, torch.empty_like(logprobs)
+
+
 def prefer_huge_pages(x: Tensor) -> None:
     """Ask for huge pages under a CPU tensor that has not been written yet.
 

@@ -11,6 +11,8 @@ w = sum d exp d:  logp_t = d_t - log s,  H = log s - w / s.  Nothing cancels, wh
 Equation numbers are those of the Skywork-R1V3 report (arXiv:2507.06167).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -268,6 +270,181 @@ def ban_tokens_(
     if enabled is not None:
         banned = banned & (enabled != 0)[..., None]
     return logits.masked_fill_(banned, -torch.inf)
+
+
+# The weights of tokens are integers of two parts; the upper one counts 2^36 of the lower.
+SAMPLE_BITS = 36
+LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
+
+
+def sample_scale(temperature: Tensor) -> Tensor:
+    """Factor [n], float64, that makes logits exponents of 2; temperature 0 has that of 1."""
+    return (LOG2_E / torch.where(temperature == 0, 1.0, temperature)).clamp(max=1e269)
+
+
+def sampled_logits(
+    x: Tensor,
+    first: int,
+    banned: Tensor | None,
+    enabled: Tensor | None,
+    floor: Tensor | None = None,
+) -> Tensor:
+    """Rows x [n, V] with -inf where a token is banned or its logit is below the floor [n]."""
+    if banned is not None:
+        x = ban_tokens_(x.clone(), banned, enabled=enabled, vocab_start=first)
+    return x if floor is None else torch.where(x < floor[:, None], -torch.inf, x)
+
+
+def truncation_floor(
+    x: Tensor, temperature: Tensor, top_k: int | None, top_p: float | None, min_p: float | None
+) -> Tensor:
+    """The smallest logit [n] (float64) that is drawn, from the logits x [n, V] after the ban.
+
+    min_p, top_k and top_p act in this order, each on what the one before left.
+    """
+    scale, top = sample_scale(temperature)[:, None], x.amax(-1).double()
+    floor = torch.full_like(top, -torch.inf)
+    if min_p is not None:
+        floor = torch.maximum(floor, top + math.log2(min_p) / scale[:, 0])
+    if top_k is not None or top_p is not None:
+        k = x.shape[1] if top_k is None else min(top_k, x.shape[1])
+        values = x.topk(k).values if k < x.shape[1] else x.sort(descending=True).values
+        if top_k is not None:
+            floor = torch.maximum(floor, values[:, -1].double())
+        if top_p is not None:
+            kept = (x.double() >= floor[:, None]).sum(-1) - (values >= floor[:, None]).sum(-1)
+            weights = ((values.double() - top[:, None]) * scale).exp2()
+            weights = torch.where(values >= floor[:, None], weights, 0.0)
+            before = weights.cumsum(-1) - weights
+            total = weights.sum(-1) + kept * weights[:, -1]  # what ties with the last of the top k
+            last = (before < top_p * total[:, None]).sum(-1) - 1
+            cut = values.gather(1, last.clamp(min=0)[:, None]).squeeze(1).double()
+            floor = torch.maximum(floor, cut)
+    return torch.where(floor.isnan() | (temperature == 0), -torch.inf, floor)
+
+
+def sample_weights(x: Tensor, scale: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights 2^z of x [n, V], z = x scale, in units of 2^(reference - 72): upper and lower part.
+
+    Both are integers, whose sums are exact in float64 for up to 370,000 tokens: no order and no
+    partition of the vocabulary changes them. References are multiples of 36 (`_reference_of`).
+    Raising one by 36 turns upper parts into lower ones, so a sum under a lower reference becomes
+    that under a higher one without its terms. The third result is the weight times
+    z - reference, in units of the upper part.
+    """
+    z = (x.double() * scale[:, None]).clamp(min=-1e300)
+    n = z.round()
+    k = (n - reference[:, None]).clamp(min=-200)
+    weight = (z - n).exp2() * (k + SAMPLE_BITS).exp2()
+    upper = weight.round()
+    lower = ((weight - upper) * 2.0**SAMPLE_BITS).round()
+    return upper, lower, weight * (k + (z - n))
+
+
+def _reference_of(top: Tensor, scale: Tensor) -> Tensor:
+    """The least multiple of 36 that is 2 above top * scale, or that itself beyond 2^50."""
+    n = (top.double() * scale).clamp(min=-1e300).round()
+    reference = torch.where(n.abs() < 2.0**50, ((n + 2) / SAMPLE_BITS).ceil() * SAMPLE_BITS, n)
+    return torch.where(top == -torch.inf, -torch.inf, reference)
+
+
+def sample_statistics(x: Tensor, scale: Tensor, first: int) -> Tensor:
+    """Statistics of a shard x [n, V] of the vocabulary for the other shards, [n, 7] float64.
+
+    (reference, sum of upper parts, of lower parts, of weight times z - reference, largest logit,
+    its id, first id of a NaN or +inf); -inf for the reference of a row of -inf, NaN for its sums
+    where there is a NaN or +inf, -1 for an id that is not there.
+    """
+    bad = ~(x < torch.inf)
+    clean = torch.where(bad, -torch.inf, x)
+    top = clean.amax(-1) if x.shape[1] else x.new_full(x.shape[:1], -torch.inf)
+    reference = _reference_of(top, scale)
+    sums = sample_weights(clean, scale, torch.where(top == -torch.inf, 0.0, reference))
+    upper, lower, weighted = (part.sum(-1) for part in sums)
+    broken = bad.any(-1) | scale.isnan()
+    reference = torch.where(broken, -torch.inf, reference)
+    upper = torch.where(broken, torch.nan, upper)
+    top_id = torch.where(top == -torch.inf, -1, _first(clean == top[:, None], first))
+    stats = [reference, upper, lower, weighted, top.double(), top_id, _first(bad, first)]
+    return torch.stack([value.double() for value in stats], -1)
+
+
+def sample_choose(
+    x: Tensor,
+    scale: Tensor,
+    greedy: Tensor,
+    first: int,
+    rows: Tensor,
+    rank: int,
+    uniforms: Tensor,
+    forced: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, log-probabilities and entropy [n] from the rows [ranks, n, 7] of all shards.
+
+    A token is the first at which the sum of weights passes uniform * total. One of another shard
+    is -1, with the log-probability 0.
+
+    Args:
+        x: [n, V] this shard's logits, -inf where nothing is drawn; `rank` is its place in rows.
+        greedy: bool [n], where the token is the first of the largest.
+        forced: int64 [n], -1 where the token is not given.
+    """
+    unit = 2.0**SAMPLE_BITS
+    reference = rows[..., 0].amax(0)
+    upper, lower, weighted = _aligned(rows, reference)
+    before = (upper[:rank].sum(0), lower[:rank].sum(0))
+    total = upper.sum(0) * unit + lower.sum(0)
+    broken, dead = rows[..., 1].isnan().any(0), total == 0
+    limit = (uniforms * total).clamp(min=0)
+    limit = torch.where(limit < total * (1 - 2.0**-53), limit, total * (1 - 2.0**-53))
+    here = sample_weights(x, scale, reference)
+    sums = [b[:, None] + part.cumsum(-1) for b, part in zip(before, here[:2], strict=True)]
+    passed = sums[0] * unit + sums[1] > limit[:, None]
+    tokens = torch.where(before[0] * unit + before[1] > limit, -1, _first(passed, first))
+    top, bad = rows[..., 4], rows[..., 6]
+    largest = _first_of(rows[..., 5], top == top.amax(0))
+    tokens = torch.where(greedy, largest, tokens)
+    tokens = torch.where(broken | dead, _first_of(bad, bad >= 0).clamp(min=0), tokens)
+    tokens = tokens if forced is None else torch.where(forced >= 0, forced, tokens)
+    column = tokens - first
+    mine = (column >= 0) & (column < x.shape[1])
+    log2_total = torch.where(dead, 1.0, total).log2() - 2 * SAMPLE_BITS
+    entropy = LN_2 * (log2_total - weighted.sum(0) * unit / torch.where(dead, 1.0, total))
+    entropy = torch.where(dead, 0.0, entropy.clamp(min=0))
+    logprobs = torch.zeros_like(entropy)
+    if x.shape[1]:
+        logit = x.gather(1, torch.where(mine, column, 0)[:, None]).squeeze(1).double()
+        logprobs = (LN_2 * (logit * scale - reference - log2_total)).clamp(max=0)
+        logprobs = torch.where(dead | (logit == -torch.inf), -torch.inf, logprobs)
+        logprobs = torch.where(mine, torch.where(broken, torch.nan, logprobs), 0.0)
+    return torch.where(mine, tokens, -1), logprobs, torch.where(broken, torch.nan, entropy)
+
+
+def _aligned(rows: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums [ranks, n] of upper parts, lower parts and weight times z - reference, of one reference.
+
+    The reference is the highest of the ranks'.
+    """
+    there = rows[..., 0] > -torch.inf
+    distance = torch.where(there, reference - rows[..., 0], 0.0)
+    same, below = there & (distance == 0), there & (distance == SAMPLE_BITS)
+    upper = torch.where(same, rows[..., 1], 0.0)
+    lower = torch.where(same, rows[..., 2], torch.where(below, rows[..., 1], 0.0))
+    weight = rows[..., 1] + rows[..., 2] / 2.0**SAMPLE_BITS
+    weighted = (-distance).exp2() * (rows[..., 3] - distance * weight)
+    return upper, lower, torch.where(there & (distance < 1000), weighted, 0.0)
+
+
+def _first(mask: Tensor, offset: int) -> Tensor:
+    """Index of the first True of each row of mask [n, V], plus offset; -1 for none."""
+    if mask.shape[1] == 0:
+        return torch.full(mask.shape[:1], -1, device=mask.device)
+    return torch.where(mask.any(-1), mask.to(torch.uint8).argmax(-1) + offset, -1)
+
+
+def _first_of(ids: Tensor, mask: Tensor) -> Tensor:
+    """The id [n] (of [ranks, n]) of the first rank where the mask is True, -1 for none."""
+    return torch.where(mask, ids, torch.inf).amin(0).nan_to_num(posinf=-1).to(torch.int64)
 
 
 def group_advantages(

@@ -37,11 +37,7 @@ class RowLabels(NamedTuple):
 
     def columns(self, width: int) -> tuple[int, int, int]:
         """First token id here, number of columns that take part, and the true vocabulary size."""
-        if self.shard.numel() == 0:
-            vocab = width if self.vocab_size is None else self.vocab_size
-            return 0, vocab, vocab
-        first, true_size = self.shard.tolist()
-        return first, min(width, max(true_size - first, 0)), true_size
+        return vocab_parallel.columns(width, self.vocab_size, self.shard)
 
     def columns_on_device(self, width: int) -> tuple[int, Tensor | None]:
         """Columns of which a shard on the device, if there is one, takes a part: no wait."""

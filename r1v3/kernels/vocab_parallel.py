@@ -38,6 +38,11 @@ def group_size(name: str) -> int:
     return dist.get_world_size(process_group(name)) if name else 1
 
 
+def group_rank(name: str) -> int:
+    """This process in the group of this name."""
+    return dist.get_rank(process_group(name))
+
+
 def shard_bounds(width: int, vocab_size: int | None, name: str, device: torch.device) -> Tensor:
     """int64 [2] on `device`: this shard's first token id and the true vocabulary size.
 
@@ -55,6 +60,29 @@ def shard_bounds(width: int, vocab_size: int | None, name: str, device: torch.de
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             known[key] = bounds
     return bounds.clone()  # an op's results share memory with nothing
+
+
+def columns(width: int, vocab_size: int | None, shard: Tensor) -> tuple[int, int, int]:
+    """First token id here, number of columns that take part, and the true vocabulary size.
+
+    A shard from `shard_bounds` on a device is waited for.
+    """
+    if shard.numel() == 0:
+        vocab = width if vocab_size is None else vocab_size
+        return 0, vocab, vocab
+    first, true_size = shard.tolist()
+    return first, min(width, max(true_size - first, 0)), true_size
+
+
+def gather_columns(x: Tensor, name: str) -> Tensor:
+    """[n, width] of each rank -> [n, sum of widths] on all of them; widths may differ."""
+    group = process_group(name)
+    widths = torch.full((dist.get_world_size(group),), x.shape[1], device=x.device)
+    dist.all_gather(list(widths.split(1)), widths[:1].clone(), group=group)
+    known = widths.tolist()
+    padded = torch.nn.functional.pad(x, (0, max(known) - x.shape[1]))
+    parts = gather_statistics(padded, name)
+    return torch.cat([part[:, :w] for part, w in zip(parts, known, strict=True)], 1)
 
 
 def _exchange_widths(

@@ -10,7 +10,7 @@ from r1v3.data.batch import Batch
 from r1v3.data.encoding import collate
 from r1v3.data.thoughts import follow_tags, inside_tag
 from r1v3.engine.contract import Decoder
-from r1v3.kernels import ban_tokens_, logprobs_and_entropy
+from r1v3.kernels import sample_tokens
 from r1v3.ranks import ALONE, Ranks
 from r1v3.rollout.contract import Request, Rollout, Sampling, ThoughtClosing, TokenRules, join
 
@@ -139,22 +139,15 @@ def _emit(
 ) -> Tensor:
     """Choose, record and return the next token of every active row."""
     rows = state.active
-    if len(banned):
-        ban_tokens_(logits, banned)
-    if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        scaled = torch.log_softmax(logits / sampling.temperature, -1)
-        tokens = draw(scaled, state.uniforms[rows, step])
-    forced, closers = _forced_tokens(state, step, sampling, rules.closing)
-    tokens = torch.where(forced, closers, tokens)
-    logprobs, entropy = logprobs_and_entropy(
-        logits, tokens, temperature=sampling.temperature or 1.0
-    )
+    forced = _forced_tokens(state, step, sampling, rules.closing)
+    tokens, logprobs, entropy = sample_tokens(
+        logits, state.uniforms[rows, step], temperature=sampling.temperature, banned=banned,
+        forced=forced,
+    )  # fmt: skip
     fresh = ~state.finished[rows]
     state.ids[rows, step] = torch.where(fresh, tokens, state.ids[rows, step])
     state.mask[rows, step] = fresh
-    state.sampled[rows, step] = fresh & ~forced
+    state.sampled[rows, step] = fresh & (forced < 0)
     state.logprobs[rows, step] = torch.where(fresh, logprobs, 0.0)
     state.entropy[rows, step] = torch.where(fresh, entropy, 0.0)
     if sampling.budget is not None:
@@ -163,10 +156,8 @@ def _emit(
     return tokens
 
 
-def _forced_tokens(
-    state: _State, step: int, sampling: Sampling, closing: ThoughtClosing
-) -> tuple[Tensor, Tensor]:
-    """The active rows whose thought is being closed at this step, and the token for each."""
+def _forced_tokens(state: _State, step: int, sampling: Sampling, closing: ThoughtClosing) -> Tensor:
+    """The token of every active row whose thought is being closed at this step, -1 elsewhere."""
     rows = state.active
     if sampling.budget is not None:
         due = (state.due[rows] == step) & ~state.closed[rows]
@@ -182,7 +173,7 @@ def _forced_tokens(
     done = position + 1 >= len(closing.forced)
     state.forcing[rows] = torch.where(forced & ~done, position + 1, -1)
     state.closed[rows] |= forced & done
-    return forced, tokens
+    return torch.where(forced, tokens, -1)
 
 
 def _note_tags(state: _State, step: int, budget: int, closing: ThoughtClosing) -> None:
@@ -196,15 +187,3 @@ def _note_tags(state: _State, step: int, budget: int, closing: ThoughtClosing) -
             state.closed[row] = closed
         if reopened:
             state.due[row] = min(step + 1 + budget, state.last_closing)
-
-
-def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one id per row of log-probs [N, V] by inverse CDF, from uniforms [N] in [0, 1).
-
-    Every row uses its own random number, so that a completion does not depend on the other rows
-    of the batch.
-    """
-    cumulative = logprobs.double().exp().cumsum(-1)
-    threshold = uniform.double().unsqueeze(-1) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    return index.clamp(max=logprobs.shape[-1] - 1)

@@ -105,10 +105,8 @@ def test_answers_are_graded_against_their_own_question(
     words = tiny.tokenizer()
     right = QUESTIONS[0].ground_truth
     ids = words.encode(f"So.\n</think>\n\n\\boxed{{{right}}}", add_special_tokens=False)
-    script = iter([*ids, words.convert_tokens_to_ids(TURN_END)])
-    monkeypatch.setattr(
-        local, "draw", lambda logprobs, uniform: torch.full((len(logprobs),), next(script))
-    )
+    script = [*ids, words.convert_tokens_to_ids(TURN_END)]
+    monkeypatch.setattr(local, "sample_tokens", tiny.draws_of(script))
     found = answered(policy, repeats=2, sampling=Sampling(1.0, 40))
     wanted = [
         accuracy_reward(f"\\boxed{{{right}}}", s.ground_truth, options=s.options) for s in QUESTIONS

@@ -15,6 +15,7 @@ from r1v3.kernels import (
     group_advantages,
     grpo_loss,
     logprobs_and_entropy,
+    sample_tokens,
     selective_log_softmax,
 )
 from tests.kernels.conftest import INTERPRETED
@@ -77,6 +78,21 @@ def test_in_place_ban_in_a_graph() -> None:
     x = torch.zeros(2, 6)
     assert torch.equal(step(x, torch.tensor([1, 4])), torch.tensor([4.0, 4.0]))
     assert (x[:, [1, 4]] == -torch.inf).all()
+
+
+def test_sampling_in_a_graph() -> None:
+    """Fails on a graph break, another draw than in eager mode, or a compile per temperature."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x, u, t: sample_tokens(x, u, temperature=t, top_k=5), fullgraph=True, backend=counter
+    )
+    for n in (10, 12, 20):
+        for temperature in (1.0, 0.7, 0.35):
+            x, uniforms = torch.randn(n, 32), torch.rand(n)
+            got = compiled(x, uniforms, temperature)
+            wanted = sample_tokens(x, uniforms, temperature=temperature, top_k=5)
+            assert all(map(torch.equal, got, wanted))
+    assert counter.frame_count <= 3
 
 
 def test_group_lengths_in_a_graph() -> None:

@@ -15,6 +15,7 @@ from r1v3.kernels import (
     linear_logprobs_and_entropy,
     logits_grpo_loss,
     logprobs_and_entropy,
+    sample_tokens,
     selective_log_softmax,
 )
 from tests.kernels.conftest import INTERPRETED
@@ -55,6 +56,7 @@ def steps(device: torch.device) -> dict[str, Step]:
         "loss of logits": lambda x: with_gradient(x, loss_of_logits),
         "advantages": lambda x: [group_advantages(x[:, 0], 3)],
         "advantages of ids": lambda x: [group_advantages(x[:, 0], ids)],
+        "sample": lambda x: [*sample_tokens(x, x[:, 0].sigmoid(), banned=ids, enabled=enabled)],
         "ban": lambda x: [ban_tokens_(x.clone(), ids, enabled=enabled)],
         "head": lambda x: with_gradient(x, head),
     }

@@ -42,6 +42,12 @@ def logits_cases() -> dict[str, tuple[Any, ...]]:
         "logits_grpo without gradient": (x, None, *grpo),
         "scale_": (x.clone(), torch.tensor(2.0)),
         "with_gradient of logits": (torch.ones(()), leaf, torch.randn(6, 11), None, None),
+        "sample_tokens": (
+            x, torch.rand(6), scalar(0.7), ids, None, None, None, None, None, 9, "",
+        ),
+        "sample_tokens with everything": (
+            leaf, torch.rand(6), torch.rand(6), ids, ids > 3, ids - 1, 5, 0.9, 0.1, None, "",
+        ),
         "ban_tokens_": (x.clone(), ids, None, 0),
         "ban_tokens_ of enabled rows": (x.clone(), ids, ids > 3, 2),
     }  # fmt: skip

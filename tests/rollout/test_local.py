@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
 from r1v3.data.batch import Batch
@@ -16,7 +15,7 @@ from r1v3.engine.hf.decoder import DecodeCache, HFDecoder, prefill
 from r1v3.engine.hf.engine import HFEngine, response_hidden
 from r1v3.rollout import local
 from r1v3.rollout.contract import Rollout, Sampling, TokenRules, decode_texts
-from r1v3.rollout.local import draw, generate
+from r1v3.rollout.local import generate
 from tests import tiny
 
 WORDS = tiny.tokenizer()
@@ -83,10 +82,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | list[i
 
     def write(text: str | list[int]) -> None:
         ids = WORDS.encode(text, add_special_tokens=False) if isinstance(text, str) else text
-        given = iter([*ids, STOP])
-        monkeypatch.setattr(
-            local, "draw", lambda logprobs, uniform: torch.full((len(logprobs),), next(given))
-        )
+        monkeypatch.setattr(local, "sample_tokens", tiny.draws_of([*ids, STOP]))
 
     yield write
 
@@ -219,41 +215,6 @@ def test_greedy_records_the_models_own_distribution() -> None:
         logprobs, entropy = engine.head(as_batch(found, 1)).logprobs_and_entropy()
     assert torch.allclose(found.logprobs, logprobs, atol=1e-4)
     assert torch.allclose(found.entropy, entropy, atol=1e-4)
-
-
-def chi_square_is_plausible(ids: Tensor, probabilities: Tensor) -> bool:
-    counts = torch.bincount(ids, minlength=len(probabilities)).double()
-    expected = probabilities.double() * len(ids)
-    some = expected > 0
-    statistic = float(((counts - expected)[some] ** 2 / expected[some]).sum())
-    freedom = int(some.sum()) - 1
-    return abs(statistic - freedom) < 5 * math.sqrt(2 * freedom) and not counts[~some].any()
-
-
-def test_draws_follow_the_distribution() -> None:
-    logits = torch.randn(50) * 1.5
-    logits[::7] = -math.inf
-    logprobs = torch.log_softmax(logits, -1)
-    n = 40_000
-    ids = draw(logprobs.expand(n, -1), torch.rand(n))
-    assert chi_square_is_plausible(ids, logprobs.exp())
-    flat = torch.full((50,), -math.log(50.0))
-    assert not chi_square_is_plausible(ids, flat.exp())  # the check can fail
-
-
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24, 0.5])
-def test_a_token_without_probability_is_never_drawn(uniform: float) -> None:
-    """Not at the ends of the interval either, where banned tokens come first or last."""
-    for alive in ([3], [0], [9], [2, 7]):
-        logprobs = torch.full((1, 10), -math.inf)
-        logprobs[0, alive] = -math.log(len(alive))
-        assert int(draw(logprobs, torch.tensor([uniform]))) in alive
-
-
-def test_a_draw_uses_its_own_number_alone() -> None:
-    logprobs, uniform = torch.log_softmax(torch.randn(6, 20), -1), torch.rand(6)
-    whole = draw(logprobs, uniform)
-    assert [int(draw(logprobs[i : i + 1], uniform[i : i + 1])) for i in range(6)] == whole.tolist()
 
 
 def forced_ids() -> list[int]:

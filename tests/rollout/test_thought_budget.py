@@ -61,10 +61,7 @@ class Silent:
 @pytest.fixture
 def locally(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int], Sampling], Rollout]:
     def sample(ids: list[int], sampling: Sampling) -> Rollout:
-        given = iter(ids)
-        monkeypatch.setattr(
-            local, "draw", lambda logprobs, uniform: torch.full((len(logprobs),), next(given))
-        )
+        monkeypatch.setattr(local, "sample_tokens", tiny.draws_of(ids))
         sampler = LocalSampler(Silent(), RULES)
         request = Request(tiny.an_example(0), tiny.some_questions(1)[0])
         return sampler.complete([request], sampling, generator=torch.Generator())
