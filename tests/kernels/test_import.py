@@ -9,7 +9,7 @@ import r1v3.kernels
 for name in ("megatron", "transformers", "vllm", "pydantic", "r1v3.trainer", "r1v3.model"):
     assert name not in sys.modules, name
 names = [n for n in dir(r1v3.kernels) if n in r1v3.kernels.__all__]
-assert sorted(names) == sorted(r1v3.kernels.__all__) and len(names) == 9, names
+assert sorted(names) == sorted(r1v3.kernels.__all__) and len(names) == 10, names
 """
 
 
