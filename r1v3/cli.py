@@ -205,6 +205,25 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command(
+    epilog="Example: r1v3 suite configs/suite/tiny.yaml data=LMUData samples=2    "
+    "Again, without asking: r1v3 suite configs/suite/tiny.yaml --score"
+)
+def suite(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    score: Annotated[
+        bool, typer.Option("--score", help="Ask nothing; score the answers that are there.")
+    ] = False,
+) -> None:
+    """Run and score the report's public benchmarks; started again, it asks what is missing."""
+    with _friendly():
+        from r1v3.config import Suite, load
+        from r1v3.suite.run import run_suite
+
+        run_suite(load(Suite, config, overrides or []), score_only=score)
+
+
+@app.command(
     epilog="Example: r1v3 generate --checkpoint runs/demo-1 --image digits.png "
     '--question "Compute the result." --mode slow --budget 40'
 )

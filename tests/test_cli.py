@@ -13,7 +13,9 @@ from r1v3.cli import app
 from r1v3.doctor import Check
 from tests.tiny_run import Outcome, finished, home, succeed, verb
 
-VERBS = ("demo", "data", "sft", "grpo", "connector", "select", "eval", "generate", "report")
+VERBS = (
+    *("demo", "data", "sft", "grpo", "connector", "select", "eval", "suite", "generate", "report"),
+)
 RUNNER = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"})
 
 

@@ -17,6 +17,7 @@ from r1v3.config import (
     Pictures,
     Section,
     Select,
+    Suite,
     Supervised,
     load,
     to_yaml,
@@ -36,6 +37,8 @@ def kind_of(path: Path) -> type[Section]:
     """By name; a file of another name by what it holds."""
     if path.stem in KINDS:
         return KINDS[path.stem]
+    if path.parent.name == "suite":
+        return Suite
     keys = yaml.safe_load(path.read_text())
     if "train_data" not in keys:
         return Data

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from r1v3.cli import app
-from r1v3.config import GRPO, SFT, Connector, Data, Evaluate, Section, Select, load
+from r1v3.config import GRPO, SFT, Connector, Data, Evaluate, Section, Select, Suite, load
 from r1v3.rewards import score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +21,7 @@ STAGES: dict[str, type[Section]] = {
     "connector": Connector,
     "select": Select,
     "eval": Evaluate,
+    "suite": Suite,
 }
 
 

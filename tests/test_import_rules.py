@@ -27,20 +27,26 @@ FORBIDDEN = {
     "rewards": ("torch", "transformers", "megatron", "vllm", "r1v3.kernels"),
     "data": (
         "r1v3.kernels", "r1v3.model", "r1v3.engine", "r1v3.rollout", "r1v3.trainer",
-        "r1v3.evaluation", "r1v3.plan", "r1v3.report",
+        "r1v3.evaluation", "r1v3.plan", "r1v3.report", "r1v3.suite",
     ),
     "model": (
         "r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.evaluation", "r1v3.plan",
-        "r1v3.report",
+        "r1v3.report", "r1v3.suite",
     ),
-    "engine": ("r1v3.rollout", "r1v3.trainer", "r1v3.evaluation", "r1v3.plan", "r1v3.report"),
-    "plan": ("r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.evaluation", "r1v3.report"),
-    "rollout": ("r1v3.trainer", "r1v3.evaluation", "r1v3.plan", "r1v3.report"),
-    "evaluation": ("r1v3.trainer", "r1v3.plan", "r1v3.report"),
+    "engine": (
+        "r1v3.rollout", "r1v3.trainer", "r1v3.evaluation", "r1v3.plan", "r1v3.report", "r1v3.suite",
+    ),
+    "plan": (
+        "r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.evaluation", "r1v3.report",
+        "r1v3.suite",
+    ),
+    "rollout": ("r1v3.trainer", "r1v3.evaluation", "r1v3.plan", "r1v3.report", "r1v3.suite"),
+    "evaluation": ("r1v3.trainer", "r1v3.plan", "r1v3.report", "r1v3.suite"),
+    "suite": ("r1v3.trainer", "r1v3.plan", "r1v3.report"),
     "report": (
-        "r1v3.model", "r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.plan",
+        "r1v3.model", "r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.plan", "r1v3.suite",
     ),
-    "trainer": ("r1v3.plan", "r1v3.report"),
+    "trainer": ("r1v3.plan", "r1v3.report", "r1v3.suite"),
 }  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "r1v3"} | set(sys.stdlib_module_names)
 # Importing these takes seconds, or fails where the package is optional.

@@ -32,6 +32,7 @@ from r1v3.config.stages import (
     Stage,
     Supervised,
 )
+from r1v3.config.suite import Judge, Suite
 
 __all__ = [
     "DEFAULT_PICTURES",
@@ -45,6 +46,7 @@ __all__ = [
     "Decoding",
     "DynamicSampling",
     "Evaluate",
+    "Judge",
     "LengthStep",
     "Modules",
     "Monitor",
@@ -57,6 +59,7 @@ __all__ = [
     "Section",
     "Select",
     "Stage",
+    "Suite",
     "Supervised",
     "Teacher",
     "load",

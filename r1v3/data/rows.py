@@ -149,7 +149,7 @@ def _images(images: Any, folder: Path) -> list[bytes]:
         ):
             continue
         try:
-            contents.append(_image_bytes(image, folder))
+            contents.append(image_bytes(image, folder))
         except ValueError as error:
             faults.append(f"images[{index}]: {error}")
     if faults:
@@ -168,7 +168,12 @@ def _fault(fault: Any) -> str:
     return f"{key}: {message}" if key else message
 
 
-def _image_bytes(image: Any, folder: Path) -> bytes:
+def image_bytes(image: Any, folder: Path) -> bytes:
+    """The encoded picture that a value of `images` stands for; see `parse_row`.
+
+    Raises:
+        ValueError: it stands for none.
+    """
     if isinstance(image, bytes):
         return image
     if isinstance(image, dict):

@@ -80,6 +80,11 @@ def wilson_interval(p: float, n: float, z: float) -> tuple[float, float]:
     return min(max(center - half, 0.0), p), max(min(center + half, 1.0), p)
 
 
+def zero_event_bound(trials: int) -> float:
+    """Return Wilson's upper bound for the probability of what was never seen in `trials`."""
+    return wilson_interval(0.0, trials, _quantile(trials))[1]
+
+
 def score(correct: ArrayLike, tokens: ArrayLike) -> Score:
     """Return Avg@K with a 95 % interval clustered by question.
 
@@ -132,7 +137,7 @@ def paired_gain(a: ArrayLike, b: ArrayLike) -> Gain:
     difference = second.mean(axis=1) - first.mean(axis=1)
     mean = float(difference.mean())
     if np.ptp(difference) == 0:
-        half = wilson_interval(0.0, questions, _quantile(questions))[1]
+        half = zero_event_bound(questions)
     else:
         half = _quantile(questions) * float(difference.std(ddof=1)) / math.sqrt(questions)
     samples = min(first.shape[1], second.shape[1])

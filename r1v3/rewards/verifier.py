@@ -163,7 +163,7 @@ class LLMVerifier:
 
         Equal triples are asked once, and not again in later calls once they have a verdict.
         """
-        bodies = [self._body(*item) for item in items]
+        bodies = [self.request_body(*item) for item in items]
         verdicts: dict[str, Verdict] = {}
         with self._lock:
             for body in bodies:
@@ -184,7 +184,8 @@ class LLMVerifier:
                 self._cache.popitem(last=False)
         return results
 
-    def _body(self, question: str, ground_truth: str, answer: str | None) -> str | None:
+    def request_body(self, question: str, ground_truth: str, answer: str | None) -> str | None:
+        """The request for a verdict as JSON, or None where there is no answer to judge."""
         if not answer:
             return None
         request = {

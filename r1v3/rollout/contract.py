@@ -26,12 +26,21 @@ class Request:
         thinking: whether the prompt opens a thought, as it did when `example` was encoded.
         pictures: how the images were decoded for `example`; a sampler that is given images gets
             these pixels.
+        seed: of this prompt's own random numbers, below 2**48, so that its completions do not
+            depend on what else is asked; None takes them from the generator of the call.
+        max_tiles: most tiles of a picture in `example`, where that is not the model's own number.
     """
 
     example: Example
     sample: Sample
     thinking: bool = True
     pictures: Pictures = DEFAULT_PICTURES
+    seed: int | None = None
+    max_tiles: int | None = None
+
+    def own_generator(self) -> torch.Generator | None:
+        """The source of this prompt's random numbers, at its beginning."""
+        return None if self.seed is None else torch.Generator().manual_seed(self.seed)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ class LocalSampler:
     ) -> Rollout:
         """See `contract.Sampler.complete`."""
         uniforms = torch.rand(len(requests) * group_size, sampling.max_tokens, generator=generator)
+        for i, request in enumerate(requests):
+            if (own := request.own_generator()) is not None:
+                rows = uniforms[i * group_size : (i + 1) * group_size]
+                torch.rand(rows.shape, generator=own, out=rows)
         mine, rollout = self.replicas.shard(len(requests)), None
         if len(mine):
             examples = [requests[i].example for i in mine]

@@ -45,7 +45,7 @@ from r1v3.rollout.completions import (
     complete_thoughts,
 )
 from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
-from r1v3.rollout.vllm_protocol import check_sampling, picture_name, placeholder_of
+from r1v3.rollout.vllm_protocol import check_sampling, picture_name, placeholder_of, tiling
 from r1v3.rollout.weights import buckets, in_layout
 
 _BAN = -100.0
@@ -177,6 +177,10 @@ class ColocatedVLLM:
         # The completions of greedy decoding are one, and vLLM wants to be asked for one.
         count = group_size if sampling.temperature > 0 else 1
         seeds = torch.randint(0, 2**48, (len(requests), 1 + count), generator=generator).tolist()
+        for i, request in enumerate(requests):
+            if (own := request.own_generator()) is not None:
+                later = torch.randint(0, 2**48, (count,), generator=own).tolist()
+                seeds[i] = [request.seed or 0, *later]
         # Each copy completes its part of the prompts; its ranks do so together.
         copy, copies = self.ranks.rank // self.tensor, self.ranks.size // self.tensor
         mine = shard_range(len(requests), copy, copies)
@@ -278,9 +282,15 @@ class ColocatedVLLM:
         if images:
             step = -1 if self.step is None else self.step
             pixels = [decode_picture(data, request.pictures) for data in images]
-            names = [picture_name(data, request.pictures, step) for data in images]
+            names = [
+                picture_name(data, request.pictures, step, request.max_tiles) for data in images
+            ]
             prompt["multi_modal_data"] = {"image": pixels}
             prompt["multi_modal_uuids"] = {"image": names}
+            if request.max_tiles is not None:
+                prompt["mm_processor_kwargs"] = tiling(
+                    request.max_tiles, placeholder_of(self._model_folder)
+                )
         return prompt
 
     def _read(

@@ -130,20 +130,26 @@ def placeholder_of(model_folder: Path) -> str:
     return IMAGE_PLACEHOLDER if is_original(read_config(model_folder)) else IMAGE_CONTEXT
 
 
-def picture_name(data: bytes, pictures: Pictures, step: int) -> str:
-    """Return a name for the pixels of a picture and the vision tower of this step."""
-    return f"{hashlib.sha256(data).hexdigest()[:32]}-{pictures.ground}-{step}"
+def tiling(max_tiles: int, placeholder: str) -> dict[str, int]:
+    """Return the setting of vLLM's picture processor for a prompt with its own number of tiles."""
+    return {"max_dynamic_patch" if placeholder == IMAGE_PLACEHOLDER else "max_patches": max_tiles}
 
 
-def _picture_part(data: bytes, pictures: Pictures, step: int) -> dict[str, Any]:
+def picture_name(data: bytes, pictures: Pictures, step: int, max_tiles: int | None = None) -> str:
+    """Return a name for the tiles of a picture and the vision tower of this step."""
+    own = "" if max_tiles is None else f"-{max_tiles}"
+    return f"{hashlib.sha256(data).hexdigest()[:32]}-{pictures.ground}-{step}{own}"
+
+
+def _picture_part(data: bytes, request: Request, step: int) -> dict[str, Any]:
     """A picture as the trainer decodes it: lossless, without transparency or rotation tags."""
-    file = io.BytesIO()
+    file, pictures = io.BytesIO(), request.pictures
     decode_picture(data, pictures).save(file, "PNG", compress_level=1)
     address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
     return {
         "type": "image_url",
         "image_url": {"url": address},
-        "uuid": picture_name(data, pictures, step),
+        "uuid": picture_name(data, pictures, step, request.max_tiles),
     }
 
 
@@ -164,7 +170,7 @@ def chat_call(
     for message in request.sample.prompt:
         text, content = message["content"], []
         for _ in range(text.count(IMAGE_PLACEHOLDER)):
-            content.append(_picture_part(next(images), request.pictures, step))
+            content.append(_picture_part(next(images), request, step))
         text = text.replace(IMAGE_PLACEHOLDER, placeholder)
         parts = [*content, {"type": "text", "text": text}]
         messages.append({"role": message["role"], "content": parts if content else text})
@@ -175,6 +181,8 @@ def chat_call(
         "chat_template_kwargs": {"enable_thinking": request.thinking},
         **_settings(sampling, rules, count=count, max_tokens=max_tokens, seed=seed),
     }
+    if request.max_tiles is not None:
+        body["mm_processor_kwargs"] = tiling(request.max_tiles, placeholder)
     prompt = request.example.prompt_ids
     banned = frozenset(ban_list(sampling, rules))
     return Call("/v1/chat/completions", body, prompt, count, max_tokens, banned)

@@ -138,6 +138,11 @@ class VLLMServers:
         count = group_size if sampling.temperature > 0 else 1
         seeds = _seeds(len(requests), generator)
         later_seeds = _seeds(0 if budget is None else len(requests) * count, generator)
+        for i, request in enumerate(requests):
+            if (own := request.own_generator()) is not None:
+                seeds[i] = request.seed or 0
+                if later_seeds:
+                    later_seeds[i * count : (i + 1) * count] = _seeds(count, own)
 
         def sample() -> list[Completion]:
             length = sampling.max_tokens if budget is None else budget

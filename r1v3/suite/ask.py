@@ -1,0 +1,216 @@
+"""Asks a policy the questions of a benchmark that have no answers yet.
+
+Questions are taken in windows of a few batches, in file order: their pictures are read, they are
+encoded, and batches are formed in order of prompt length. Every question has random numbers of its
+own, so that an answer depends neither on the batch nor on what was asked before.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+
+from r1v3.config import Suite
+from r1v3.data.encoding import encode_sample
+from r1v3.data.images import TruncatedImage
+from r1v3.data.lengths import PositionLimit
+from r1v3.data.sample import Sample
+from r1v3.evaluation.policy import Policy, mode_sampling
+from r1v3.ranks import Ranks
+from r1v3.rollout.contract import Request, Rollout
+from r1v3.suite.answers import Answer, AnswerFile, Finish
+from r1v3.suite.question import Question
+from r1v3.suite.table import Table, pictures
+
+WINDOW_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question and where its row is: the number of its table and of its row in it."""
+
+    question: Question
+    table: int
+    row: int
+
+
+def question_seed(seed: int, benchmark: str, row: str) -> int:
+    """The seed of a question's random numbers, the same in every mode: gains are paired."""
+    digest = hashlib.sha256(f"{seed}\0{benchmark}\0{row}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+class Asker:
+    """Asks in one mode.
+
+    Args:
+        limit: positions of the model.
+        ranks: processes that answer together; the first one writes.
+    """
+
+    def __init__(
+        self, config: Suite, policy: Policy, limit: PositionLimit, ranks: Ranks, mode: str
+    ) -> None:
+        self.config, self.policy, self.limit, self.ranks = config, policy, limit, ranks
+        self.sampling, self.thinking = mode_sampling(
+            config.decoding, config.monitor.words, policy.tokenizer, mode
+        )
+
+    def ask(
+        self,
+        benchmark: str,
+        asked: Sequence[Asked],
+        tables: Sequence[Table],
+        answers: AnswerFile,
+        notify: Callable[[int], None],
+    ) -> None:
+        """Ask what is missing and append it to the file, batch by batch.
+
+        Args:
+            notify: told after each batch how many samples it brought.
+
+        Raises:
+            ValueError: a prompt does not fit the model, or a picture cannot be read; names the row.
+        """
+        wanted = set(range(self.config.samples))
+        have = self.ranks.on_main(answers.samples)
+        missing = [one for one in asked if wanted - have.get(one.question.id, set())]
+        window = WINDOW_BATCHES * self.config.batch_prompts
+        held: list[tuple[Question, list[bytes]]] = []
+        for question, images in _with_pictures(missing, tables):
+            held.append((question, images))
+            if len(held) == window:
+                self._ask_window(benchmark, held, have, answers, notify)
+                held = []
+        if held:
+            self._ask_window(benchmark, held, have, answers, notify)
+
+    def _ask_window(
+        self,
+        benchmark: str,
+        held: Sequence[tuple[Question, list[bytes]]],
+        have: dict[str, set[int]],
+        answers: AnswerFile,
+        notify: Callable[[int], None],
+    ) -> None:
+        ready: list[tuple[Question, Request]] = []
+        for question, images in held:
+            request = self._request(benchmark, question, images)
+            if isinstance(request, Request):
+                ready.append((question, request))
+            else:
+                self._keep(self._unasked(benchmark, question, request), have, answers, notify)
+        ready.sort(key=lambda pair: len(pair[1].example.prompt_ids))
+        size = self.config.batch_prompts
+        for start in range(0, len(ready), size):
+            batch = ready[start : start + size]
+            rollout, texts = self.policy.complete(
+                [request for _, request in batch],
+                self.sampling,
+                generator=torch.Generator().manual_seed(self.config.seed),
+                group_size=self.config.samples,
+            )
+            self._keep(self._read(batch, rollout, texts), have, answers, notify)
+
+    def _request(
+        self, benchmark: str, question: Question, images: Sequence[bytes]
+    ) -> Request | Finish:
+        """The request, or why the question cannot be asked."""
+        shape = self.policy.shape
+        shown = len(question.pictures)
+        budget = self.config.row_tiles or shape.max_tiles
+        tiles = min(shape.max_tiles, max(1, budget // max(shown, 1)))
+        if tiles < shape.max_tiles:
+            shape = replace(shape, max_tiles=tiles, min_tiles=min(shape.min_tiles, tiles))
+        try:
+            sample = _sample(benchmark, question, images)
+            example = encode_sample(sample, self.policy.tokenizer, shape, thinking=self.thinking)
+        except TruncatedImage as error:
+            if self.config.pictures.truncated == "skip":
+                return "truncated picture"
+            raise ValueError(f"{benchmark} row {question.id}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{benchmark} row {question.id}: {error}") from error
+        excess = self.limit.excess(len(example.prompt_ids), 0)
+        if excess is not None:
+            if self.limit.too_long == "drop":
+                return "too long"
+            raise ValueError(
+                f"{benchmark} row {question.id}: {excess}, but the model has "
+                f"{self.limit.positions} positions; lower decoding.max_tokens or row_tiles, or set "
+                "too_long=drop, which counts such rows as not answered"
+            )
+        return Request(
+            example,
+            sample,
+            self.thinking,
+            shape.pictures,
+            question_seed(self.config.seed, benchmark, question.id),
+            tiles if tiles < self.policy.shape.max_tiles else None,
+        )
+
+    def _unasked(self, benchmark: str, question: Question, why: Finish) -> list[Answer]:
+        seed = question_seed(self.config.seed, benchmark, question.id)
+        return [Answer(question.id, k, seed, "", 0, why) for k in range(self.config.samples)]
+
+    def _read(
+        self, batch: Sequence[tuple[Question, Request]], rollout: Rollout, texts: Sequence[str]
+    ) -> list[Answer]:
+        lengths = rollout.mask.sum(1).tolist()
+        sampled = rollout.sampled.sum(1).clamp(min=1)
+        entropies = (rollout.entropy.where(rollout.sampled, 0.0).sum(1) / sampled).tolist()
+        found = []
+        for i, (question, request) in enumerate(batch):
+            for k in range(self.config.samples):
+                row = i * self.config.samples + k
+                known = math.isfinite(entropies[row])
+                found.append(
+                    Answer(
+                        question.id,
+                        k,
+                        request.seed or 0,
+                        texts[row],
+                        lengths[row],
+                        "stop" if rollout.finished[row] else "length",
+                        round(entropies[row], 4) if known else None,
+                    )
+                )
+        return found
+
+    def _keep(
+        self,
+        found: Sequence[Answer],
+        have: dict[str, set[int]],
+        answers: AnswerFile,
+        notify: Callable[[int], None],
+    ) -> None:
+        new = [answer for answer in found if answer.sample not in have.get(answer.row, set())]
+        self.ranks.on_main(lambda: answers.append(new))
+        notify(len(new))
+
+
+def _with_pictures(
+    asked: Sequence[Asked], tables: Sequence[Table]
+) -> Iterator[tuple[Question, list[bytes]]]:
+    """Questions in file order with the pictures that they show."""
+    for number, group in groupby(asked, key=lambda one: one.table):
+        by_row = {one.row: one.question for one in group}
+        for row, images in pictures(tables[number], list(by_row)):
+            question = by_row[row]
+            yield question, [images[i] for i in question.pictures]
+
+
+def _sample(benchmark: str, question: Question, images: Sequence[bytes]) -> Sample:
+    return Sample.model_validate(
+        {
+            "data_source": f"r1v3/suite/{benchmark}",
+            "prompt": [{"role": "user", "content": question.prompt}],
+            "images": list(images),
+            "ability": None,
+            "reward_model": {"style": "rule", "ground_truth": question.gold},
+            "extra_info": {"index": question.id},
+        }
+    )
