@@ -33,6 +33,7 @@ class Benchmark:
         rule: verdicts of the report's protocol.
         kit_rule: verdicts of VLMEvalKit's rules; None for a benchmark that it does not have.
         kit_name: the name of the data set in VLMEvalKit.
+        judged: whether a judge is asked for what rules cannot tell.
         check: raises ValueError for a partial set, naming what it lacks.
         grouping: the score in the first column.
         views: further scores, by name.
@@ -48,6 +49,7 @@ class Benchmark:
     rule: Rule = answer_rule
     kit_rule: Rule | None = None
     kit_name: str | None = None
+    judged: bool = True
     check: Callable[[Sequence[Question]], None] = complete_as_it_is
     grouping: Grouping = each_question
     views: Mapping[str, Grouping] = field(default_factory=dict)

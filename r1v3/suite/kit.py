@@ -51,10 +51,18 @@ def infer_option(text: str, options: Sequence[str]) -> str | None:
 
 def choice_rule(question: Question, response: Response) -> bool | None:
     """Multiple choice; open questions have the options gold and "Other Answers", as MMMU's."""
-    options = question.options or (question.gold, "Other Answers")
-    gold = question.gold if question.options else "A"
-    found = infer_option(response.final, options)
+    if question.options:
+        found, gold = infer_option(response.final, question.options), question.gold
+    elif question.gold in LETTERS:  # the options are in the picture
+        found, gold = infer_letter(response.final, LETTERS[:10]), question.gold
+    else:
+        found, gold = infer_option(response.final, (question.gold, "Other Answers")), "A"
     return None if found is None else found == gold
+
+
+def known_choice_rule(question: Question, response: Response) -> bool | None:
+    """Multiple choice; a judge is asked about open questions."""
+    return choice_rule(question, response) if question.options else None
 
 
 def yes_no_rule(question: Question, response: Response) -> bool | None:
@@ -63,11 +71,6 @@ def yes_no_rule(question: Question, response: Response) -> bool | None:
     if ("yes" in words) == ("no" in words):
         return None
     return ("yes" if "yes" in words else "no") == question.gold.strip().lower()
-
-
-def equal_text_rule(question: Question, response: Response) -> bool | None:
-    """The whole answer is the gold's text; else a judge is asked."""
-    return True if response.final == question.gold.strip() else None
 
 
 def judge_rule(question: Question, response: Response) -> bool | None:
@@ -115,3 +118,13 @@ def phyx_rule(question: Question, response: Response) -> bool | None:
     if found == gold or any(mark in text for mark in (f"{gold}:", f"{gold}**", f"**{gold}")):
         return True
     return None if found is None else False
+
+
+def seephys_rule(question: Question, response: Response) -> bool | None:
+    """Digits in answer tags, else what a phrase states up to its full stop, as equal text."""
+    text = response.final
+    tagged = re.search(r"<answer>\s*(\d+)\s*</answer>", text)
+    stated = re.search(r"(?:the final|The) answer is: (.+?)\.", text)
+    match = tagged or stated
+    found = match[1] if match else text
+    return True if found == question.gold else None

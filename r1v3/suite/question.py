@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from r1v3.data.sample import IMAGE_PLACEHOLDER
@@ -10,7 +10,8 @@ from r1v3.data.tokenizer import SPECIAL_TOKENS
 from r1v3.rewards.extract import THINK_CLOSE, extract_answer, final_text
 
 _LITERALS = (IMAGE_PLACEHOLDER, *SPECIAL_TOKENS)
-_NAMED_PICTURE = re.compile(r"<image (\d{1,2})>")
+_NAMED_PICTURE = re.compile(r"(<image[ _]\d{1,2}>)")
+_LETTERED_LINE = re.compile(r"^\s*\(?([A-J])\s*[.:)]\s*(\S.*?)\s*$", re.MULTILINE)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -40,6 +41,10 @@ class Question:
     unit: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     cells: Mapping[str, str] = field(default_factory=dict)
+
+    def told(self, text: str) -> "Question":
+        """The same with another text for the judge."""
+        return replace(self, text=text)
 
 
 @dataclass(frozen=True)
@@ -77,19 +82,19 @@ def in_front(text: str, pictures: int) -> tuple[str, tuple[int, ...]]:
 def in_place(text: str, pictures: int) -> tuple[str, tuple[int, ...]]:
     """The prompt with pictures where the text names them, and their order.
 
-    `<image 2>` is the second picture; one that is named twice is shown twice, and those that are
-    not named stand in front. A name of a picture that the row does not have is left as text.
+    `<image 2>` or `<image_2>` is the second picture; one that is named twice is shown twice, and
+    those that are not named stand in front. A name of a picture that the row does not have is left
+    as text.
     """
     order: list[int] = []
     parts = []
     for i, part in enumerate(_NAMED_PICTURE.split(text)):
-        if i % 2 == 0:
-            parts.append(escape(part))
-        elif 1 <= int(part) <= pictures:
-            order.append(int(part) - 1)
+        number = int(part[7:-1]) if i % 2 else 0
+        if 1 <= number <= pictures:
+            order.append(number - 1)
             parts.append(IMAGE_PLACEHOLDER)
         else:
-            parts.append(f"<image {part}>")
+            parts.append(part if number else escape(part))
     rest = [i for i in range(pictures) if i not in order]
     return f"{IMAGE_PLACEHOLDER}\n" * len(rest) + "".join(parts), (*rest, *order)
 
@@ -102,6 +107,17 @@ def option_cells(cells: Mapping[str, str]) -> tuple[str, ...]:
             break
         found.append(cells[letter])
     return tuple(found)
+
+
+def options_in(text: str) -> tuple[str, ...]:
+    """Texts of options that stand in a question, a line each: `A. 12`, `B: 14`, `(C) 16`."""
+    found: list[str] = []
+    for letter, option in _LETTERED_LINE.findall(text):
+        if letter == LETTERS[len(found)]:
+            found.append(option)
+        elif letter == "A":
+            found = [option]
+    return tuple(found) if len(found) > 1 else ()
 
 
 def with_options(question: str, options: Sequence[str], hint: str = "", request: str = "") -> str:

@@ -13,6 +13,7 @@ from r1v3.rewards.notation import tidy
 from r1v3.rewards.rules import judge
 from r1v3.suite.question import Question, Response
 
+_SHORT = 40
 _NUMBER = re.compile(r"[-+]?(?:\d{1,30}(?:,\d{3})*(?:\.\d{1,30})?|\.\d{1,30})%?")
 _ONE_LETTER = re.compile(r"\(?([A-Z])\)?\.?")
 _YES_OR_NO = re.compile(r"(?<![\w'])(yes|no)(?![\w'-])", re.IGNORECASE)
@@ -26,9 +27,12 @@ _CLOSING = re.compile(
 
 def answer_rule(question: Question, response: Response) -> bool | None:
     """Verdict on a letter, an option, a number, a formula or words."""
-    if response.answer is None:
+    answer = response.answer
+    if answer is None and len(response.final) < _SHORT and find_letters(response.final):
+        answer = response.final
+    if answer is None:
         return None if response.final else False
-    return agrees(response.answer, question.gold, question.options)
+    return agrees(answer, question.gold, question.options)
 
 
 def agrees(answer: str, gold: str, options: tuple[str, ...] = ()) -> bool | None:

@@ -35,7 +35,7 @@ from r1v3.suite.table import Table, read_table
 from r1v3.suite.tables import Record, sheets
 
 REPORT_TEMPERATURE, REPORT_TOKENS, REPORT_SAMPLES = 1.0, 16384, 5
-_WIDTH = 130  # of tables that go to a file
+_WIDTH = 140  # of tables that go to a file
 REPORT_JUDGE = "gpt-4o-2024-05-13"
 
 

@@ -110,7 +110,8 @@ def verdicts(
         response = Response(answer.text, thinking)
         verdict = rule(question, response)
         right[cell], no_verdict[cell] = verdict is True, verdict is None
-        if verdict is None and (shown := response.answer or response.final):
+        shown = response.answer or response.final
+        if verdict is None and shown and question.gold and benchmark.judged:
             open_cells.append(cell)
             items.append((question.text, question.gold, shown))
     if not there.all():

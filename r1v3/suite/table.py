@@ -8,6 +8,7 @@ streams through the file again.
 import ast
 import csv
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -212,10 +213,25 @@ def _parquet_pictures(values: dict[str, Any]) -> list[bytes]:
 
 def read_list(cell: str) -> tuple[str, ...]:
     """The texts of a cell that holds a list as Python or JSON writes it, else its text alone."""
-    try:
-        found = ast.literal_eval(cell)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return (cell,) if cell else ()
+    found = read_value(cell)
     if isinstance(found, list | tuple):
         return tuple(str(item) for item in found)
     return (cell,) if cell else ()
+
+
+def read_mapping(cell: str) -> dict[str, Any]:
+    """The entries of a cell that holds a mapping as Python or JSON writes it; else none."""
+    found = read_value(cell)
+    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def read_value(cell: str) -> Any:
+    """The value that a cell holds as JSON or Python writes it, else None."""
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None

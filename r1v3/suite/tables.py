@@ -68,9 +68,9 @@ class Sheet:
 
     def show(self, console: Console) -> None:
         """Print the table."""
-        table = RichTable(title=self.title, title_justify="left", box=SIMPLE, pad_edge=False)
+        table = RichTable(title=self.title, title_justify="left", box=SIMPLE, padding=(0, 0))
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i in (0, 3))
         for row in self.rows:
             table.add_row(*map(escape, row))
         console.print(table)

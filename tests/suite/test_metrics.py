@@ -67,6 +67,10 @@ def test_hallusionbench_is_the_mean_of_three() -> None:
         ("mmbench", "3000007", "question 7"),
         ("hallusionbench", "set_VD_chart_0_1_0", "set chart_0"),
         ("hallusionbench", "set_VD_chart_1_2_2", "set chart_1"),
+        ("wemath", "0", "2steps 10"),
+        ("wemath", "5", "2steps 11"),
+        ("wemath", "8", "3steps 10"),
+        ("wemath", "9", "3steps 10"),
     ],
 )
 def test_a_partial_set_is_refused_by_name(key: str, lacking: str, named: str) -> None:
@@ -75,6 +79,32 @@ def test_a_partial_set_is_refused_by_name(key: str, lacking: str, named: str) ->
     BENCHMARKS[key].check(questions(key))
     with pytest.raises(ValueError, match=named):
         BENCHMARKS[key].check(asked)
+
+
+# 2steps 10, rows 0 to 2; 2steps 11, rows 3 to 5; 3steps 10, rows 6 to 9: the last one is the whole.
+@pytest.mark.parametrize(
+    ("wrong", "strict", "loose"),
+    [
+        ((), 3, 3),
+        (("0",), 2, 3),  # one of two steps wrong: by rote if strict, mastered if loose
+        (("0", "1"), 2, 2),  # both wrong and the whole right: by rote in both
+        (("2",), 2.5, 2.5),  # the whole alone is wrong: inadequate generalization
+        (("0", "2"), 2, 2),  # insufficient knowledge
+        (("0", "1", "2"), 2, 2),
+        (("6",), 2, 3),
+        (("6", "7", "8"), 2, 2),
+        (("9",), 2.5, 2.5),
+        (("2", "5", "9"), 1.5, 1.5),
+        (("7", "9"), 2, 2),
+        (("0", "3", "6"), 0, 3),
+    ],
+)
+def test_wemath_counts_composites(wrong: tuple[str, ...], strict: float, loose: float) -> None:
+    """Fails if rote memorization, generalization or knowledge is counted in another way, or over
+    525 composites that are not there."""
+    assert measured("wemath", *wrong).value == pytest.approx(strict / 3)
+    assert measured("wemath", *wrong, view="loose").value == pytest.approx(loose / 3)
+    assert measured("wemath", *wrong).units == 3
 
 
 def test_intervals_hold_their_score_and_narrow_with_units() -> None:

@@ -1,14 +1,44 @@
 """The benchmarks of table 1, in its order."""
 
 from r1v3.suite.benchmark import Benchmark
-from r1v3.suite.benchmarks import hallusionbench, mmbench, mmmu, mmstar
+from r1v3.suite.benchmarks import (
+    emma,
+    hallusionbench,
+    logicvista,
+    mathverse,
+    mathvision,
+    mathvista,
+    mmbench,
+    mme_reasoning,
+    mmk12,
+    mmmu,
+    mmmu_pro,
+    mmstar,
+    phyx,
+    seephys,
+    visulogic,
+    wemath,
+)
 
 BENCHMARKS: dict[str, Benchmark] = {
     one.key: one
     for one in (
         mmmu.BENCHMARK,
+        emma.BENCHMARK,
+        mmmu_pro.TEN_OPTIONS,
+        mmmu_pro.VISION,
+        mmk12.BENCHMARK,
         mmstar.BENCHMARK,
         mmbench.BENCHMARK,
         hallusionbench.BENCHMARK,
+        mathvista.BENCHMARK,
+        mathverse.BENCHMARK,
+        mathvision.BENCHMARK,
+        wemath.BENCHMARK,
+        visulogic.BENCHMARK,
+        logicvista.BENCHMARK,
+        mme_reasoning.BENCHMARK,
+        phyx.BENCHMARK,
+        seephys.BENCHMARK,
     )
 }
