@@ -218,9 +218,15 @@ def suite(
     """Run and score the report's public benchmarks; started again, it asks what is missing."""
     with _friendly():
         from r1v3.config import Suite, load
-        from r1v3.suite.run import run_suite
+        from r1v3.local_job import local_job
+        from r1v3.suite.run import run_suite, score_suite
 
-        run_suite(load(Suite, config, overrides or []), score_only=score)
+        loaded = load(Suite, config, overrides or [])
+        if score:
+            score_suite(loaded)
+            return
+        with local_job(loaded, run_suite, loaded):
+            run_suite(loaded)
 
 
 @app.command(

@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,31 +49,42 @@ class Loaded:
     asked: tuple[Asked, ...]
 
 
-def run_suite(config: Suite, *, score_only: bool = False) -> Record:
-    """Run the configured benchmarks in all modes; return what is written.
+def run_suite(config: Suite) -> Record | None:
+    """Ask what is missing in all modes, score all answers; return what is written.
 
-    Args:
-        score_only: ask nothing; score the answers that are there.
+    On other processes than the first one of a job it returns None.
 
     Raises:
         ValueError: a benchmark, a file or a row cannot be used; the message names it.
     """
-    config = resolve_max_tiles(config)
-    folder = data_folder(config)
-    chosen = [load_benchmark(one, folder, config) for one in chosen_benchmarks(config, folder)]
-    if score_only:
-        return _score(config, chosen)
     ranks = connect(config)
-    modes = [*config.modes, *(f"budget-{n}" for n in config.budgets)]
-    if any(_missing(config, one, mode) for one in chosen for mode in modes):
-        _ask(config, chosen, modes, ranks)
-    found: list[Record] = []
+    config = resolve_max_tiles(config)
+    chosen = _load_all(config, shown=ranks.is_main)
+    missing = ranks.on_main(
+        lambda: sum(_missing(config, one, mode) for one in chosen for mode in modes_of(config))
+    )
+    if missing:
+        _ask(config, chosen, ranks)
+    return _score(config, chosen) if ranks.is_main else None
 
-    def first() -> None:
-        found.append(_score(config, chosen))
 
-    ranks.on_main(first)
-    return found[0] if found else Record(config.name, config.protocol, None)
+def score_suite(config: Suite) -> Record:
+    """Score the answers that are there; see `run_suite`."""
+    config = resolve_max_tiles(config)
+    return _score(config, _load_all(config))
+
+
+def modes_of(config: Suite) -> list[str]:
+    """The modes of a configuration, in the order of its tables."""
+    return [*config.modes, *(f"budget-{n}" for n in config.budgets)]
+
+
+def _load_all(config: Suite, *, shown: bool = True) -> list[Loaded]:
+    folder = data_folder(config)
+    return [
+        load_benchmark(one, folder, config, shown=shown)
+        for one in chosen_benchmarks(config, folder)
+    ]
 
 
 def data_folder(config: Suite) -> Path:
@@ -106,8 +118,13 @@ def chosen_benchmarks(config: Suite, folder: Path) -> list[Benchmark]:
     return found
 
 
-def load_benchmark(benchmark: Benchmark, folder: Path, config: Suite) -> Loaded:
+def load_benchmark(
+    benchmark: Benchmark, folder: Path, config: Suite, *, shown: bool = True
+) -> Loaded:
     """Read the files of a benchmark and make its questions.
+
+    Args:
+        shown: print the hashes of the files.
 
     Raises:
         ValueError: a file is refused, lacks a column or holds a partial set; or an id comes twice.
@@ -116,7 +133,8 @@ def load_benchmark(benchmark: Benchmark, folder: Path, config: Suite) -> Loaded:
     for number, file in enumerate(benchmark.files):
         table = read_table(folder, file, allow_other=config.allow_other_files)
         state = {True: "published file", False: "NOT the published file", None: "no known hash"}
-        say(f"{table.path}: sha256 {table.sha256}, md5 {table.md5} ({state[table.official]})")
+        hashes = f"sha256 {table.sha256}, md5 {table.md5} ({state[table.official]})"
+        say(f"{table.path}: {hashes}", shown=shown)
         there = {name for row in table.rows for name in row.cells}
         if lacking := [column for column in benchmark.columns if column not in there]:
             raise ValueError(f"{table.path} has no column {', '.join(lacking)}")
@@ -189,7 +207,7 @@ def _missing(config: Suite, loaded: Loaded, mode: str) -> int:
     return sum(len(wanted - have.get(one.question.id, set())) for one in loaded.asked)
 
 
-def _ask(config: Suite, chosen: Sequence[Loaded], modes: Sequence[str], ranks: Ranks) -> None:
+def _ask(config: Suite, chosen: Sequence[Loaded], ranks: Ranks) -> None:
     assert config.model is not None
     tokenizer, model = load_tokenizer(config.model), load_config(config.model)
     limit = PositionLimit.of(model, config.too_long, config.decoding.max_tokens)
@@ -204,14 +222,14 @@ def _ask(config: Suite, chosen: Sequence[Loaded], modes: Sequence[str], ranks: R
     shape = model_image_shape(model, config.max_tiles, config.pictures)
     policy = Policy(sampler, tokenizer, shape)
     for loaded in chosen:
-        for mode in modes:
-            total = len(loaded.asked) * config.samples
-            done = total - _missing(config, loaded, mode)
-            if done == total:
+        for mode in modes_of(config):
+            missing = ranks.on_main(partial(_missing, config, loaded, mode))
+            if not missing:
                 continue
+            total = len(loaded.asked) * config.samples
             title = f"{loaded.benchmark.key} {mode}"
             asker = Asker(config, policy, limit, ranks, mode)
-            with progress_bar(title, total, done=done, shown=ranks.is_main) as bar:
+            with progress_bar(title, total, done=total - missing, shown=ranks.is_main) as bar:
                 asker.ask(
                     loaded.benchmark.key,
                     loaded.asked,
@@ -232,7 +250,7 @@ def _score(config: Suite, chosen: Sequence[Loaded]) -> Record:
     record = Record(config.name, config.protocol, named, config.compare)
     for loaded in chosen:
         key = loaded.benchmark.key
-        for mode in [*config.modes, *(f"budget-{n}" for n in config.budgets)]:
+        for mode in modes_of(config):
             answers = answer_file(config, loaded, mode)
             try:
                 outcomes = verdicts(

@@ -16,10 +16,18 @@ from r1v3.config import Suite, load
 from r1v3.rollout.local import LocalSampler
 from r1v3.suite.answers import Answer, AnswerFile
 from r1v3.suite.benchmarks import BENCHMARKS
-from r1v3.suite.run import run_suite
+from r1v3.suite.run import run_suite as run_or_nothing
+from r1v3.suite.run import score_suite
+from r1v3.suite.tables import Record
 from tests.suite.files import choice_rows, encoded, write_all, write_tsv
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_suite(settings: Suite) -> Record:
+    record = run_or_nothing(settings)
+    assert record is not None
+    return record
 
 
 def config(folder: Path, **changes: Any) -> Suite:
@@ -118,7 +126,7 @@ def test_a_score_of_part_of_the_answers_is_refused(tmp_path: Path) -> None:
     run_suite(config(tmp_path, benchmarks=["mmstar"]))
     path = answers_of(tmp_path, "mmstar")
     path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-1]))
-    record = run_suite(config(tmp_path, benchmarks=["mmstar"]), score_only=True)
+    record = score_suite(config(tmp_path, benchmarks=["mmstar"]))
     assert record.scores == {} and "1 of 6 answers" in record.incomplete["mmstar slow"]
 
 
@@ -224,9 +232,7 @@ def test_every_benchmark_is_asked_and_scored(tmp_path: Path) -> None:
     assert set(record.scores) == set(BENCHMARKS) and record.incomplete == {}
     for one in record.scores.values():
         assert 0 <= one["slow"].score.low <= one["slow"].score.high <= one["slow"].upper + 1
-    kit = run_suite(
-        config(tmp_path, samples=1, protocol="kit", **{"decoding.max_tokens": 4}), score_only=True
-    )
+    kit = score_suite(config(tmp_path, samples=1, protocol="kit", **{"decoding.max_tokens": 4}))
     assert set(kit.scores) == set(BENCHMARKS)
     written = {path.name for path in (tmp_path / "run" / "suite" / "kit").rglob("*.tsv")}
     names = {one.kit_name for one in BENCHMARKS.values()} - {None}

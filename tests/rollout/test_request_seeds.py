@@ -1,0 +1,57 @@
+"""Prompts with random numbers and a number of tiles of their own."""
+
+import torch
+
+from r1v3.config import Pictures
+from r1v3.data.encoding import encode_sample
+from r1v3.engine.hf.decoder import HFDecoder
+from r1v3.rollout.contract import Request, Sampling, TokenRules
+from r1v3.rollout.local import LocalSampler
+from r1v3.rollout.vllm_protocol import chat_call, picture_name
+from tests import tiny
+
+
+def requests(count: int, seeds: list[int | None]) -> list[Request]:
+    samples = tiny.some_questions(count)
+    return [
+        Request(encode_sample(sample, tiny.tokenizer(), tiny.SHAPE), sample, seed=seed)
+        for sample, seed in zip(samples, seeds, strict=True)
+    ]
+
+
+def test_a_seeded_prompt_is_answered_alike_in_any_company() -> None:
+    """Fails if a resumed evaluation answers otherwise than an uninterrupted one."""
+    sampler = LocalSampler(HFDecoder(tiny.model()), TokenRules.of(tiny.tokenizer()))
+    asked = requests(4, [11, 12, 13, None])
+    settings = Sampling(1.0, 8)
+
+    def ids(chosen: list[Request], seed: int, samples: int = 2) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        found = sampler.complete(chosen, settings, group_size=samples, generator=generator)
+        pairs = zip(found.response_ids.tolist(), found.mask.tolist(), strict=True)
+        return [[i for i, kept in zip(row, mask, strict=True) if kept] for row, mask in pairs]
+
+    together = ids(asked, 1)
+    assert ids(asked[2:3], 5) == together[4:6]
+    assert ids([asked[1], asked[0]], 7) == together[2:4] + together[:2]
+    assert ids(asked[:1], 3, samples=3)[:2] == together[:2]
+    assert ids(asked[3:], 1) != together[6:]
+
+
+def test_a_server_is_told_the_number_of_tiles() -> None:
+    """Fails if vLLM cuts more tiles than the prompt has places for, or reuses those of another
+    number of them."""
+    (request,) = requests(1, [5])
+    rules, data = TokenRules.of(tiny.tokenizer()), request.sample.images[0]
+    own = Request(request.example, request.sample, max_tiles=2)
+    for placeholder, name in (("<image>", "max_dynamic_patch"), ("<IMG_CONTEXT>", "max_patches")):
+        plain, told = (
+            chat_call(
+                one, Sampling(), rules, count=1, max_tokens=4, seed=0, step=1,
+                placeholder=placeholder,
+            ).body
+            for one in (request, own)
+        )  # fmt: skip
+        assert told["mm_processor_kwargs"] == {name: 2} and "mm_processor_kwargs" not in plain
+    names = {picture_name(data, Pictures(), 1, tiles) for tiles in (None, 1, 2)}
+    assert len(names) == 3
