@@ -1,5 +1,6 @@
 """Build r1v3._C from csrc/. Everything else about the package is in pyproject.toml.
 
+Without a C++ compiler the package is built without it: every op then runs its reference.
 R1V3_BUILD_CUDA=1 at build time also compiles csrc/cuda with the nvcc on PATH;
 R1V3_CUDA_ARCHS (default "80;90;100") chooses the architectures. Neither torch nor a GPU is needed.
 """
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 # Each instruction set is one object with its own flags, so the rest runs on any x86-64 or arm64.
 ISA_FLAGS = {
@@ -44,6 +47,12 @@ class BuildExtension(build_ext):
         self.force = True  # flags and R1V3_BUILD_CUDA leave no trace in the files' times
 
     def build_extension(self, ext: Pybind11Extension) -> None:
+        try:
+            self._build_objects(ext)
+        except FileNotFoundError as error:  # no compiler: setuptools goes on where ext.optional
+            raise CompileError(f"no C++ compiler: {error}") from error
+
+    def _build_objects(self, ext: Pybind11Extension) -> None:
         if BUILD_CUDA:
             ext.extra_objects += compile_cuda(Path(self.build_temp))
             ext.define_macros.append(("R1V3_WITH_CUDA", "1"))
@@ -55,6 +64,18 @@ class BuildExtension(build_ext):
                     extra_postargs=[*COMMON_FLAGS, *flags, "-std=c++17", "-fvisibility=hidden"],
                 )
         super().build_extension(ext)
+
+
+class BuildPackage(build_py):
+    """Adds what `r1v3 demo` reads: files that lie at the root of the repository."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shipped = Path(self.build_lib) / "r1v3" / "shipped"
+            for folder in ("assets", "configs"):
+                shutil.copytree(folder, shipped / folder, dirs_exist_ok=True)
+            shutil.copy("constraints.txt", shipped)
 
 
 def compile_cuda(build_dir: Path) -> list[str]:
@@ -87,5 +108,6 @@ extension = Pybind11Extension(
     extra_compile_args=[*COMMON_FLAGS, "-pthread"],
     extra_link_args=["-pthread", *(["-ldl", "-lrt"] if BUILD_CUDA else [])],
     depends=[str(p) for p in Path("csrc").rglob("*.*")],
+    optional=not BUILD_CUDA,
 )
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage})

@@ -16,6 +16,8 @@ app = typer.Typer(
     help="The Skywork-R1V3 recipe: SFT, GRPO, connector tuning, selection, evaluation.",
 )
 INTERRUPTED = 130
+# Packages that only some verbs need, and the extra that brings them.
+EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "megatron": "megatron"}
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the stage.")]
 Overrides = Annotated[
@@ -46,11 +48,14 @@ def _friendly() -> Iterator[None]:
 
 def _error_line(error: Exception) -> str:
     """The message of an error; in a job of several ranks with the rank, and a lost peer by name."""
+    text = str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        if extra := EXTRAS.get(error.name.partition(".")[0]):
+            text += f"; pip install 'r1v3[{extra}]'"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return f"error: {error}"
+        return f"error: {text}"
     from r1v3.ranks import is_lost_peer
 
-    text = str(error)
     if is_lost_peer(error):
         text = f"another rank has died or hangs; checkpoints are kept: go on with --resume ({text})"
     return f"error: rank {os.environ['RANK']}: {text}"
@@ -86,8 +91,9 @@ def demo(
     """The whole recipe on handwritten digits, in minutes on a laptop, with a report at the end."""
     with _friendly():
         from r1v3.demo import run_demo
+        from r1v3.shipped_files import shipped
 
-        run_demo(run, seed, configs, resuming=resume)
+        run_demo(run, seed, shipped(configs), resuming=resume)
 
 
 @app.command(

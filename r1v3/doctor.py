@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TextIO
 
-PINNED = ("torch", "triton", "transformers", "numpy", "pydantic", "sympy", "scikit-learn")
+from r1v3.shipped_files import own_file
+
+PINNED = ("torch", "transformers", "numpy", "pydantic", "sympy", "scikit-learn")
 OPTIONAL = {
+    "triton": "the kernels on GPUs; comes with torch's builds for CUDA",
     "megatron-core": "training at scale",
     "transformer-engine": "faster layers in megatron-core",
     "flash-attn": "faster attention on GPUs",
@@ -25,7 +28,7 @@ OPTIONAL = {
     "wandb": "logging to Weights & Biases",
 }
 LEAST_FREE_GIB = 2.0
-CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
+CONSTRAINTS = own_file("constraints.txt")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def require_httpx(what: str) -> None:
     try:
         import httpx  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"{what} needs httpx: pip install 'r1v3[serve]'") from error
+        raise ImportError(f"{what} needs httpx: pip install 'r1v3[rewards]'") from error
 
 
 def check_address(name: str, url: str) -> None:

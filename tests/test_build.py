@@ -1,12 +1,14 @@
 """The build: what it needs, what it leaves out, and what its objects may contain."""
 
+import ast
 import ctypes.util
 import os
 import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,36 @@ def test_the_installed_extension_is_the_one_described() -> None:
     assert _C.built_with_cuda == hasattr(_C, "logits_grpo_loss_cuda")
 
 
+def test_a_wheel_without_a_compiler_holds_what_the_demo_reads(tmp_path: Path) -> None:
+    """Fails if installing takes a compiler, or the demo runs in a checkout alone."""
+    for name in ("csrc", "r1v3", "assets", "configs"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    nowhere = str(tmp_path / "no-compiler")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel"],
+        cwd=tmp_path,
+        env={**os.environ, "R1V3_BUILD_CUDA": "0", "CC": nowhere, "CXX": nowhere},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    assert not any("_C" in name for name in held)
+    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    wanted |= {f"assets/tiny-internvl/{name}" for name in ("model.safetensors", "config.json")}
+    wanted |= {"constraints.txt", "assets/tiny-internvl/chat_template.jinja"}
+    assert {f"r1v3/shipped/{name}" for name in wanted} <= held
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "r1v3").rglob("*.py")}
+    assert modules <= held
+    assert not any(name.startswith(("tests", "benchmarks")) for name in held)
+
+
 def test_build_isolation_fetches_no_torch() -> None:
     """Fails if `pip install` with build isolation would download a second torch."""
     names = {canonicalize_name(Requirement(r).name) for r in PROJECT["build-system"]["requires"]}
@@ -149,12 +181,67 @@ def test_entry_points_lead_to_modules() -> None:
             assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
 
 
-def test_every_dependency_is_pinned_within_its_range() -> None:
+EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
+
+
+@pytest.mark.parametrize("extra", ["", "rewards", "train", "demo", "megatron", "dev"])
+def test_every_dependency_is_pinned_within_its_range(extra: str) -> None:
     """Fails if a range changes and the tested version is forgotten, or the other way round."""
-    project = PROJECT["project"]
     pins = read_pins(ROOT / "constraints.txt")
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    for text in EXTRAS[extra] if extra else PROJECT["project"]["dependencies"]:
         requirement = Requirement(text)
         pinned = pins.get(canonicalize_name(requirement.name))
-        assert pinned is not None, f"{requirement.name} is missing from constraints.txt"
-        assert requirement.specifier.contains(pinned), f"{text} excludes the tested {pinned}"
+        if requirement.name != "r1v3" and requirement.name != "nvidia-ml-py":
+            assert pinned is not None, f"{requirement.name} is missing from constraints.txt"
+            assert requirement.specifier.contains(pinned), f"{text} excludes the tested {pinned}"
+
+
+def test_the_kernels_alone_need_torch_and_numpy() -> None:
+    """Fails if a stack that wants the kernels must install what only r1v3's trainers need."""
+    needed = {Requirement(text).name for text in PROJECT["project"]["dependencies"]}
+    assert needed == {"torch", "numpy"}
+
+
+def imported_by(folders: Iterable[str]) -> set[str]:
+    """Packages that these parts of r1v3 import anywhere."""
+    found = set()
+    for folder in folders:
+        for path in (ROOT / "r1v3").glob(f"{folder}/**/*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    found.update(alias.name.split(".")[0] for alias in node.names)
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"r1v3"}
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn",
+                 "megatron": "megatron-core", "pynvml": "nvidia-ml-py"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("extra", "folders", "optional"),
+    [
+        ("rewards", ["rewards"], set()),
+        (
+            "train",
+            ["config", "data", "engine", "evaluation", "model", "rollout", "trainer", "plan"],
+            {"scikit-learn", "megatron-core", "flash-attn", "vllm", "wandb", "nvidia-ml-py",
+             "typing-extensions"},
+        ),
+        ("demo", ["data", "report"], {"typing-extensions"}),
+    ],
+)  # fmt: skip
+def test_an_extra_names_what_its_parts_import(
+    extra: str, folders: list[str], optional: set[str]
+) -> None:
+    """Fails if `pip install r1v3[extra]` leaves a package out that the code needs."""
+    needed = {"torch", "numpy"}
+    left = [extra]
+    while left:
+        for text in EXTRAS[left.pop()]:
+            requirement = Requirement(text)
+            left += requirement.extras if requirement.name == "r1v3" else ()
+            needed.add(canonicalize_name(requirement.name))
+    imported = {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in imported_by(folders)}
+    assert imported - needed - optional == set()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from r1v3.cli import app
+import r1v3.__main__
+from r1v3.cli import _error_line, app
 from r1v3.doctor import Check
 from tests.tiny_run import Outcome, finished, home, succeed, verb
 
@@ -181,3 +182,28 @@ def test_report_of_nothing_is_an_error(tmp_path: Path) -> None:
     """Otherwise a mistyped run folder would get an empty report."""
     assert "nowhere" in verb(tmp_path, "report", "nowhere").error()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra"),
+    [("sklearn.datasets", "demo"), ("matplotlib", "demo"), ("megatron.core", "megatron")],
+)
+def test_a_missing_package_names_the_extra_that_brings_it(missing: str, extra: str) -> None:
+    """Fails if whoever installed a part of r1v3 must guess what a verb needs."""
+    error = ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+    assert _error_line(error).endswith(f"; pip install 'r1v3[{extra}]'")
+
+
+@pytest.mark.parametrize("name", ["numpy", "r1v3.nowhere", "sklearn_extra", None])
+def test_other_missing_modules_are_left_as_they_are(name: str | None) -> None:
+    """Fails if a broken installation is explained by an extra that does not help."""
+    assert _error_line(ModuleNotFoundError("gone", name=name)) == "error: gone"
+
+
+def test_without_typer_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if `pip install r1v3 && r1v3` ends in a traceback."""
+    monkeypatch.delitem(sys.modules, "r1v3.cli")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as stop:
+        r1v3.__main__.main()
+    assert "pip install" in str(stop.value)

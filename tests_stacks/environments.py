@@ -44,11 +44,11 @@ class Stack:
 
 STACKS = {
     "trl": Stack(
-        ("trl", "transformers", "pillow", "math-verify", "httpx"),
+        ("trl", "transformers", "pillow", "sympy", "mpmath"),
         ("test_trl.py", "test_transformers.py"),
     ),
     "verl": Stack(
-        ("verl", "megatron-core", "cachetools", "uvicorn", "fastapi", "math-verify", "httpx"),
+        ("verl", "megatron-core", "cachetools", "uvicorn", "fastapi", "sympy", "mpmath"),
         ("test_verl.py",),
     ),
 }

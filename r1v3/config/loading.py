@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from r1v3.config.base import ConfigError, Section
+from r1v3.shipped_files import shipped
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -18,7 +19,8 @@ def load(kind: type[ConfigT], path: Path | str | None, overrides: Sequence[str] 
 
     Args:
         kind: the stage's class.
-        path: the file, or None for overrides alone. `{run}` in a value stands for `run`.
+        path: the file, or None for overrides alone. `{run}` in a value stands for `run`. It and
+            `model` may name what came with r1v3, see `shipped`.
         overrides: `key=value` strings; values are parsed as YAML.
 
     Raises:
@@ -28,7 +30,7 @@ def load(kind: type[ConfigT], path: Path | str | None, overrides: Sequence[str] 
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            tree = yaml.safe_load(shipped(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -39,6 +41,8 @@ def load(kind: type[ConfigT], path: Path | str | None, overrides: Sequence[str] 
         _override(tree, override)
     if isinstance(tree.get("run"), str):
         tree = _substitute(tree, tree["run"])
+    if isinstance(tree.get("model"), str):
+        tree["model"] = str(shipped(tree["model"]))
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

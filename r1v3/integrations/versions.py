@@ -6,5 +6,4 @@ TESTED = {
     "transformers": "5.23.0",
     "verl": "0.9.1",
     "megatron-core": "0.16.1",
-    "math-verify": "0.9.0",
 }

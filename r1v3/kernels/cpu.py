@@ -1,5 +1,7 @@
 """Calls into the compiled CPU kernels, `r1v3._C`: addresses, dtype codes and thread counts."""
 
+import functools
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -29,7 +31,21 @@ def capabilities() -> list[str]:
 
 def supports(tensor: Tensor) -> bool:
     """Whether the compiled kernels are built and take this CPU tensor's dtype."""
-    return _C is not None and tensor.device.type == "cpu" and tensor.dtype in DTYPE_CODES
+    if tensor.device.type != "cpu" or tensor.dtype not in DTYPE_CODES:
+        return False
+    if _C is None:
+        _say_what_runs_instead()
+    return _C is not None
+
+
+@functools.cache
+def _say_what_runs_instead() -> None:
+    warnings.warn(
+        "r1v3 was installed without its compiled CPU kernels: CPU tensors run the reference, with "
+        "the same results, but slower. Install r1v3 again where there is a C++17 compiler.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _address(tensor: Tensor | None) -> int:
