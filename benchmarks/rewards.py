@@ -42,7 +42,7 @@ from benchmarks.reward_cases import Case, cases
 from r1v3 import files
 from r1v3.rewards.extract import extract_answer
 from r1v3.rewards.rules import Judgement, judge
-from r1v3.rewards.symbolic import _worker
+from r1v3.rewards.symbolic import _pool
 
 SCHEMA = 2
 _FORMULA = re.compile(
@@ -145,8 +145,10 @@ def _cpu_seconds() -> float:
     """CPU time of this process, of its ended children and of the one that proves equalities."""
     ended = os.times()
     seconds = time.process_time() + ended.children_user + ended.children_system
-    if _worker.process is not None:
-        fields = Path(f"/proc/{_worker.process.pid}/stat").read_text().rpartition(")")[2].split()
+    for worker in _pool.workers:
+        if worker.process is None:
+            continue
+        fields = Path(f"/proc/{worker.process.pid}/stat").read_text().rpartition(")")[2].split()
         seconds += (int(fields[11]) + int(fields[12])) / 100
     return seconds
 

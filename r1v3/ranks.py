@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
+_A_DAY = timedelta(days=1)
 
 
 def shard_range(count: int, rank: int, size: int) -> range:
@@ -25,10 +26,15 @@ class Ranks:
 
     Values travel pickled between processes of one job, which trust each other. Every call but
     `is_main` and `shard` is collective.
+
+    Args:
+        patient: the same processes with a longer time limit, for work that only the first one does.
     """
 
-    def __init__(self, group: ProcessGroup | None = None) -> None:
-        self.group = group
+    def __init__(
+        self, group: ProcessGroup | None = None, patient: ProcessGroup | None = None
+    ) -> None:
+        self.group, self._patient = group, patient or group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
 
@@ -56,14 +62,20 @@ class Ranks:
 
     def broadcast(self, value: T) -> T:
         """The first rank's value."""
-        if self.group is None:
+        return self._broadcast(value, self.group)
+
+    def _broadcast(self, value: T, group: ProcessGroup | None) -> T:
+        if group is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
+        dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
         return box[0]
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Call `function` on the main rank; return its result or raise its error on every rank."""
+        """Call `function` on the main rank; return its result or raise its error on every rank.
+
+        The others wait as long as it takes, up to a day, and end when the main rank dies.
+        """
         if self.group is None:
             return function()
         outcome: tuple[Any, Exception | None] = (None, None)
@@ -72,7 +84,7 @@ class Ranks:
                 outcome = function(), None
             except Exception as error:
                 outcome = None, error
-        value, failure = self.broadcast(outcome)
+        value, failure = self._broadcast(outcome, self._patient)
         if failure is not None:
             raise failure
         return value
@@ -88,7 +100,8 @@ def join_job(device: str, timeout_seconds: float, store: dist.Store | None = Non
     is gloo's. The calls of `Ranks` always use gloo.
 
     Args:
-        timeout_seconds: a collective that waits longer ends the job.
+        timeout_seconds: a collective that waits longer ends the job, except for work that only the
+            first rank does.
         store: where the ranks meet; None for the address that torchrun has told.
 
     Raises:
@@ -114,9 +127,8 @@ def join_job(device: str, timeout_seconds: float, store: dist.Store | None = Non
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if on_cpu:
-        return Ranks(dist.group.WORLD)
-    return Ranks(dist.new_group(backend="gloo", timeout=timeout))
+    group = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
+    return Ranks(group, dist.new_group(backend="gloo", timeout=_A_DAY))
 
 
 def leave_job() -> None:

@@ -47,7 +47,11 @@ DEFAULT_PICTURES = Pictures()
 
 
 class Optimizer(Section):
-    """AdamW and its schedule; `warmup_ratio` is the fraction of steps with linear warm-up."""
+    """AdamW and its schedule.
+
+    warmup_ratio: the fraction of steps with linear warm-up. max_skipped: a step whose gradient is
+    not finite is skipped; after so many in a row the stage ends.
+    """
 
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -55,6 +59,7 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_skipped: Positive = 3
 
 
 class Decoding(Section):

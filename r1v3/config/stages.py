@@ -64,7 +64,8 @@ class Supervised(Stage):
     the stage is smaller, so that every pass sees each row once. max_length: samples of more tokens
     than this, prompt and response together, are left out; null keeps all. early_stopping:
     validations without a better loss after which the stage ends; null trains to the end. The
-    weights of the best validation loss are what the stage hands on.
+    weights of the best validation loss are what the stage hands on. keep: the newest checkpoints to
+    keep, to resume from.
     """
 
     architecture: Architecture | None = None
@@ -79,6 +80,7 @@ class Supervised(Stage):
     monitor: Monitor = Monitor()
     validate_every: Positive = 50
     checkpoint_every: Positive = 50
+    keep: Positive = 2
     early_stopping: Positive | None = None
 
     @model_validator(mode="after")
@@ -162,6 +164,9 @@ class GRPO(Stage):
     `gradient_steps` optimizer steps on them, each on an equal part of the prompts. With one step
     and `old_logprobs: current` the ratio is 1 and clipping is inert, as in the report. Prompts come
     in shuffled passes over the data; a step that ends a pass goes on into the next one.
+
+    keep: the newest checkpoints to keep, to resume from. keep_models: of so many older ones the
+    models are kept, to select from, without the optimizer's state; null keeps all.
     """
 
     modules: Modules = Modules()
@@ -184,6 +189,8 @@ class GRPO(Stage):
     validate_every: Positive = 20
     validation_samples: Positive = 1
     checkpoint_every: Positive = 20
+    keep: Positive = 2
+    keep_models: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "GRPO":

@@ -84,13 +84,13 @@ class Engine(Protocol):
     def train_step(
         self, micro_batches: Sequence[Batch], loss_fn: LossFn, *, learning_rate: float
     ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
-        """Take one optimizer step.
+        """Take one optimizer step; skip it where the gradient norm is not finite.
+
+        A skipped step leaves weights and optimizer state as they were.
 
         Returns:
             metrics: "loss", "learning_rate", "grad_norm" before clipping, "grad_norm_<part>".
             outputs: the tensors that `loss_fn` returned for each micro-batch, in their order.
-        Raises:
-            FloatingPointError: the gradient norm is not finite; the weights are unchanged.
         """
         ...
 

@@ -15,7 +15,7 @@ from r1v3.data.tokenizer import TURN_END, load_tokenizer, token_id
 from r1v3.data.words import expand_words
 from r1v3.engine.hf.decoder import HFDecoder
 from r1v3.model.internvl import load_model
-from r1v3.rewards import accuracy_reward
+from r1v3.rewards import score
 from r1v3.rollout.contract import Request, Rollout, Sampler, Sampling, TokenRules, decode_texts
 from r1v3.rollout.local import LocalSampler
 
@@ -147,17 +147,9 @@ class Policy:
                 tokens[i] = lengths[position]
                 rollouts[i] = rollout.rows(rows.start, rows.stop)
             notify(len(chosen) * repeats)
-        correct = np.array(
-            [
-                accuracy_reward(
-                    text,
-                    samples[n // repeats].ground_truth,
-                    options=samples[n // repeats].options,
-                    thinking=thinking,
-                )
-                for n, text in enumerate(texts)
-            ]
-        ).reshape(len(samples), repeats)
+        asked = [sample for sample in samples for _ in range(repeats)]
+        rewards = score(texts, asked, thinking=thinking)
+        correct = np.array([reward.rule for reward in rewards]).reshape(len(samples), repeats)
         return Answers([r for r in rollouts if r is not None], texts, correct, tokens)
 
 

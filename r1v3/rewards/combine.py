@@ -8,6 +8,7 @@ R        = w R_acc + (1 - w) R_format,   w = 0.8                            (eq.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,11 @@ from r1v3.rewards.choices import option_texts
 from r1v3.rewards.extract import extract_answer
 from r1v3.rewards.format import format_reward
 from r1v3.rewards.rules import Judgement, judge
+from r1v3.rewards.symbolic import cores
 from r1v3.rewards.verifier import LLMVerifier
+
+# An extracted answer or None, the ground truth, and the options.
+Case = tuple[str | None, str, tuple[str, ...] | None]
 
 
 class Gradable(Protocol):
@@ -93,17 +98,16 @@ def score(
         )
     total_reward(0.0, 0.0, weight)
     answers = [extract_answer(completion, thinking=thinking) for completion in completions]
-    judgements: list[Judgement] = []
+    cases: list[Case] = []
     questions: list[tuple[str, str]] = []
     for answer, sample in zip(answers, samples, strict=True):
         if isinstance(sample, str):
             question, ground_truth, options = "", sample, None
         else:
             question, ground_truth, options = sample.question, sample.ground_truth, sample.options
-        judgements.append(
-            Judgement(False) if answer is None else judge(answer, ground_truth, options=options)
-        )
+        cases.append((answer, ground_truth, None if options is None else tuple(options)))
         questions.append((_with_options(question, options), ground_truth))
+    judgements = judge_all(cases)
 
     judged: dict[int, float | None] = {}
     if verifier is not None:
@@ -121,6 +125,24 @@ def score(
         refused = judgements[i].refused
         rewards.append(Reward(total, accuracy, form, rule, opinion, answers[i], refused))
     return rewards
+
+
+def judge_all(cases: Sequence[Case]) -> list[Judgement]:
+    """Judge cases with the rule, each different one once, on all cores.
+
+    Raises:
+        RuntimeError: sympy cannot be run.
+    """
+    different = list(dict.fromkeys(cases))
+    # The threads wait for the processes that run sympy; what they compute themselves is little.
+    with ThreadPoolExecutor(cores()) as threads:
+        found = dict(zip(different, threads.map(_judge, different), strict=True))
+    return [found[case] for case in cases]
+
+
+def _judge(case: Case) -> Judgement:
+    answer, ground_truth, options = case
+    return Judgement(False) if answer is None else judge(answer, ground_truth, options=options)
 
 
 def _with_options(question: str, options: Sequence[str] | None) -> str:

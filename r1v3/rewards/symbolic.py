@@ -1,9 +1,10 @@
-r"""Proofs that two formulas are equal, or not, in a child process with hard limits.
+r"""Proofs that two formulas are equal, or not, in child processes with hard limits.
 
 sympy can take hours or all memory on one formula, inside C code that neither a signal handler nor
-a thread can stop. So the work is done in a process that the kernel ends after 2 CPU seconds
+a thread can stop. So the work is done in processes that the kernel ends after 2 CPU seconds
 (`symbolic_worker`). CPU time, not wall time, so that a busy machine does not change a reward. What
-is sent are trees (`formula`), never text. Works from any thread.
+is sent are trees (`formula`), never text. Threads that ask at the same time are answered by as many
+processes, at most one for each core.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ class Undecided(Exception):
     """Neither equality nor inequality could be shown within the limits."""
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Worker:
-    """One child process and the lock that serializes its use."""
+    """One child process, which answers one question at a time."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
         self.buffer = b""
 
@@ -91,37 +96,66 @@ class _Worker:
 
     def ask(self, request: bytes) -> str | None:
         """The child's reply to one line; None if it was ended by a limit."""
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.stop()
-                self.start()
-            assert self.process is not None and self.process.stdin is not None
+        if self.process is None or self.process.poll() is not None:
+            self.stop()
+            self.start()
+        assert self.process is not None and self.process.stdin is not None
+        try:
+            self.process.stdin.write(request)
+            reply = self.read_line(REPLY_SECONDS)
+        except BrokenPipeError:
+            reply = None
+        if reply is None:
+            self.stop()
+        return reply
+
+
+class _Pool:
+    """Child processes, started when all that there are have a question; idle ones are used first.
+
+    Args:
+        size: most of them.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.free = threading.Semaphore(size)
+        self.workers: list[_Worker] = []
+        self.idle: list[_Worker] = []
+
+    def ask(self, request: bytes) -> str | None:
+        """See `_Worker.ask`."""
+        with self.free:
             try:
-                self.process.stdin.write(request)
-                reply = self.read_line(REPLY_SECONDS)
-            except BrokenPipeError:
-                reply = None
-            if reply is None:
-                self.stop()
-            return reply
+                worker = self.idle.pop()
+            except IndexError:
+                worker = _Worker()
+                self.workers.append(worker)
+            try:
+                return worker.ask(request)
+            finally:
+                self.idle.append(worker)
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            worker.stop()
 
 
-_worker = _Worker()
+_pool = _Pool(cores())
 
 
-def _forget_parents_worker() -> None:
-    """After a fork the pipe belongs to the parent: two users would read each other's replies."""
-    global _worker
-    _worker = _Worker()
+def _forget_parents_pool() -> None:
+    """After a fork the pipes belong to the parent: two users would read each other's replies."""
+    global _pool
+    _pool = _Pool(cores())
 
 
-os.register_at_fork(after_in_child=_forget_parents_worker)
-atexit.register(lambda: _worker.stop())
+os.register_at_fork(after_in_child=_forget_parents_pool)
+atexit.register(lambda: _pool.stop())
 
 
 @lru_cache(maxsize=65536)
 def _asked(question: str, first: Tree, second: Tree) -> bool | None:
-    reply = _worker.ask(json.dumps([question, first, second]).encode() + b"\n")
+    reply = _pool.ask(json.dumps([question, first, second]).encode() + b"\n")
     return {"1": True, "0": False}.get(reply or "")
 
 

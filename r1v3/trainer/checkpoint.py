@@ -4,14 +4,16 @@
 are), `trainer.safetensors` (optimizer moments and other tensors), `trainer.json` (seeds, counters)
 and `manifest.json`, which lists every other file with its size and SHA-256. A save fills a hidden
 temporary directory, writes the manifest last, fsyncs and renames, so kill -9 at any moment leaves
-the earlier checkpoints intact. Nothing is ever unpickled. One job saves into a root: its ranks call
-these functions together, see the same file system, and each hashes a part of the files.
+the earlier checkpoints intact. Of an older checkpoint only the model may be kept: its other files
+are gone, and its manifest says so. Nothing is ever unpickled. One job saves into a root: its ranks
+call these functions together, see the same file system, and each hashes a part of the files.
 """
 
 import errno
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import warnings
@@ -27,6 +29,7 @@ from torch import Tensor
 from r1v3.engine.contract import Writing
 from r1v3.files import (
     human_bytes,
+    read_json_object,
     remove_leftovers,
     replace_directory,
     require_free_space,
@@ -39,6 +42,7 @@ MANIFEST = "manifest.json"
 TENSORS = "trainer.safetensors"
 STATE = "trainer.json"
 _FORMAT = "r1v3-checkpoint-2"
+_MODEL_FORMAT = "r1v3-checkpoint-2, model only"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -69,11 +73,13 @@ def start_checkpoint(
     state: dict[str, Any],
     write_model: Callable[[Path], Writing | None],
     keep: int | None = 2,
+    keep_models: int | None = 0,
     ranks: Ranks = ALONE,
 ) -> "PendingCheckpoint":
     """Start to save step `step` below `root`; `PendingCheckpoint.finish` moves it into place.
 
-    `finish` also removes checkpoints beyond the newest `keep`.
+    `finish` also reduces checkpoints beyond the newest `keep` to their models, and removes those
+    beyond the newest `keep_models` of these.
 
     Args:
         tensors: of any device and layout; the first rank stores each one on its own, bit for bit.
@@ -82,13 +88,17 @@ def start_checkpoint(
             returns the writing to wait for.
         keep: intact checkpoints to keep, the new one included; None keeps all. The disk needs
             room for one more, because old ones go only after the new one is in place.
+        keep_models: older checkpoints to keep the models of; None keeps all.
         ranks: the processes that save together.
     Raises:
-        ValueError: step < 0, keep < 1, or a state that JSON would change; nothing was written.
+        ValueError: step < 0, keep < 1, keep_models < 0, or a state that JSON would change; nothing
+            was written.
         OSError: no room (ENOSPC, found before or while writing); earlier checkpoints are intact.
     """
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"step must be >= 0 and keep >= 1 or None, got {step} and {keep}")
+    if keep_models is not None and keep_models < 0:
+        raise ValueError(f"keep_models must be >= 0 or None, got {keep_models}")
     _check_state("state", state)
     root = Path(root)
     needed = _estimate_bytes(root, tensors)
@@ -101,7 +111,8 @@ def start_checkpoint(
         temporary.mkdir()
         return temporary
 
-    pending = PendingCheckpoint(root, step, ranks.on_main(prepare), needed, keep, ranks)
+    kept = (keep, keep_models)
+    pending = PendingCheckpoint(root, step, ranks.on_main(prepare), needed, kept, ranks)
     with pending.cleaned_up():
         pending.writing = write_model(pending.temporary)
         ranks.on_main(lambda: _write_own_files(pending.temporary, step, tensors, state))
@@ -116,7 +127,7 @@ class PendingCheckpoint:
     step: int
     temporary: Path
     needed: int
-    keep: int | None
+    kept: tuple[int | None, int | None]
     ranks: Ranks
     writing: Writing | None = None
 
@@ -133,7 +144,7 @@ class PendingCheckpoint:
 
         def place() -> None:
             replace_directory(self.temporary, final)
-            remove_old(self.root, self.step, self.keep)
+            remove_old(self.root, self.step, *self.kept)
 
         with self.cleaned_up():
             if self.writing is not None:
@@ -182,6 +193,8 @@ def latest_checkpoint(root: Path, ranks: Ranks = ALONE) -> Path | None:
     A broken newer one is named in a warning and left where it is.
     """
     for _, path in sorted(_checkpoints(Path(root)), reverse=True):
+        if is_model_only(path):
+            continue
         try:
             _verify(path, ranks)
         except CheckpointError as error:
@@ -272,20 +285,59 @@ def _disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def remove_old(root: Path, step: int, keep: int | None) -> None:
-    """Remove complete checkpoints beyond the newest `keep`, of which `step` is one."""
+def remove_old(root: Path, step: int, keep: int | None, keep_models: int | None = 0) -> None:
+    """Keep the newest `keep` complete checkpoints, of which `step` is one, and older models.
+
+    Older checkpoints are reduced to their models; of these the newest `keep_models` stay.
+    """
     if keep is None:
         return
-    complete = [
-        number for number, path in _checkpoints(root) if number != step and _has_all_files(path)
-    ]
-    kept = sorted(complete, reverse=True)[: keep - 1]
-    for number in set(complete) - set(kept):
+    others = sorted((n, path) for n, path in _checkpoints(root) if n != step)
+    models = [number for number, path in others if is_model_only(path)]
+    complete = [number for number, path in others if _has_all_files(path)]
+    old = complete[: max(0, len(complete) - (keep - 1))]
+    candidates = sorted(models + old)
+    gone = 0 if keep_models is None else max(0, len(candidates) - keep_models)
+    for number in candidates[:gone]:
         path = checkpoint_path(root, number)
         # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
         doomed = temporary_sibling(path)
         path.rename(doomed)
         shutil.rmtree(doomed)
+    for number in sorted(set(candidates[gone:]) & set(old)):
+        _reduce(checkpoint_path(root, number))
+
+
+def model_files(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint's model, which transformers loads."""
+    reserved = (MANIFEST, STATE, TENSORS)
+    return [path for path in checkpoint.iterdir() if path.is_file() and path.name not in reserved]
+
+
+def is_model_only(checkpoint: Path) -> bool:
+    """Whether a checkpoint was reduced to its model, so that it cannot be resumed from."""
+    try:
+        return bool(read_json_object(checkpoint / MANIFEST).get("format") == _MODEL_FORMAT)
+    except (OSError, ValueError):
+        return False
+
+
+def _reduce(path: Path) -> None:
+    """Put a folder with the model alone in the place of a checkpoint, in one move."""
+    temporary = temporary_sibling(path)
+    temporary.mkdir()
+    _, files = _read_manifest(path)
+    kept = {}
+    for file in model_files(path):
+        try:
+            os.link(file, temporary / file.name)
+        except OSError:  # not on every file system
+            shutil.copyfile(file, temporary / file.name)
+        size, digest = files[file.name]
+        kept[file.name] = {"size": size, "sha256": digest}
+    step = int(path.name.removeprefix("step-"))
+    write_json(temporary / MANIFEST, {"format": _MODEL_FORMAT, "step": step, "files": kept})
+    replace_directory(temporary, path)
 
 
 def _checkpoints(root: Path) -> list[tuple[int, Path]]:
@@ -310,6 +362,11 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
         raise CheckpointError(f"{file} is missing: {path} is not a complete checkpoint")
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
+        if document["format"] == _MODEL_FORMAT:
+            raise CheckpointError(
+                f"{path} holds only its model, to select from; the rest was removed for space "
+                "(`keep` checkpoints can be resumed from)"
+            )
         if document["format"] != _FORMAT:
             raise CheckpointError(f"{file} has format {document['format']!r}, expected {_FORMAT!r}")
         files = {str(name): (e["size"], e["sha256"]) for name, e in document["files"].items()}

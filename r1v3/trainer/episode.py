@@ -1,13 +1,16 @@
 """The completions of one GRPO step, and the micro-batches they are trained in."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import Example, collate
+from r1v3.ranks import shard_range
 from r1v3.rewards import Reward
 from r1v3.rollout.contract import Rollout
 from r1v3.trainer.policy_loss import Targets
@@ -51,13 +54,18 @@ class Episode:
         """G, the completions of one prompt."""
         return len(self.rewards) // len(self.examples)
 
-    def micro_batches(self, gradient_steps: int, size: int, pad_id: int) -> list[list[MicroBatch]]:
+    def micro_batches(
+        self, gradient_steps: int, size: int, pad_id: int, *, apart: bool = False
+    ) -> list[list[MicroBatch]]:
         """Return the micro-batches of each gradient step.
+
+        Prompts are divided evenly: among as many micro-batches as there would be full ones.
 
         Args:
             gradient_steps: equal parts that the prompts are divided into, in order; divides P.
             size: most prompts of a micro-batch, each with all its completions.
             pad_id: token that prompts are padded with.
+            apart: prompts whose advantages are all zero have micro-batches of their own.
         """
         whole = replace(
             collate(self.examples, pad_id),
@@ -66,13 +74,21 @@ class Episode:
             group_size=self.group_size,
         )
         prompts = len(self.examples) // gradient_steps
-        return [
-            [
-                self._micro_batch(whole, start, min(start + size, first + prompts))
-                for start in range(first, first + prompts, size)
-            ]
-            for first in range(0, len(self.examples), prompts)
-        ]
+        parts, kinds = -(-prompts // size), self.advantages.view(-1, self.group_size).any(1)
+        if not apart:
+            kinds = torch.ones_like(kinds)
+        steps = []
+        for first in range(0, len(self.examples), prompts):
+            ranges, start = [], first
+            for _, alike in itertools.groupby(kinds[first : first + prompts].tolist()):
+                count = len(list(alike))
+                shares = [
+                    shard_range(count, i, min(parts, count)) for i in range(min(parts, count))
+                ]
+                ranges += [(start + share.start, start + share.stop) for share in shares]
+                start += count
+            steps.append([self._micro_batch(whole, *bounds) for bounds in ranges])
+        return steps
 
     def _micro_batch(self, whole: Batch, start: int, stop: int) -> MicroBatch:
         """Prompts `start` to `stop`, without the columns that are padding in all their rows."""

@@ -35,7 +35,7 @@ from r1v3.rollout.build import build_sampler
 from r1v3.rollout.contract import Request, Sampling, join
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.episode import Episode, Group, MicroBatch, has_signal
-from r1v3.trainer.loop import run_steps
+from r1v3.trainer.loop import Skipped, run_steps
 from r1v3.trainer.policy_loss import HIGH_WEIGHT, PolicyLossFn, Targets, combine, gap_metrics
 from r1v3.trainer.questions import Questions
 from r1v3.trainer.randomness import torch_stream
@@ -124,7 +124,10 @@ class GRPOTrainer:
         """
         config, n = self.config, self.config.gradient_steps
         parts = episode.micro_batches(
-            n, config.micro_batch_prompts, self.engine.tokenizer.pad_token_id
+            n,
+            config.micro_batch_prompts,
+            self.engine.tokenizer.pad_token_id,
+            apart=self.reference is None,
         )
         parts = [self.with_fixed_logprobs(micro_batches) for micro_batches in parts]
         self.telemetry.start()
@@ -146,6 +149,7 @@ class GRPOTrainer:
             **{key: sum(metrics[key] for metrics, _ in steps) / n for key in steps[0][0]},
             **combine(targets, outputs, config.loss.importance_cap),
             **self.gap_metrics(targets, outputs),
+            "steps_skipped": self.skipped.count([metrics["grad_norm"] for metrics, _ in steps]),
             **self.monitor.result(),
             **machine,
         }
@@ -193,7 +197,10 @@ class GRPOTrainer:
     def gradient_step(
         self, micro_batches: list[MicroBatch], rate: float
     ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
-        """Take one optimizer step; skip it when every advantage is zero and there is no KL term.
+        """Take one optimizer step; where every advantage is zero and there is no KL term, none.
+
+        Micro-batches without an advantage or a KL term have no gradient: of them the log-probs and
+        entropies are computed, for the metrics alone.
 
         Returns:
             Metrics and outputs, as `Engine.train_step`.
@@ -201,12 +208,22 @@ class GRPOTrainer:
         batches = [batch for batch, _ in micro_batches]
         targets = [one for _, one in micro_batches]
         loss = PolicyLossFn(self.config.loss, targets, self.config.decoding.max_tokens)
-        if self.reference is None and not any(one.advantages.any() for one in targets):
-            found = self.engine.evaluate(batches)
-            outputs = [loss.metrics(*values, i) for i, values in enumerate(found)]
-            zeros = dict.fromkeys(["grad_norm", *(f"grad_norm_{part}" for part in PARTS)], 0.0)
-            return {"loss": 0.0, "learning_rate": rate, **zeros}, outputs
-        return self.engine.train_step(batches, loss, learning_rate=rate)
+        learned = [
+            i for i, one in enumerate(targets) if self.reference is not None or one.advantages.any()
+        ]
+        others = [i for i in range(len(batches)) if i not in learned]
+        evaluated = self.engine.evaluate([batches[i] for i in others]) if others else []
+        outputs = {i: loss.metrics(*values, i) for i, values in zip(others, evaluated, strict=True)}
+        zeros = dict.fromkeys(["grad_norm", *(f"grad_norm_{part}" for part in PARTS)], 0.0)
+        metrics = {"loss": 0.0, "learning_rate": rate, **zeros}
+        if learned:
+            metrics, found = self.engine.train_step(
+                [batches[i] for i in learned],
+                lambda head, i: loss(head, learned[i]),
+                learning_rate=rate,
+            )
+            outputs |= dict(zip(learned, found, strict=True))
+        return metrics, [outputs[i] for i in range(len(batches))]
 
     def validate(self) -> dict[str, Any]:
         """Return the accuracy on the validation questions, sampled as in training."""
@@ -260,12 +277,13 @@ class GRPOTrainer:
         return {"questions": self.questions.state()}
 
     def loop(self) -> None:
-        """Train to the last step; keep all checkpoints, to select from."""
+        """Train to the last step; keep models of checkpoints, to select from."""
         run_steps(
             self,
             validate_every=self.config.validate_every,
             checkpoint_every=self.config.checkpoint_every,
-            keep=None,
+            keep=self.config.keep,
+            keep_models=self.config.keep_models,
             shown=_SHOWN,
         )
 
@@ -273,6 +291,7 @@ class GRPOTrainer:
         config = resolve_max_tiles(config)
         self.name, self.config, self.run = "grpo", config, Path(config.run)
         self.step, self.total = 0, config.steps
+        self.skipped = Skipped(config.optimizer.max_skipped)
         stage = open_stage(self.name, config, resuming=resuming)
         ranks = stage.ranks
         temperature = config.decoding.temperature

@@ -1,5 +1,6 @@
 """The loop around the steps of a stage: validate, log, save and stop, the same on every rank."""
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ class Steps(Protocol):
         step: finished steps.
         finished: whether no further step is to be taken.
         resume_after: see `MetricsLogger`.
+        skipped: the optimizer steps whose gradient was not finite.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Steps(Protocol):
     monitor: CriticalTokenMonitor
     step: int
     resume_after: int | None
+    skipped: "Skipped"
 
     @property
     def config(self) -> Stage: ...
@@ -54,15 +57,38 @@ class Steps(Protocol):
         ...
 
 
+class Skipped:
+    """Optimizer steps that engines skip because their gradient is not finite.
+
+    Args:
+        limit: so many in a row are too many.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.in_a_row = limit, 0
+
+    def count(self, grad_norms: Sequence[float]) -> int:
+        """Count the skipped ones among the gradient norms of consecutive optimizer steps."""
+        skipped = [not math.isfinite(norm) for norm in grad_norms]
+        for one in skipped:
+            self.in_a_row = self.in_a_row + 1 if one else 0
+        return sum(skipped)
+
+    @property
+    def too_many(self) -> bool:
+        """Whether training has come to a stop."""
+        return self.in_a_row >= self.limit
+
+
 class Checkpoints:
     """The checkpoints of a stage, of which one at a time is being written.
 
     Args:
-        keep: how many to keep; None keeps all.
+        keep, keep_models: see `start_checkpoint`.
     """
 
-    def __init__(self, root: Path, engine: Engine, *, keep: int | None) -> None:
-        self.root, self.engine, self.keep = root, engine, keep
+    def __init__(self, root: Path, engine: Engine, *, keep: int, keep_models: int | None) -> None:
+        self.root, self.engine, self.keep, self.keep_models = root, engine, keep, keep_models
         self._pending: PendingCheckpoint | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -78,6 +104,7 @@ class Checkpoints:
             state=state,
             write_model=self.engine.save_state,
             keep=self.keep,
+            keep_models=self.keep_models,
             ranks=self.engine.ranks,
         )
 
@@ -98,24 +125,29 @@ def run_steps(
     *,
     validate_every: int,
     checkpoint_every: int,
-    keep: int | None,
+    keep: int,
+    keep_models: int | None,
     shown: Sequence[str],
 ) -> None:
     """Train until the trainer is finished.
 
     Args:
-        keep: checkpoints to keep; None keeps all.
+        keep, keep_models: see `start_checkpoint`.
         shown: names of the metrics in the progress bar.
 
     Raises:
         StageInterrupted: a signal asked a rank to stop; the finished steps are saved.
+        FloatingPointError: too many optimizer steps in a row were skipped; resuming goes on with
+            the next rows.
     """
     ranks, name, total = trainer.engine.ranks, trainer.name, trainer.total
-    checkpoints = Checkpoints(trainer.run / "checkpoints" / name, trainer.engine, keep=keep)
+    checkpoints = Checkpoints(
+        trainer.run / "checkpoints" / name, trainer.engine, keep=keep, keep_models=keep_models
+    )
     if trainer.finished:
         say(f"{name}: no step is left after {trainer.step} of {total}", shown=ranks.is_main)
         # A kill may have come between the last checkpoint and the removal of older ones.
-        ranks.on_main(lambda: remove_old(checkpoints.root, trainer.step, keep))
+        ranks.on_main(lambda: remove_old(checkpoints.root, trainer.step, keep, keep_models))
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         log = stack.enter_context(_log(trainer)) if ranks.is_main else None
@@ -133,9 +165,18 @@ def run_steps(
                 log.log(trainer.step, metrics)
             bar.update(trainer.step, metrics)
             stopping = any(ranks.gather(stop.requested))
-            if trainer.finished or stopping or trainer.step % checkpoint_every == 0:
+            stuck = trainer.skipped.too_many
+            if trainer.finished or stopping or stuck or trainer.step % checkpoint_every == 0:
                 checkpoints.save(trainer.step, trainer.state())
             checkpoints.poll()
+            if stuck:
+                checkpoints.finish()
+                raise FloatingPointError(
+                    f"{name}: the gradients of {trainer.skipped.in_a_row} optimizer steps in a "
+                    f"row, the last at step {trainer.step} of {total}, were not finite and were "
+                    "not taken; the weights before them are saved. Lower the learning rate, or go "
+                    "on with --resume, which takes the next rows"
+                )
             if stopping:
                 checkpoints.finish()
                 raise StageInterrupted(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from r1v3.config import Select
 from r1v3.files import replace_directory, temporary_sibling, write_json
-from r1v3.trainer.checkpoint import MANIFEST, STATE, TENSORS
+from r1v3.trainer.checkpoint import model_files
 from r1v3.trainer.metrics import read_metrics
 
 _ENTROPY_WINDOW = 5
@@ -225,7 +225,6 @@ def _publish_copy(source: Path, target: Path) -> None:
         shutil.rmtree(leftover)
     temporary = temporary_sibling(target)
     temporary.mkdir()
-    for file in source.iterdir():
-        if file.name not in (MANIFEST, STATE, TENSORS):
-            shutil.copyfile(file, temporary / file.name)
+    for file in model_files(source):
+        shutil.copyfile(file, temporary / file.name)
     replace_directory(temporary, target)

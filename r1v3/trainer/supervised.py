@@ -31,7 +31,7 @@ from r1v3.engine.contract import Engine
 from r1v3.engine.head import Head
 from r1v3.progress import say
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
-from r1v3.trainer.loop import run_steps
+from r1v3.trainer.loop import Skipped, run_steps
 from r1v3.trainer.randomness import order
 from r1v3.trainer.record import NothingToDo, write_finished
 from r1v3.trainer.schedule import learning_rate
@@ -163,7 +163,7 @@ class SupervisedTrainer:
             dtype=config.dtype,
             ranks=stage.ranks,
         )
-        self.best = Best()
+        self.best, self.skipped = Best(), Skipped(config.optimizer.max_skipped)
         self.step, self.seen = 0, 0
         loaded = resume(name, self.run, self.engine, resuming)
         if loaded is not None:
@@ -230,6 +230,7 @@ class SupervisedTrainer:
         return {
             **metrics,
             **self.monitor.result(),
+            "steps_skipped": self.skipped.count([metrics["grad_norm"]]),
             "tokens": tokens,
             "rows_dropped": self.dropped,
             "seconds": time.perf_counter() - started,
@@ -258,7 +259,8 @@ class SupervisedTrainer:
             self,
             validate_every=self.config.validate_every,
             checkpoint_every=self.config.checkpoint_every,
-            keep=2,
+            keep=self.config.keep,
+            keep_models=0,
             shown=_SHOWN,
         )
         if self.best.stale and self.best.loss is not None:

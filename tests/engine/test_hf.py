@@ -1,6 +1,7 @@
 """HFEngine against transformers' plain forward over whole sequences, one at a time."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -291,12 +292,12 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were() -> None
     engine, batch = an_engine(weight_decay=0.1), a_batch("one")
     before = weights_of(engine)
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(FloatingPointError, match="the step was not taken"):
-            engine.train_step(
-                [batch],
-                lambda head, i, bad=bad: (head.logprobs_and_entropy()[0].sum() * bad, {}),
-                learning_rate=1e-3,
-            )
+        metrics, _ = engine.train_step(
+            [batch],
+            lambda head, i, bad=bad: (head.logprobs_and_entropy()[0].sum() * bad, {}),
+            learning_rate=1e-3,
+        )
+        assert not math.isfinite(metrics["grad_norm"])
         assert all(torch.equal(before[name], tensor) for name, tensor in engine.export_hf())
     clean = an_engine(weight_decay=0.1)
     again, first = steps(engine, [batch]), steps(clean, [batch])

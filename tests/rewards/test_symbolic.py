@@ -13,7 +13,7 @@ import pytest
 
 from r1v3.rewards import accuracy_reward
 from r1v3.rewards.answers import answers_agree, read_answer
-from r1v3.rewards.symbolic import _worker
+from r1v3.rewards.symbolic import _pool
 from tests.processes import PATIENCE
 
 
@@ -29,7 +29,7 @@ def test_a_comparison_that_would_not_end_is_ended_and_the_next_one_works() -> No
     tower = nine
     for _ in range(3):
         tower = b'["^", ' + nine + b', ["+", ' + tower + b', ["num", "0"]]]'
-    assert _worker.ask(b'["within", ' + tower + b', ["within", "1", "1/2"]]\n') is None
+    assert _pool.ask(b'["within", ' + tower + b', ["within", "1", "1/2"]]\n') is None
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 10
     assert symbolically_equal("2\\sqrt{5}", "\\sqrt{20}")
 
@@ -77,10 +77,10 @@ def test_a_forked_process_does_not_share_its_parents_pipe() -> None:
 def test_the_child_ends_with_its_parent() -> None:
     """An orphan per killed trainer would fill a node."""
     program = (
-        "import os, signal; from r1v3.rewards.symbolic import _worker;"
+        "import os, signal; from r1v3.rewards.symbolic import _pool;"
         "from tests.rewards.test_symbolic import symbolically_equal;"
         "assert symbolically_equal('2\\\\sqrt{3}', '\\\\sqrt{12}');"
-        "print(_worker.process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "print(_pool.workers[0].process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=PATIENCE)
     pid = int(run.stdout)

@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 import r1v3
 from r1v3.trainer.checkpoint import (
     CheckpointError,
+    is_model_only,
     latest_checkpoint,
     load_checkpoint,
+    model_files,
+    remove_old,
 )
 from tests.trainer.checkpoints import names, save
 
@@ -236,6 +239,63 @@ def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path: Path) -> N
     assert len(names(tmp_path)) == 3
     save(tmp_path, 70, keep=1)
     assert names(tmp_path) == ["step-000070"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_models", "whole", "models"),
+    [
+        (2, None, [40, 50], [10, 20, 30]),
+        (2, 1, [40, 50], [30]),
+        (1, 2, [50], [30, 40]),
+        (1, 0, [50], []),
+        (9, 0, [10, 20, 30, 40, 50], []),
+    ],
+)
+def test_of_older_checkpoints_only_the_models_stay(
+    tmp_path: Path, keep: int, keep_models: int | None, whole: list[int], models: list[int]
+) -> None:
+    """Fails if a run fills its disk with optimizer states, loses a model that selection may want,
+    or takes a folder without an optimizer for one to resume from."""
+    for step in (10, 20, 30, 40, 50):
+        path = save(tmp_path, step, keep=keep, keep_models=keep_models)
+        model = (path / "model.safetensors").read_bytes()
+    assert names(tmp_path) == sorted(f"step-{step:06d}" for step in whole + models)
+    for step in models:
+        left = tmp_path / f"step-{step:06d}"
+        assert is_model_only(left) and names(left) == [
+            "config.json",
+            "manifest.json",
+            "model.safetensors",
+        ]
+        assert (left / "model.safetensors").read_bytes() == model
+        assert {file.name for file in model_files(left)} == {"config.json", "model.safetensors"}
+        with pytest.raises(CheckpointError, match="holds only its model"):
+            load_checkpoint(left)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000050"
+    assert [load_checkpoint(tmp_path / f"step-{step:06d}").step for step in whole] == whole
+    # With all whole ones gone, there is nothing to resume from, and nobody is warned of damage.
+    for step in whole:
+        shutil.rmtree(tmp_path / f"step-{step:06d}")
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_a_reduction_that_is_killed_loses_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the old checkpoint is gone before its model stands in its place, or where links
+    are not possible."""
+    save(tmp_path, 10)
+    monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(OSError("no links")))
+    with monkeypatch.context() as killed:
+        killed.setattr(
+            "r1v3.trainer.checkpoint.replace_directory",
+            lambda *names: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            remove_old(tmp_path, 20, 1, None)
+    assert load_checkpoint(tmp_path / "step-000010").step == 10
+    remove_old(tmp_path, 20, 1, None)
+    assert is_model_only(tmp_path / "step-000010")
 
 
 def test_a_broken_checkpoint_does_not_count_as_one_to_keep(tmp_path: Path) -> None:

@@ -195,15 +195,14 @@ class HFEngine:
         self._sum_gradients()
         norms = {part: _norm(parameters) for part, parameters in self.parts.items()}
         norm = math.sqrt(sum(value**2 for value in norms.values()))
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm}; the step was not taken")
         if norm > self.max_grad_norm:
             for parameter in self.trainable.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.max_grad_norm / (norm + 1e-6))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {
             "loss": total,

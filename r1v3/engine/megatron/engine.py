@@ -191,7 +191,7 @@ class MegatronEngine:
 
     def save(self, directory: Path) -> None:
         """See `contract.Engine.save`."""
-        write_hf(self.model, directory, self.tokenizer)
+        write_hf(self.model, directory, self.tokenizer, ranks=self.ranks)
 
     def load_weights(self, directory: Path) -> None:
         """See `contract.Engine.load_weights`; the optimizer's main parameters follow."""

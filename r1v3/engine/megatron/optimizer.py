@@ -92,13 +92,19 @@ class MegatronAdamW:
     def step(self, learning_rate: float) -> dict[str, float]:
         """Clip and update; return gradient norms before clipping, in total and per part.
 
-        Raises:
-            FloatingPointError: on every rank, if the norm is not finite; no weight is changed.
+        Where the norm is not finite, which every rank finds, nothing is updated.
         """
         norms = self._norms()
         norm = math.sqrt(sum(value**2 for value in norms.values()))
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm}; the step was not taken")
+        if math.isfinite(norm):
+            self._update(norm, learning_rate)
+        return {
+            "learning_rate": learning_rate,
+            "grad_norm": norm,
+            **{f"grad_norm_{part}": value for part, value in norms.items()},
+        }
+
+    def _update(self, norm: float, learning_rate: float) -> None:
         if norm > self.max_grad_norm:
             self.model.scale_gradients(self.max_grad_norm / (norm + 1e-6))
         for group in self.optimizer.param_groups:
@@ -110,11 +116,6 @@ class MegatronAdamW:
         for chained in self.optimizer.chained_optimizers:
             if chained.optimizer is not None and _NOTHING in chained.optimizer.state:
                 chained.optimizer.state[_NOTHING]["step"] += 1
-        return {
-            "learning_rate": learning_rate,
-            "grad_norm": norm,
-            **{f"grad_norm_{part}": value for part, value in norms.items()},
-        }
 
     def _norms(self) -> dict[str, float]:
         """Norm of each part's gradient over all ranks; duplicated parameters count once."""

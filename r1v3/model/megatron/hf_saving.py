@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from r1v3.files import require_free_space, write_json
@@ -22,16 +21,18 @@ def write_hf(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    ranks: Ranks,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write weights, config.json and the tokenizer into a folder, for transformers to load.
 
     Collective over all ranks of the job. Global rank 0 writes, one tensor at a time; data-parallel
-    replicas other than the first only wait, so the process group's timeout must be longer than the
-    writing takes. The names are those of transformers' own `save_pretrained`.
+    replicas other than the first only wait. The names are those of transformers' own
+    `save_pretrained`.
 
     Args:
         folder: exists and holds no model, such as a checkpoint's temporary folder.
+        ranks: all processes of the job.
 
     Raises:
         OSError: on every rank, if rank 0 could not write.
@@ -59,9 +60,9 @@ def write_hf(
         finally:
             _exhaust(tensors)  # the other ranks send on, whatever failed here
 
-    if dist.get_rank() != 0:
+    if not ranks.is_main:
         _exhaust(tensors)
-    Ranks(dist.group.WORLD).on_main(write)
+    ranks.on_main(write)
 
 
 def _exhaust(tensors: Iterator[object]) -> None:

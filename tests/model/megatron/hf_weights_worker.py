@@ -28,6 +28,7 @@ from r1v3.model.megatron.hf_weights import export_hf, load_hf  # noqa: E402
 from r1v3.model.megatron.internvl import InternVL  # noqa: E402
 from r1v3.model.megatron.options import ModelOptions  # noqa: E402
 from r1v3.model.megatron.packing import Packed, pack  # noqa: E402
+from r1v3.ranks import Ranks  # noqa: E402
 from tests.model.conversion.checkpoints import IMAGE_TOKEN_ID  # noqa: E402
 from tests.processes import PATIENCE  # noqa: E402
 
@@ -134,7 +135,7 @@ def save(model: InternVL, folder: Path) -> None:
     """Save in many files, into a folder that is made if nothing stands in its place."""
     if not folder.exists():
         folder.mkdir(exist_ok=True)
-    write_hf(model, folder, max_shard_bytes=30_000)
+    write_hf(model, folder, ranks=Ranks(dist.group.WORLD), max_shard_bytes=30_000)
 
 
 def save_error(model: InternVL, folder: Path) -> str:
