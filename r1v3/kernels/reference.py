@@ -282,6 +282,13 @@ def sample_scale(temperature: Tensor) -> Tensor:
     return (LOG2_E / torch.where(temperature == 0, 1.0, temperature)).clamp(max=1e269)
 
 
+def ban_mask(columns: Tensor, width: int) -> Tensor:
+    """bool [width], True at the int64 columns that are there. Nothing waits for a device."""
+    there = torch.where((columns >= 0) & (columns < width), columns, width)
+    mask = torch.zeros(width + 1, dtype=torch.bool, device=columns.device)
+    return mask.index_fill_(0, there, True)[:width]
+
+
 def sampled_logits(
     x: Tensor,
     first: int,
@@ -291,7 +298,8 @@ def sampled_logits(
 ) -> Tensor:
     """Rows x [n, V] with -inf where a token is banned or its logit is below the floor [n]."""
     if banned is not None:
-        x = ban_tokens_(x.clone(), banned, enabled=enabled, vocab_start=first)
+        mask = ban_mask(banned - first, x.shape[1])
+        x = x.masked_fill(mask if enabled is None else mask & enabled[:, None], -torch.inf)
     return x if floor is None else torch.where(x < floor[:, None], -torch.inf, x)
 
 

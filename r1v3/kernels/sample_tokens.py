@@ -7,13 +7,13 @@ vocabulary change a token or the bits of its log-probability.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1v3.kernels import cpu, reference, vocab_parallel
+from r1v3.kernels import cpu, devices, reference, vocab_parallel
 from r1v3.kernels.arguments import check_logits, check_shape
 from r1v3.kernels.registration import register_op
 from r1v3.kernels.vocab_parallel import columns
@@ -59,7 +59,8 @@ def sample_tokens(
             ignored.
         enabled: [...], nonzero where the ban holds; None bans in every row.
         forced: [...] integers, the token of a row whose token is given, -1 where one is drawn.
-            The log-probability of a forced token that cannot be drawn is -inf.
+            The log-probability of a forced token that cannot be drawn is -inf. One outside the
+            vocabulary raises for CPU tensors, and gives token -1 and NaN for CUDA tensors.
         top_k: only the k largest logits are drawn, and what equals the last of them.
         top_p: only the largest logits that together reach this probability are drawn, and what
             equals the last of them; in (0, 1].
@@ -69,7 +70,7 @@ def sample_tokens(
         group: the vocabulary is sharded over this group, in rank order; every rank must call with
             the same arguments but its own logits, and gets the same results. The ranks exchange 56
             bytes per row, and then 16 more from the one that owns the token. With top_k, top_p or
-            min_p they exchange the logits instead.
+            min_p they exchange the logits instead, and a CUDA tensor waits for the shards' widths.
 
     Returns:
         tokens int64 [...], logprobs and entropy [...] float32 (float64 for float64 logits),
@@ -140,28 +141,26 @@ def _sample_tokens(
 ) -> Results:
     """Tokens, log-probabilities and entropy, [n] each."""
     x = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
-    if group and (top_k, top_p, min_p) != (None, None, None):
+    truncation = top_k, top_p, min_p
+    truncated = truncation != (None, None, None)
+    if group and truncated:
         x, group = vocab_parallel.gather_columns(x, group), ""
-    shard = vocab_parallel.shard_bounds(x.shape[1], vocab_size, group, x.device)
-    first, vocab, true_size = columns(x.shape[1], vocab_size, shard)
-    x = x[:, :vocab]
+        check_logits(x, 1.0, vocab_size)
     draw = _Draw.of(x, uniforms, temperature, banned, enabled, forced)
-    if x.device.type == "cpu":
-        _check_values(temperature, draw.forced, true_size)
-    if group:
-        return _of_shards(x, first, draw, group)
-    floor = None
-    if (top_k, top_p, min_p) != (None, None, None):
-        legal = reference.sampled_logits(x, 0, draw.banned, draw.enabled)
-        floor = reference.truncation_floor(legal, draw.temperature, top_k, top_p, min_p)
-    if cpu.supports(x):
-        return cpu.sample_tokens(
-            _contiguous_rows(x), draw.temperature, draw.banned, draw.enabled, floor, draw.uniforms,
-            draw.forced,
-        )  # fmt: skip
-    legal = reference.sampled_logits(x, 0, draw.banned, draw.enabled, floor)
-    rows = reference.sample_statistics(legal, draw.scale, 0)[None]
-    return draw.choose(legal, 0, rows, 0)
+    shard = vocab_parallel.shard_bounds(x.shape[1], vocab_size, group, x.device)
+    if not group:
+        x = x[:, :vocab_size]
+        if truncated:
+            draw = draw.truncated(x, *truncation)
+    if devices.runs_triton(x):
+        results = _by_triton(_contiguous_rows(x), draw, shard, group)
+    else:
+        first, vocab, true_size = columns(x.shape[1], vocab_size if group else None, shard)
+        if x.device.type == "cpu":
+            _check_values(temperature, draw.forced, true_size)
+        compute = _by_compiled if cpu.supports(x) else _by_reference
+        results = compute(_contiguous_rows(x[:, :vocab]), draw, first, group)
+    return _from_owners(*results, group) if group else results
 
 
 @dataclass(frozen=True)
@@ -172,6 +171,7 @@ class _Draw:
         uniforms, temperature: float64 [n].
         banned: int64 [K] or None; enabled: bool [n] or None.
         forced: int64 [n] or None.
+        floor: float64 [n], smaller logits are not drawn, or None.
     """
 
     uniforms: Tensor
@@ -179,6 +179,7 @@ class _Draw:
     banned: Tensor | None
     enabled: Tensor | None
     forced: Tensor | None
+    floor: Tensor | None = None
 
     @classmethod
     def of(
@@ -200,33 +201,53 @@ class _Draw:
             None if forced is None else forced.reshape(n).to(torch.int64).contiguous(),
         )
 
-    @property
-    def scale(self) -> Tensor:
-        return reference.sample_scale(self.temperature)
-
-    def choose(self, x: Tensor, first: int, rows: Tensor, rank: int) -> Results:
-        """The results by the reference, of x [n, V] without what is not drawn."""
-        tokens, logprobs, entropy = reference.sample_choose(
-            x, self.scale, self.temperature == 0, first, rows, rank, self.uniforms, self.forced
-        )
-        dtype = reference.accumulation_dtype(x)
-        return tokens, logprobs.to(dtype), entropy.to(dtype)
+    def truncated(
+        self, x: Tensor, top_k: int | None, top_p: float | None, min_p: float | None
+    ) -> "_Draw":
+        """The same with the floor of x [n, V] that the truncation sets."""
+        legal = reference.sampled_logits(x, 0, self.banned, self.enabled)
+        floor = reference.truncation_floor(legal, self.temperature, top_k, top_p, min_p)
+        return replace(self, floor=floor)
 
 
-def _of_shards(x: Tensor, first: int, draw: _Draw, group: str) -> Results:
-    rank = vocab_parallel.group_rank(group)
-    if cpu.supports(x):
-        x = _contiguous_rows(x)
-        options = first, draw.temperature, draw.banned, draw.enabled
-        parts, mine = cpu.sample_statistics(x, *options)
-        rows = vocab_parallel.gather_statistics(mine, group)
-        results = cpu.sample_choose(x, *options, parts, rows, rank, draw.uniforms, draw.forced)
-    else:
-        legal = reference.sampled_logits(x, first, draw.banned, draw.enabled)
-        mine = reference.sample_statistics(legal, draw.scale, first)
-        rows = vocab_parallel.gather_statistics(mine, group)
-        results = draw.choose(legal, first, rows, rank)
-    return _from_owners(*results, group)
+def _by_triton(x: Tensor, draw: _Draw, shard: Tensor, group: str) -> Results:
+    from r1v3.kernels.triton.sample_tokens import Rows
+
+    rows = Rows(
+        x, shard if group else None, draw.temperature, draw.banned, draw.enabled, draw.floor
+    )
+    parts, mine = rows.statistics()
+    return rows.choose(parts, _of_all_ranks(mine, group), _rank(group), draw.uniforms, draw.forced)
+
+
+def _by_compiled(x: Tensor, draw: _Draw, first: int, group: str) -> Results:
+    options = draw.temperature, draw.banned, draw.enabled
+    if not group:
+        return cpu.sample_tokens(x, *options, draw.floor, draw.uniforms, draw.forced)
+    parts, mine = cpu.sample_statistics(x, first, *options)
+    rows = _of_all_ranks(mine, group)
+    return cpu.sample_choose(
+        x, first, *options, parts, rows, _rank(group), draw.uniforms, draw.forced
+    )
+
+
+def _by_reference(x: Tensor, draw: _Draw, first: int, group: str) -> Results:
+    legal = reference.sampled_logits(x, first, draw.banned, draw.enabled, draw.floor)
+    scale, greedy = reference.sample_scale(draw.temperature), draw.temperature == 0
+    rows = _of_all_ranks(reference.sample_statistics(legal, scale, first), group)
+    tokens, logprobs, entropy = reference.sample_choose(
+        legal, scale, greedy, first, rows, _rank(group), draw.uniforms, draw.forced
+    )
+    dtype = reference.accumulation_dtype(x)
+    return tokens, logprobs.to(dtype), entropy.to(dtype)
+
+
+def _rank(group: str) -> int:
+    return vocab_parallel.group_rank(group) if group else 0
+
+
+def _of_all_ranks(rows: Tensor, group: str) -> Tensor:
+    return vocab_parallel.gather_statistics(rows, group) if group else rows[None]
 
 
 def _from_owners(tokens: Tensor, logprobs: Tensor, entropy: Tensor, group: str) -> Results:
@@ -234,9 +255,9 @@ def _from_owners(tokens: Tensor, logprobs: Tensor, entropy: Tensor, group: str) 
     mine = torch.stack([tokens.to(torch.float64), logprobs.to(torch.float64)], -1)
     every = vocab_parallel.gather_statistics(mine, group)
     owned = every[..., 0] >= 0
-    found = every[..., 0].amax(0).clamp(min=0).to(torch.int64)
-    of_owner = torch.where(owned, every[..., 1], 0.0).sum(0).to(logprobs.dtype)
-    return found, of_owner, entropy
+    of_owner = torch.where(owned, every[..., 1], 0.0).sum(0)
+    of_owner = torch.where(owned.any(0), of_owner, torch.nan)
+    return every[..., 0].amax(0).to(torch.int64), of_owner.to(logprobs.dtype), entropy
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ SUITE = (
     "linear_edges",
     "linear_persistent",
     "ban_tokens",
+    "sample_tokens",
     "properties",
     "device_contract",
 )
