@@ -97,14 +97,30 @@ def loss_arguments(padded: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def sampling_arguments() -> dict[str, Any]:
+    """Of all three kernels, with everything they can be given."""
+    from r1v3.kernels.triton import sample_tokens
+
+    d, i, u = "*fp64:16", "*i64:16", "*u8:16"
+    return {
+        "x_ptr": "*bf16:16", "mask_ptr": u, "enabled_ptr": u, "floor_ptr": d, "temperature_ptr": d,
+        "shard_ptr": i, "stats_ptr": d, "merged_ptr": d, "rows_ptr": d, "uniforms_ptr": d,
+        "forced_ptr": i, "tokens_ptr": i, "logprobs_ptr": "*fp32:16", "entropy_ptr": "*fp32:16",
+        "parts": "i32", "ranks": "i32", "rank": "i32", "HAS_BAN": True, "HAS_ENABLED": True,
+        "HAS_FLOOR": True, "HAS_SHARD": True, "HAS_FORCED": True, "BLOCK": sample_tokens.BLOCK,
+        "PARTS": 128, "RANKS": 8,
+    }  # fmt: skip
+
+
 def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
     """Name to (kernel, arguments, warps as launched)."""
-    from r1v3.kernels.triton import ban_tokens, scale
+    from r1v3.kernels.triton import ban_tokens, sample_tokens, scale
     from r1v3.kernels.triton.group_advantages import _group_advantages_kernel
     from r1v3.kernels.triton.grpo_loss import _grpo_loss_kernel
     from r1v3.kernels.triton.logits_gradient import _row_gradient_kernel
     from r1v3.kernels.triton.logits_statistics import _merge_kernel, _row_statistics_kernel
 
+    drawing = sampling_arguments()
     f, i, u = "*fp32:16", "*i64:16", "*u8:16"
     merge = {
         "stats_ptr": f, "ids_ptr": i, "shard_ptr": i, "merged_ptr": None, "logprobs_ptr": f,
@@ -131,6 +147,9 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "loss padded": (_grpo_loss_kernel, loss_arguments(True), 4),
         "loss cispo": (_grpo_loss_kernel, {**loss_arguments(False), "POLICY": 2}, 4),
         "ban": (ban_tokens._ban_tokens_kernel, ban, 1),
+        "sample": (sample_tokens._sample_statistics_kernel, drawing, sample_tokens.WARPS),
+        "sample merge": (sample_tokens._sample_merge_kernel, drawing, 4),
+        "sample choose": (sample_tokens._sample_choose_kernel, drawing, sample_tokens.WARPS),
         "scale": (scale._scale_kernel, scaling, 8),
     }
 

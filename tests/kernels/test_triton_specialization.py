@@ -17,6 +17,7 @@ from r1v3.kernels import (
     grpo_loss,
     logits_grpo_loss,
     logprobs_and_entropy,
+    sample_tokens,
 )
 from tests.kernels.conftest import INTERPRETED
 
@@ -90,11 +91,15 @@ def test_rows_and_temperatures_compile_nothing_again(vocab: int, variants: Varia
         ids = torch.zeros(2, rows, dtype=torch.int64)
         sum(logprobs_and_entropy(logits, ids, temperature=temperature)).sum().backward()
         ban_tokens_(logits.detach(), ids[0, :1])
+        sample_tokens(logits.detach(), ids + 0.5, temperature=temperature, banned=ids[0, :1])
     assert {name: len(keys) for name, keys in variants.items()} == {
         "_row_statistics_kernel": 1,
         "_merge_kernel": 1,
         "_row_gradient_kernel": 1,
         "_ban_tokens_kernel": 1,
+        "_sample_statistics_kernel": 1,
+        "_sample_merge_kernel": 1,
+        "_sample_choose_kernel": 1,
     }
 
 

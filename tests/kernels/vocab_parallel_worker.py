@@ -21,6 +21,7 @@ from r1v3.kernels import (
     linear_logprobs_and_entropy,
     logits_grpo_loss,
     logprobs_and_entropy,
+    sample_tokens,
     selective_log_softmax,
 )
 from tests.kernels.conftest import INTERPRETED
@@ -135,6 +136,37 @@ def check_grpo(mine: slice) -> list[Tensor]:
     return list(results[1][:2])
 
 
+def check_sampling(mine: slice) -> list[Tensor]:
+    """Draws from a sharded vocabulary are those from the whole one, bit for bit."""
+    n = 5 if INTERPRETED else 12
+    logits, ids = (value[:n] for value in whole(torch.bfloat16))
+    logits[0, 512:] += 9  # drawn from one shard, and so are forced tokens
+    forced = torch.full((n,), -1)
+    forced[1] = 900
+    options = {
+        "temperature": torch.tensor([0.7, 1.3, 1.0])[torch.arange(n) % 3],
+        "banned": ids.abs(), "enabled": torch.arange(n) % 2, "forced": forced, "vocab_size": VOCAB,
+    }  # fmt: skip
+    outputs = []
+    more = ({}, {"temperature": 0.0}) if INTERPRETED else ({}, {"temperature": 0.0}, {"top_p": 0.8})
+    for extra in more:
+        uniforms = torch.rand(n)
+        settings = {**options, **extra}
+        want = sample_tokens(logits, uniforms, **settings)
+        got = sample_tokens(logits[:, mine], uniforms, **settings, group=dist.group.WORLD)
+        for value, wanted in zip(got[:2], want[:2], strict=True):
+            assert torch.equal(value.nan_to_num(7.5), wanted.nan_to_num(7.5))
+        torch.testing.assert_close(got[2], want[2], equal_nan=True, rtol=1e-6, atol=1e-6)
+        outputs += [got[0].float(), *got[1:]]
+    if not INTERPRETED:
+        exact = sample_tokens(logits.double(), uniforms, **options)
+        part = logits[:, mine].double()
+        got = sample_tokens(part, uniforms, **options, group=dist.group.WORLD)
+        assert torch.equal(got[0], exact[0])
+        torch.testing.assert_close(got, exact, equal_nan=True)
+    return outputs
+
+
 def check_collectives(mine: slice) -> None:
     """A forward has one collective, and a backward none, once the widths are known."""
     logits, ids = whole(torch.float32)
@@ -198,6 +230,7 @@ def main(folder: Path, device: str) -> None:
         for temperature in (0.6,) if INTERPRETED else (1.0, 0.6):
             outputs += check_logits(mine, dtype, temperature)
     outputs += check_grpo(mine)
+    outputs += check_sampling(mine)
     if not INTERPRETED:  # a compiled rank shows the same
         check_rest(mine)
         check_linear(mine)

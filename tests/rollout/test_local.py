@@ -102,8 +102,8 @@ def test_recorded_logprobs_are_those_of_the_engine_that_trains(
     )  # fmt: skip
     with torch.no_grad():
         logprobs, entropy = engine.head(as_batch(found, group_size)).logprobs_and_entropy()
-    assert (found.logprobs - logprobs).abs().max() < 1e-4
-    assert (found.entropy - entropy).abs().max() < 1e-4
+    assert (found.logprobs - logprobs).abs().max() < 1e-5
+    assert (found.entropy - entropy).abs().max() < 1e-5
 
 
 def test_banned_tokens_never_appear_and_take_no_probability() -> None:
