@@ -6,8 +6,11 @@
 #
 # Preemption and time limit: ten minutes before the end, Slurm sends SIGUSR1 to this script (when it
 # preempts, too, with PreemptParameters=send_user_signal); the stage finishes its step, saves and
-# exits, and the same job is queued again and goes on with --resume. A job that fails is not queued
-# again: look at its log, then submit it with --resume.
+# exits, and the same job is queued again and goes on with --resume.
+#
+# A job that fails once its stage has begun (a GPU or a node that is lost) is queued again as well,
+# until it has failed RETRIES (3) times without a new checkpoint; sbatch --exclude=NODE ... leaves a
+# bad node out. A job that fails before, for a wrong setting, is not.
 #
 # NCCL: the defaults are right on most fabrics. If ranks cannot reach each other, name the
 # interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME) and the InfiniBand devices (NCCL_IB_HCA);
@@ -43,6 +46,27 @@ if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ $1 != eval ]]; then
     arguments+=(--resume)
 fi
 
+# The run folder: the last run=... of the command line, or that of the configuration.
+run=$(sed -n 's/^run:[[:space:]]*\([^#[:space:]]*\).*/\1/p' "$2" | head -n 1)
+for argument in "${@:3}"; do
+    if [[ $argument == run=* ]]; then run=${argument#run=}; fi
+done
+
+# Counts a failure; succeeds if the job may try again.
+may_retry() {
+    [[ -f "$run/config/$1.yaml" ]] || return 1
+    local newest counted="" failures=0
+    newest=$(find "$run/checkpoints/$1" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1)
+    if [[ -f "$run/failures-$1" ]]; then
+        IFS=$'\t' read -r failures counted <"$run/failures-$1" || true
+    fi
+    if [[ $counted != "$newest" ]]; then failures=0; fi
+    failures=$((failures + 1))
+    printf '%s\t%s\n' "$failures" "$newest" >"$run/failures-$1"
+    echo "$(date --iso-8601=seconds) failure $failures after ${newest:-no checkpoint}" >&2
+    ((failures <= ${RETRIES:-3}))
+}
+
 stopped=0
 stop() {
     stopped=1
@@ -58,6 +82,8 @@ status=0
 wait "$step" || status=$?
 if ((stopped)); then
     wait "$step" || status=$?
+    scontrol requeue "$SLURM_JOB_ID"
+elif ((status)) && may_retry "$1"; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
