@@ -42,6 +42,7 @@ from r1v3.trainer.randomness import torch_stream
 from r1v3.trainer.record import NothingToDo, write_finished
 from r1v3.trainer.schedule import learning_rate
 from r1v3.trainer.stage import open_stage, publish, resume
+from r1v3.trainer.stopwatch import Stopwatch
 from r1v3.trainer.telemetry import Telemetry
 
 _SHOWN = ("reward", "accuracy", "response_length", "critical_entropy", "validation_accuracy")
@@ -59,15 +60,15 @@ class GRPOTrainer:
         with self.sampling():
             groups = self.sample_groups()
         episode = self.with_advantages(groups)
-        seconds_rollout = time.perf_counter() - started
-        metrics = self.update(episode)
+        with self.stopwatch.part("training"):
+            metrics = self.update(episode)
         self.step += 1
         return {
             **episode.metrics(),
             "rows_dropped": self.dropped,
             "verifier_failures": self.verifier_failures() - failures,
             **metrics,
-            "seconds_rollout": seconds_rollout,
+            **self.stopwatch.take(),
             "seconds": time.perf_counter() - started,
         }
 
@@ -87,18 +88,23 @@ class GRPOTrainer:
     def sample_and_reward(self, indices: list[int], key: int) -> list[Group]:
         """Sample and reward completions of the prompts at these positions of the training data."""
         config, g = self.config, self.config.group_size
-        rollout, texts = self.policy.complete(
-            [Request(self.examples[i], self.samples[i], pictures=config.pictures) for i in indices],
-            Sampling(config.decoding.temperature, self.max_tokens()),
-            group_size=g,
-            generator=torch_stream(config.seed, "rollout", self.step, key),
-        )
-        asked = [self.samples[i] for i in indices for _ in range(g)]
+        asked = [
+            Request(self.examples[i], self.samples[i], pictures=config.pictures) for i in indices
+        ]
+        with self.stopwatch.part("generation"):
+            rollout, texts = self.policy.complete(
+                asked,
+                Sampling(config.decoding.temperature, self.max_tokens()),
+                group_size=g,
+                generator=torch_stream(config.seed, "rollout", self.step, key),
+            )
+        samples = [self.samples[i] for i in indices for _ in range(g)]
         weight = config.rewards.accuracy_weight
         # Time limits and a verifier's answers may differ from rank to rank; rewards must not.
-        rewards = self.engine.ranks.on_main(
-            lambda: score(texts, asked, weight=weight, verifier=self.verifier)
-        )
+        with self.stopwatch.part("reward"):
+            rewards = self.engine.ranks.on_main(
+                lambda: score(texts, samples, weight=weight, verifier=self.verifier)
+            )
         return [
             Group(i, self.examples[i], rollout.rows(n * g, n * g + g), rewards[n * g : n * g + g])
             for n, i in enumerate(indices)
@@ -248,8 +254,9 @@ class GRPOTrainer:
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """Keep the sampler awake, with the current weights, inside the block."""
-        self.sampler.update_weights(self.engine.export_hf(), self.step)
-        self.sampler.wake()
+        with self.stopwatch.part("weights"):
+            self.sampler.update_weights(self.engine.export_hf(), self.step)
+            self.sampler.wake()
         try:
             yield
         finally:
@@ -291,6 +298,7 @@ class GRPOTrainer:
         config = resolve_max_tiles(config)
         self.name, self.config, self.run = "grpo", config, Path(config.run)
         self.step, self.total = 0, config.steps
+        self.stopwatch = Stopwatch()
         self.skipped = Skipped(config.optimizer.max_skipped)
         stage = open_stage(self.name, config, resuming=resuming)
         ranks = stage.ranks

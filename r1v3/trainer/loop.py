@@ -13,6 +13,7 @@ from r1v3.trainer.checkpoint import PendingCheckpoint, remove_old, start_checkpo
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.interrupt import StageInterrupted, StopRequest
 from r1v3.trainer.metrics import MetricsLogger
+from r1v3.trainer.stopwatch import Stopwatch
 
 
 class Steps(Protocol):
@@ -140,6 +141,7 @@ def run_steps(
         FloatingPointError: too many optimizer steps in a row were skipped; resuming goes on with
             the next rows.
     """
+    beside = Stopwatch()
     ranks, name, total = trainer.engine.ranks, trainer.name, trainer.total
     checkpoints = Checkpoints(
         trainer.run / "checkpoints" / name, trainer.engine, keep=keep, keep_models=keep_models
@@ -160,15 +162,18 @@ def run_steps(
             metrics = trainer.take_step()
             last = trainer.step == total
             if last or trainer.step % validate_every == 0:
-                metrics |= trainer.validate()
+                with beside.part("validation"):
+                    metrics |= trainer.validate()
             if log is not None:
-                log.log(trainer.step, metrics)
+                # Saving is that of the checkpoints since the line before.
+                log.log(trainer.step, metrics | beside.take())
             bar.update(trainer.step, metrics)
             stopping = any(ranks.gather(stop.requested))
             stuck = trainer.skipped.too_many
-            if trainer.finished or stopping or stuck or trainer.step % checkpoint_every == 0:
-                checkpoints.save(trainer.step, trainer.state())
-            checkpoints.poll()
+            with beside.part("saving"):
+                if trainer.finished or stopping or stuck or trainer.step % checkpoint_every == 0:
+                    checkpoints.save(trainer.step, trainer.state())
+                checkpoints.poll()
             if stuck:
                 checkpoints.finish()
                 raise FloatingPointError(

@@ -434,3 +434,16 @@ def test_questions_beyond_the_models_positions_are_refused_or_dropped(tmp_path: 
     assert len(dropping.samples) == len(dropping.examples) == fitting < len(lengths)
     assert dropping.take_step()["rows_dropped"] == len(lengths) - fitting
     assert sorted({g.index for g in dropping.sample_groups()})[-1] < fitting
+
+
+def test_a_step_says_where_its_time_went() -> None:
+    """Fails if a part is not timed, or time is counted twice: nobody could tell what to speed up."""
+    folder, _ = finished("grpo")
+    lines = read_metrics(folder / "run/metrics/grpo.jsonl")
+    parts = [f"seconds_{part}" for part in ("weights", "generation", "reward", "training")]
+    for line in lines:
+        assert all(line[part] > 0 for part in parts)
+        # Weights are handed over for the validation of the step before as well.
+        assert sum(line[part] for part in parts[1:]) <= line["seconds"]
+        assert ("seconds_validation" in line) == ("validation_accuracy" in line)
+    assert ["seconds_saving" in line for line in lines] == [False, True, True, True]
