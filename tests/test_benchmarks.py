@@ -21,6 +21,7 @@ TINY = {
     "group_advantages": {"N": 64},
     "grpo_loss": {"B": 6, "T": 8},
     "ban_tokens": {"T": 5, "V": 300, "K": 7},
+    "sample_tokens": {"T": 5, "V": 300, "K": 7},
     "linear_logprobs_and_entropy": {"T": 5, "H": 16, "V": 300},
     "linear_cross_entropy": {"T": 5, "H": 16, "V": 300},
     "logits_grpo_loss": {"T": 4, "V": 300},
