@@ -18,7 +18,8 @@ MAX_ANSWER_CHARS = 1000
 _BRACE_TOKEN = re.compile(r"\\boxed\s{0,8}\{|\\\\(?!boxed)|\\[{}]|[{}]")
 _LETTER = r"[(\[（]?[A-Z][)\]）]?"
 _LETTERS = (
-    rf"{_LETTER}(?:[ \t]{{0,4}}(?:[,、，&]|\band\b|和)?[ \t]{{0,4}}{_LETTER}(?![A-Za-z])){{0,8}}"
+    rf"{_LETTER}(?:(?:[ \t]{{0,4}}(?:[,、，&]|\band\b|和)[ \t]{{0,4}}|[ \t]{{0,8}}){_LETTER}"
+    r"(?![A-Za-z])){0,8}"
 )
 _STATED = re.compile(
     # "Answer: ...", "the answer is ...": whatever follows, up to the end of the line

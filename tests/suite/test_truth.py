@@ -1,5 +1,7 @@
 """Verdicts of every benchmark's rules on written responses."""
 
+import time
+
 import pytest
 
 from r1v3.suite.benchmarks import BENCHMARKS
@@ -110,3 +112,14 @@ def test_drafts_in_a_thought_do_not_count(key: str) -> None:
         for text, wanted in DRAFTS:
             assert rule(asked, Response(text, True)) is wanted, text
     assert rule(asked, Response("Wait, B: \\boxed{B} is it? Let me", True)) is False
+
+
+@pytest.mark.parametrize(
+    "part", ["x ", "A ", "A, ", "(A) ", "B and ", "yes ", "1 ", "\\boxed{", "is B "]
+)
+def test_a_response_that_repeats_itself_is_read_in_linear_time(part: str) -> None:
+    """Fails if a loop of a model, as long as its limit, holds up the scoring of all others."""
+    for key in ("mmstar", "hallusionbench", "mme_reasoning"):
+        begun = time.process_time()
+        BENCHMARKS[key].rule(question("B", *LENGTHS), Response(part * 4000, False))
+        assert time.process_time() - begun < 2
