@@ -109,9 +109,11 @@ def verdicts(
             entropy.append(answer.entropy)
         response = Response(answer.text, thinking)
         verdict = rule(question, response)
-        right[cell], no_verdict[cell] = verdict is True, verdict is None
         shown = response.answer or response.final
-        if verdict is None and shown and question.gold and benchmark.judged:
+        if verdict is None and not shown:
+            verdict = False  # it says nothing, so that there is nothing to judge
+        right[cell], no_verdict[cell] = verdict is True, verdict is None
+        if verdict is None and question.gold and benchmark.judged:
             open_cells.append(cell)
             items.append((question.text, question.gold, shown))
     if not there.all():
