@@ -30,7 +30,7 @@ class Cluster:
         path.chmod(0o755)
 
     def begin(self, step: int | None, run: str = "runs/mine") -> None:
-        """What a stage has left when it ends: its settings, and a checkpoint."""
+        """Leave what a stage does when it ends: its settings, and a checkpoint."""
         (self.folder / run / "config").mkdir(parents=True, exist_ok=True)
         (self.folder / run / "config/grpo.yaml").touch()
         if step is not None:
@@ -54,7 +54,7 @@ class Cluster:
         )
 
     def queued(self) -> int:
-        """How often the job was put back into the queue."""
+        """Count how often the job was put back into the queue."""
         queue = self.folder / "queue"
         lines = queue.read_text().splitlines() if queue.exists() else []
         assert set(lines) <= {"requeue 77"}

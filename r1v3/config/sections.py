@@ -1,7 +1,7 @@
 """Sections that several stages hold."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -123,7 +123,9 @@ class RolloutEngine(Section):
     timeout_seconds: of one request; it is then sent to another server, at most `retries` times.
     weights_folder: where servers find new weights, by default `<run>/rollout-weights`; it must be
     the same path for them. trust_remote_code: let vLLM run the code in the model's folder, which
-    it needs for InternVL's original layout.
+    it needs for InternVL's original layout. vllm: further arguments of `vllm.LLM` for engine vllm,
+    such as {max_num_seqs: 256, load_format: dummy, quantization: fp8}; with load_format dummy the
+    folder's weights are not read, only those that training hands over.
     """
 
     engine: Literal["local", "vllm", "vllm-server"] = "local"
@@ -135,9 +137,14 @@ class RolloutEngine(Section):
     concurrency: Positive = 64
     weights_folder: Path | None = None
     trust_remote_code: bool = False
+    vllm: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _check(self) -> "RolloutEngine":
+        if "trust_remote_code" in self.vllm:
+            raise ValueError("`trust_remote_code` is a setting of its own, beside `vllm`")
+        if self.vllm and self.engine != "vllm":
+            raise ValueError("`vllm` holds arguments of engine vllm; servers are given theirs")
         if (self.engine == "vllm-server") != bool(self.urls):
             raise ValueError("`urls` names the servers of engine vllm-server, and only of it")
         return self

@@ -48,7 +48,7 @@ def build_sampler(
             tensor=config.tensor,
             memory_share=config.memory_share,
             dtype=stage.dtype,
-            trust_remote_code=config.trust_remote_code,
+            arguments={**config.vllm, "trust_remote_code": config.trust_remote_code},
         )
     return VLLMServers(
         config.urls,

@@ -25,7 +25,7 @@ vLLM has not been run by the tests of this file: they use a stand-in with the si
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +81,23 @@ def collapse_pictures(
     return collapsed, pictures
 
 
+# Arguments of `vllm.LLM` that have settings of their own, or that sampling relies on.
+OWN_ARGUMENTS = frozenset(
+    {
+        "model",
+        "distributed_executor_backend",
+        "tensor_parallel_size",
+        "gpu_memory_utilization",
+        "max_model_len",
+        "dtype",
+        "seed",
+        "enable_sleep_mode",
+        "logprobs_mode",
+        "generation_config",
+    }
+)
+
+
 class ColocatedVLLM:
     """A `contract.Sampler` by vLLM in the training processes.
 
@@ -95,11 +112,12 @@ class ColocatedVLLM:
         sleep_level: 2 drops the weights, which must then be updated before every wake; 1 keeps them
             in host memory.
         bucket_bytes: size of the pieces in which weights are handed over.
-        trust_remote_code: let vLLM run the folder's own code, which it needs for the configuration
-            of the original layout.
+        arguments: further ones of `vllm.LLM`, by their names there. trust_remote_code lets vLLM run
+            the folder's own code, which it needs for the configuration of the original layout.
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: tensor does not divide the ranks, or memory_share is not in (0, 1].
+        ValueError: tensor does not divide the ranks, memory_share is not in (0, 1], or one of the
+            arguments is the sampler's own.
     """
 
     def __init__(
@@ -114,8 +132,11 @@ class ColocatedVLLM:
         dtype: str = "bfloat16",
         sleep_level: Literal[1, 2] = 2,
         bucket_bytes: int = 1 << 30,
-        trust_remote_code: bool = False,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
+        arguments = {} if arguments is None else dict(arguments)
+        if taken := sorted(OWN_ARGUMENTS & arguments.keys()):
+            raise ValueError(f"vLLM's {', '.join(taken)} cannot be given: the sampler sets it")
         if tensor < 1 or ranks.size % tensor:
             raise ValueError(f"tensor {tensor} does not divide the {ranks.size} processes")
         if not 0 < memory_share <= 1:
@@ -142,7 +163,10 @@ class ColocatedVLLM:
         self._state: Literal["awake", "asleep", "weights"] = "awake"
         if ranks.size == 1:
             _stand_alone()
+        # Weights that are not read from the folder must be handed over before the first completion.
+        self._empty = arguments.get("load_format") == "dummy"
         self._llm: Any = LLM(
+            **arguments,
             model=str(model_folder),
             distributed_executor_backend="external_launcher",
             tensor_parallel_size=tensor,
@@ -153,7 +177,6 @@ class ColocatedVLLM:
             enable_sleep_mode=True,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
-            trust_remote_code=trust_remote_code,
         )
 
     def complete(
@@ -173,6 +196,11 @@ class ColocatedVLLM:
         """
         if self._state != "awake":
             raise RuntimeError("vLLM is asleep: update_weights and wake come before complete")
+        if self._empty and self.step is None:
+            raise RuntimeError(
+                "vLLM was started with load_format dummy, so that its weights are random until "
+                "update_weights; leave it out where nothing is trained"
+            )
         check_sampling(sampling)
         # The completions of greedy decoding are one, and vLLM wants to be asked for one.
         count = group_size if sampling.temperature > 0 else 1

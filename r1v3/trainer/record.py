@@ -48,6 +48,7 @@ FREE = (
     "rollout.concurrency",
     "rollout.weights_folder",
     "rollout.trust_remote_code",
+    "rollout.vllm",
 )
 # The length of a stage, which may grow.
 LENGTHS = ("steps", "epochs")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from r1v3.config import RolloutEngine
 from r1v3.data.encoding import Example, encode_sample
 from r1v3.data.images import tile_image
 from r1v3.data.sample import make_sample
@@ -24,7 +25,7 @@ from r1v3.model.conversion import Checkpoint, convert, weights
 from r1v3.model.internvl import load_model
 from r1v3.ranks import Ranks
 from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
-from r1v3.rollout.vllm_colocated import ColocatedVLLM, collapse_pictures
+from r1v3.rollout.vllm_colocated import OWN_ARGUMENTS, ColocatedVLLM, collapse_pictures
 from tests import tiny
 from tests.rollout.speaking_server import local
 
@@ -73,8 +74,11 @@ class LLM:
         enable_sleep_mode: bool,
         logprobs_mode: str,
         generation_config: str,
-        trust_remote_code: bool,
+        trust_remote_code: bool = False,
+        max_num_seqs: int = 0,
+        load_format: str = "auto",
     ) -> None:
+        self.max_num_seqs, self.load_format = max_num_seqs, load_format
         assert distributed_executor_backend == "external_launcher" and enable_sleep_mode
         assert logprobs_mode == "processed_logprobs" and generation_config == "vllm"
         self.net = load_model(Path(model)).eval()
@@ -225,6 +229,28 @@ def test_completions_are_those_of_the_weights_that_were_handed_over(
     assert {uuid.rpartition("-")[2] for uuid in llm.uuids} == {"4"} and len(set(llm.uuids)) == 2
 
 
+def test_further_arguments_reach_vllm(stand_in: None, folder: Path) -> None:
+    """Fails if a setting is lost, or one that sampling relies on can be changed."""
+    given = {"max_num_seqs": 7, "load_format": "dummy"}
+    sampler = ColocatedVLLM(folder, WORDS, max_length=400, arguments=given)
+    assert (sampler._llm.max_num_seqs, sampler._llm.load_format) == (7, "dummy")
+    for name in OWN_ARGUMENTS:
+        with pytest.raises(ValueError, match=f"vLLM's {name} cannot be given"):
+            ColocatedVLLM(folder, WORDS, max_length=400, arguments={name: 1})
+    with pytest.raises(ValueError, match="`vllm` holds arguments of engine vllm"):
+        RolloutEngine(engine="local", vllm=given)
+
+
+def test_nothing_is_completed_by_random_weights(stand_in: None, folder: Path) -> None:
+    """Fails if an evaluation with load_format dummy would score noise."""
+    dummy = {"load_format": "dummy"}
+    sampler = ColocatedVLLM(folder, WORDS, max_length=400, arguments=dummy)
+    with pytest.raises(RuntimeError, match="load_format dummy"):
+        complete(sampler, Sampling(1.0, 4))
+    sampler.update_weights(HFEngine(tiny.model(7), WORDS, modules={}).export_hf(), 0)
+    assert complete(sampler, Sampling(1.0, 4)).mask.any()
+
+
 def test_a_spent_thought_over_a_picture_is_closed_and_goes_on(stand_in: None, folder: Path) -> None:
     sampler = ColocatedVLLM(folder, WORDS, max_length=400)
     found = complete(sampler, Sampling(1.0, 16, (RULES.stop_id,), 3))
@@ -242,7 +268,7 @@ def test_a_folder_in_the_original_layout_is_given_its_names_and_placeholder(
 ) -> None:
     base = tmp_path / "original"
     convert(folder, base, "original")
-    sampler = ColocatedVLLM(base, WORDS, max_length=400, trust_remote_code=True)
+    sampler = ColocatedVLLM(base, WORDS, max_length=400, arguments={"trust_remote_code": True})
     complete(sampler, Sampling(1.0, 4))
     net = tiny.model(0)
     sampler.update_weights(HFEngine(net, WORDS, modules={}).export_hf(), 1)

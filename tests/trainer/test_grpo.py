@@ -437,7 +437,7 @@ def test_questions_beyond_the_models_positions_are_refused_or_dropped(tmp_path: 
 
 
 def test_a_step_says_where_its_time_went() -> None:
-    """Fails if a part is not timed, or time is counted twice: nobody could tell what to speed up."""
+    """Fails if a part is not timed, or time is counted twice: nobody knew what to speed up."""
     folder, _ = finished("grpo")
     lines = read_metrics(folder / "run/metrics/grpo.jsonl")
     parts = [f"seconds_{part}" for part in ("weights", "generation", "reward", "training")]
