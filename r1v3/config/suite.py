@@ -29,11 +29,12 @@ class Suite(Stage):
 
     name: of the checkpoint, in tables and file names. data: folder of the benchmarks' files; null
     takes $LMUData, or ~/LMUData. benchmarks: keys in docs/suite.md; none named means all whose
-    files are there. samples: answers to each question and mode. protocol: `report` is rule or judge
-    on the text after the last `</think>`; `kit` is VLMEvalKit's rules. allow_other_files: take
-    files that are not the published ones. row_tiles: most tiles of all pictures of a row together,
-    beside thumbnails; null takes max_tiles. compare: name of a checkpoint in the same run folder,
-    to which gains are paired.
+    files are there. cuts: lengths in tokens at which answers of mode slow are cut and scored again,
+    without asking again; their token ids are kept. samples: answers to each question and mode.
+    protocol: `report` is rule or judge on the text after the last `</think>`; `kit` is VLMEvalKit's
+    rules. allow_other_files: take files that are not the published ones. row_tiles: most tiles of
+    all pictures of a row together, beside thumbnails; null takes max_tiles. compare: name of a
+    checkpoint in the same run folder, to which gains are paired.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "checkpoint"
@@ -41,6 +42,7 @@ class Suite(Stage):
     benchmarks: tuple[str, ...] = ()
     modes: tuple[Literal["slow", "nothink", "nowait"], ...] = ("slow",)
     budgets: tuple[Positive, ...] = ()
+    cuts: tuple[Positive, ...] = ()
     samples: Positive = 5
     protocol: Literal["report", "kit"] = "report"
     allow_other_files: bool = False
@@ -63,4 +65,6 @@ class Suite(Stage):
             )
         if not self.modes and not self.budgets:
             raise ValueError("`modes` and `budgets` name no way to answer")
+        if self.cuts and "slow" not in self.modes:
+            raise ValueError("`cuts` are of the answers of mode slow, which `modes` does not name")
         return self

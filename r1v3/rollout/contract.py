@@ -38,9 +38,9 @@ class Request:
     seed: int | None = None
     max_tiles: int | None = None
 
-    def own_generator(self) -> torch.Generator | None:
-        """The source of this prompt's random numbers, at its beginning."""
-        return None if self.seed is None else torch.Generator().manual_seed(self.seed)
+    def own_generator(self, sample: int = 0) -> torch.Generator | None:
+        """The source of random numbers of one of this prompt's completions, at its beginning."""
+        return None if self.seed is None else torch.Generator().manual_seed(self.seed + sample)
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,10 @@ class LocalSampler:
         """See `contract.Sampler.complete`."""
         uniforms = torch.rand(len(requests) * group_size, sampling.max_tokens, generator=generator)
         for i, request in enumerate(requests):
-            if (own := request.own_generator()) is not None:
-                rows = uniforms[i * group_size : (i + 1) * group_size]
-                torch.rand(rows.shape, generator=own, out=rows)
+            for sample in range(group_size):
+                if (own := request.own_generator(sample)) is not None:
+                    row = uniforms[i * group_size + sample]
+                    torch.rand(len(row), generator=own, out=row)
         mine, rollout = self.replicas.shard(len(requests)), None
         if len(mine):
             examples = [requests[i].example for i in mine]

@@ -29,6 +29,7 @@ class Answer:
         finish: `length` where the limit came first; `too long` and `truncated picture` were not
             asked.
         entropy: mean over sampled tokens in nats; None where the engine does not tell.
+        ids: the tokens, where they are kept.
     """
 
     row: str
@@ -38,6 +39,7 @@ class Answer:
     tokens: int
     finish: Finish
     entropy: float | None = None
+    ids: list[int] | None = None
 
 
 class AnswerFile:
@@ -92,12 +94,19 @@ class AnswerFile:
             if whole < size:
                 file.truncate(whole)
             text = "" if whole else self._header
-            text += "".join(json_text(asdict(answer)) + "\n" for answer in answers)
+            text += "".join(_line(answer) for answer in answers)
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
         if not whole:
             fsync_directory(self.path.parent)
+
+
+def _line(answer: Answer) -> str:
+    fields = asdict(answer)
+    if answer.ids is None:
+        del fields["ids"]
+    return json_text(fields) + "\n"
 
 
 def _end_of_last_line(file: Any, size: int) -> int:

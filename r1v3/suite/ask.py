@@ -176,6 +176,9 @@ class Asker:
                         lengths[row],
                         "stop" if rollout.finished[row] else "length",
                         round(entropies[row], 4) if known else None,
+                        rollout.response_ids[row, : lengths[row]].tolist()
+                        if self.config.cuts
+                        else None,
                     )
                 )
         return found

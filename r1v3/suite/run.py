@@ -28,6 +28,7 @@ from r1v3.suite.answers import AnswerFile
 from r1v3.suite.ask import Asked, Asker
 from r1v3.suite.benchmark import Benchmark
 from r1v3.suite.benchmarks import BENCHMARKS
+from r1v3.suite.cuts import cut
 from r1v3.suite.export import write_predictions
 from r1v3.suite.judge import Judge
 from r1v3.suite.metrics import gain
@@ -172,6 +173,8 @@ def answer_file(config: Suite, loaded: Loaded, mode: str) -> AnswerFile:
             include={"seed", "decoding", "max_tiles", "row_tiles", "pictures", "too_long"},
         ),
     }
+    if config.cuts:
+        settings["ids"] = True
     if mode == "nowait":
         settings["words"] = list(config.monitor.words)
     folder = Path(config.run) / "suite" / config.name
@@ -247,16 +250,21 @@ def _score(config: Suite, chosen: Sequence[Loaded]) -> Record:
     if config.judge.url is not None:
         judge = Judge(config.judge, folder / "judge.jsonl")
     named = config.judge.model if judge is not None else None
+    assert config.model is not None
+    tokenizer = load_tokenizer(config.model)
     record = Record(config.name, config.protocol, named, config.compare)
     for loaded in chosen:
         key = loaded.benchmark.key
-        for mode in modes_of(config):
-            answers = answer_file(config, loaded, mode)
+        for mode in [*modes_of(config), *(f"cut-{n}" for n in config.cuts)]:
+            answers = answer_file(config, loaded, "slow" if mode.startswith("cut-") else mode)
+            kept = answers.read()
+            if mode.startswith("cut-"):
+                kept = cut(kept, int(mode.removeprefix("cut-")), tokenizer)
             try:
                 outcomes = verdicts(
                     loaded.benchmark,
                     [one.question for one in loaded.asked],
-                    answers.read(),
+                    kept,
                     samples=config.samples,
                     thinking=mode != "nothink",
                     protocol=config.protocol,
@@ -271,7 +279,8 @@ def _score(config: Suite, chosen: Sequence[Loaded]) -> Record:
             _write_outcomes(at, outcomes)
             if config.compare is not None:
                 _compare(record, folder / config.compare, loaded.benchmark, mode, outcomes)
-            if config.protocol == "kit" and loaded.benchmark.kit_name is not None:
+            exported = config.protocol == "kit" and not mode.startswith("cut-")
+            if exported and loaded.benchmark.kit_name is not None:
                 parts = (loaded.benchmark, loaded.tables, loaded.asked)
                 write_predictions(folder / "kit", config, *parts, mode, answers)
     _write(folder / config.name, record)

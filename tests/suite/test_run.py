@@ -226,6 +226,25 @@ def test_special_tokens_and_many_pictures_in_a_row(tmp_path: Path) -> None:
     assert record.scores["mmstar"]["slow"].questions == 2
 
 
+def test_a_cut_is_what_a_shorter_run_gives(tmp_path: Path) -> None:
+    """Fails if figure 9's curve differs from separate runs with the same random numbers."""
+    write_tsv(tmp_path / "data" / "MMStar.tsv", choice_rows(6))
+    budgets = (1, 3, 5, 8, 12, 15)
+    settings: dict[str, Any] = {"benchmarks": ["mmstar"]}
+    long = run_suite(config(tmp_path, cuts=budgets, **settings)).scores["mmstar"]
+    assert list(long) == ["slow", *(f"cut-{n}" for n in budgets)]
+    for n in budgets:
+        short = run_suite(config(tmp_path, **settings, **{"decoding.max_tokens": n}))
+        one, other = long[f"cut-{n}"], short.scores["mmstar"]["slow"]
+        assert (one.score, one.tokens, one.unfinished) == (
+            other.score,
+            other.tokens,
+            other.unfinished,
+        )
+    with pytest.raises(ValueError, match="mode slow"):
+        config(tmp_path, cuts=[4], modes=["nothink"])
+
+
 def test_every_benchmark_is_asked_and_scored(tmp_path: Path) -> None:
     """Fails if a benchmark cannot go from its file to a score."""
     write_all(tmp_path / "data")
