@@ -59,7 +59,7 @@ def thought_budget(value: Any) -> int | None:
 
 
 class Rows(Generic[State]):
-    """What is remembered of the requests in a batch, by their rows, which move as requests end.
+    """The states of the requests in a batch, by their rows, which move as requests end.
 
     Args:
         new: makes a request's state from its parameters and the list of its output token ids,
