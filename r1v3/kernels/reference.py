@@ -274,6 +274,8 @@ def ban_tokens_(
 
 # The weights of tokens are integers of two parts; the upper one counts 2^36 of the lower.
 SAMPLE_BITS = 36
+# Largest logits of a row that are sorted before all of them are.
+NUCLEUS = 1024
 LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 
 
@@ -314,21 +316,46 @@ def truncation_floor(
     floor = torch.full_like(top, -torch.inf)
     if min_p is not None:
         floor = torch.maximum(floor, top + math.log2(min_p) / scale[:, 0])
-    if top_k is not None or top_p is not None:
-        k = x.shape[1] if top_k is None else min(top_k, x.shape[1])
-        values = x.topk(k).values if k < x.shape[1] else x.sort(descending=True).values
-        if top_k is not None:
-            floor = torch.maximum(floor, values[:, -1].double())
-        if top_p is not None:
-            kept = (x.double() >= floor[:, None]).sum(-1) - (values >= floor[:, None]).sum(-1)
-            weights = ((values.double() - top[:, None]) * scale).exp2()
-            weights = torch.where(values >= floor[:, None], weights, 0.0)
-            before = weights.cumsum(-1) - weights
-            total = weights.sum(-1) + kept * weights[:, -1]  # what ties with the last of the top k
-            last = (before < top_p * total[:, None]).sum(-1) - 1
-            cut = values.gather(1, last.clamp(min=0)[:, None]).squeeze(1).double()
-            floor = torch.maximum(floor, cut)
+    if top_k is not None:
+        values = x.topk(min(top_k, x.shape[1])).values
+        floor = torch.maximum(floor, values[:, -1].double())
+    if top_p is not None and top_k is not None:
+        ties = (x >= floor[:, None]).sum(-1) - (values >= floor[:, None]).sum(-1)
+        weights = _kept_weights(values, scale, top, floor)
+        reach = top_p * (weights.cumsum(-1)[:, -1] + ties * weights[:, -1])
+        floor = torch.maximum(floor, _nucleus(values, scale, top, floor, reach)[0])
+    elif top_p is not None:
+        # Sums in order, unlike those of `sum`, whatever the batch.
+        reach = top_p * _kept_weights(x, scale, top, floor).cumsum(-1)[:, -1]
+        few = x.shape[1] if x.is_cuda else min(NUCLEUS, x.shape[1])
+        values = x.topk(few).values if few < x.shape[1] else x.sort(descending=True).values
+        cut, reached = _nucleus(values, scale, top, floor, reach)
+        if few < x.shape[1] and not bool(reached.all()):
+            rest = (~reached).nonzero().squeeze(1)
+            whole = x[rest].sort(descending=True).values
+            cut[rest] = _nucleus(whole, scale[rest], top[rest], floor[rest], reach[rest])[0]
+        floor = torch.maximum(floor, cut)
     return torch.where(floor.isnan() | (temperature == 0), -torch.inf, floor)
+
+
+def _kept_weights(x: Tensor, scale: Tensor, top: Tensor, floor: Tensor) -> Tensor:
+    """Float64 weights, of which the largest of a row is 1, and those below the floor 0."""
+    weights = ((x.double() - top[:, None]) * scale).exp2()
+    return torch.where(x < floor[:, None], 0.0, weights)
+
+
+def _nucleus(
+    values: Tensor, scale: Tensor, top: Tensor, floor: Tensor, reach: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The first of the descending values [n, k] at which their weights reach `reach` [n].
+
+    And whether they do; where they do not, the last value.
+    """
+    weights = _kept_weights(values, scale, top, floor)
+    sums = weights.cumsum(-1)
+    last = (sums - weights < reach[:, None]).sum(-1) - 1
+    cut = values.gather(1, last.clamp(min=0)[:, None]).squeeze(1).double()
+    return cut, sums[:, -1] >= reach
 
 
 def sample_weights(x: Tensor, scale: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:

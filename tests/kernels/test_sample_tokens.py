@@ -280,6 +280,18 @@ def test_truncation_is_that_of_transformers(
 
 
 @slow_interpreted
+def test_a_nucleus_of_few_and_of_many_tokens() -> None:
+    """Fails if a row whose nucleus is large is cut short, or changes the rows beside it."""
+    x, uniforms = torch.randn(6, 3000), torch.rand(6)
+    x[::2] *= 6  # these reach 0.95 within some tokens, the others within two thousand
+    got = sample_tokens(x, uniforms, top_p=0.95)
+    assert_true(got, truth(warped(x, 1.0, None, 0.95, None), uniforms))
+    for i in range(6):
+        alone = sample_tokens(x[i : i + 1], uniforms[i : i + 1], top_p=0.95)
+        assert same_bits(alone, tuple(value[i : i + 1] for value in got))
+
+
+@slow_interpreted
 def test_equal_logits_stay_together() -> None:
     """Fails if which of equal tokens is kept depends on a sorting order."""
     x = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]]).repeat(50, 1)
