@@ -1,13 +1,19 @@
 """Prompts with random numbers and a number of tiles of their own."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
 import torch
 
 from r1v3.config import Pictures
 from r1v3.data.encoding import encode_sample
 from r1v3.engine.hf.decoder import HFDecoder
+from r1v3.rollout.completions import Completion
 from r1v3.rollout.contract import Request, Sampling, TokenRules
 from r1v3.rollout.local import LocalSampler
-from r1v3.rollout.vllm_protocol import chat_call, picture_name
+from r1v3.rollout.vllm_protocol import Call, chat_call, picture_name
+from r1v3.rollout.vllm_server import VLLMServers
 from tests import tiny
 
 
@@ -55,3 +61,23 @@ def test_a_server_is_told_the_number_of_tiles() -> None:
         assert told["mm_processor_kwargs"] == {name: 2} and "mm_processor_kwargs" not in plain
     names = {picture_name(data, Pictures(), 1, tiles) for tiles in (None, 1, 2)}
     assert len(names) == 3
+
+
+def test_a_server_is_told_the_seed_of_a_seeded_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if an answer from a server depends on what else was asked in the same call."""
+    sampler = VLLMServers(
+        ["http://127.0.0.1:1"], TokenRules.of(tiny.tokenizer()), tiny.save(tmp_path / "model")
+    )
+    told: list[int] = []
+
+    def answers(calls: Sequence[Call]) -> list[list[Completion]]:
+        told.extend(call.body["seed"] for call in calls)
+        return [[Completion((5,), (0.0,), True)] * call.count for call in calls]
+
+    monkeypatch.setattr(sampler, "_answers", answers)
+    asked = requests(3, [11, None, 13])
+    for seed in (1, 2):
+        sampler.complete(asked, Sampling(1.0, 4), generator=torch.Generator().manual_seed(seed))
+    assert told[0] == told[3] == 11 and told[2] == told[5] == 13 and told[1] != told[4]
