@@ -208,8 +208,13 @@ class SupervisedTrainer:
     def take_step(self) -> dict[str, Any]:
         """Take one optimizer step; return its metrics."""
         config, total, started = self.config, self.total, time.perf_counter()
+        # Rows of like length share a micro-batch, so that fewer are padded.
+        rows = sorted(
+            (self.train[i] for i in self.next_rows()),
+            key=lambda example: (len(example.response_ids), len(example.prompt_ids)),
+        )
         batches = micro_batches(
-            [self.train[i] for i in self.next_rows()],
+            rows,
             config.micro_batch_size,
             self.engine.tokenizer.pad_token_id,
         )

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,10 @@ from r1v3.model.internvl import load_model, named_part_parameters
 from r1v3.model.parts import PARTS, check_modules
 from r1v3.ranks import ALONE, Ranks
 
+T = TypeVar("T")
+
 # Rows that are run together: enough to fill a matrix product, few enough to be of like length.
-_ROWS = 32
+_ROWS = 16
 
 
 class PrefixCache:
@@ -48,7 +51,7 @@ def response_hidden(model: InternVLForConditionalGeneration, batch: Batch) -> Te
 
     They are 0 after a row's last token that counts. Each prompt is run once; its samples share its
     keys and values (and their gradients). This is exact, because a causal prompt does not depend on
-    the tokens after it. Responses are run in order of length, 32 at a time, so that short ones are
+    the tokens after it. Responses are run in order of length, 16 at a time, so that short ones are
     not padded to the longest.
     """
     cache = PrefixCache()
@@ -171,27 +174,36 @@ class HFEngine:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """See `contract.Engine.evaluate`."""
-        mine = self.ranks.shard(len(micro_batches))
-        found = [self.head(micro_batches[i]).logprobs_and_entropy() for i in mine]
-        results = [(logprobs.cpu(), entropy.cpu()) for logprobs, entropy in found]
-        return [result for part in self.ranks.gather(results) for result in part]
+        results = {}
+        for index in self._mine(len(micro_batches)):
+            logprobs, entropy = self.head(micro_batches[index]).logprobs_and_entropy()
+            results[index] = logprobs.cpu(), entropy.cpu()
+        return self._in_order(results)
+
+    def _mine(self, count: int) -> range:
+        """This rank's part of so many micro-batches: taken in turn, since neighbors are alike."""
+        return range(self.ranks.rank, count, self.ranks.size)
+
+    def _in_order(self, results: dict[int, T]) -> list[T]:
+        """Results of all ranks, in the order of their micro-batches."""
+        everywhere = {i: one for part in self.ranks.gather(results) for i, one in part.items()}
+        return [everywhere[index] for index in range(len(everywhere))]
 
     def train_step(
         self, micro_batches: Sequence[Batch], loss_fn: LossFn, *, learning_rate: float
     ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
         """See `contract.Engine.train_step`."""
         self.optimizer.zero_grad(set_to_none=True)
-        losses, outputs = [], []
-        for index in self.ranks.shard(len(micro_batches)):
+        results = {}
+        for index in self._mine(len(micro_batches)):
             loss, output = loss_fn(self.head(micro_batches[index]), index)
             # A micro-batch without pictures reaches nothing when only the connector is trained.
             if loss.requires_grad:
                 loss.backward()
-            losses.append(float(loss.detach()))
-            outputs.append({name: tensor.detach().cpu() for name, tensor in output.items()})
-        parts = self.ranks.gather((losses, outputs))
-        total = sum(loss for part, _ in parts for loss in part)
-        outputs = [output for _, part in parts for output in part]
+            kept = {name: tensor.detach().cpu() for name, tensor in output.items()}
+            results[index] = float(loss.detach()), kept
+        found = self._in_order(results)
+        total, outputs = sum(loss for loss, _ in found), [output for _, output in found]
         self._sum_gradients()
         norms = {part: _norm(parameters) for part, parameters in self.parts.items()}
         norm = math.sqrt(sum(value**2 for value in norms.values()))
