@@ -132,12 +132,15 @@ def run_demo(run: Path | None, seed: int, configs: Path, *, resuming: bool) -> d
         if name != "select"
     }
     write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
-    if not resuming:
-        minutes = expected_seconds(measure(demo.base), demo.stages, demo.scoring()) / 60
-        console.print(f"about {minutes:.0f} minutes, longer beside other programs")
+
+    def foretell() -> None:
+        if not resuming:
+            minutes = expected_seconds(measure(demo.base), demo.stages, demo.scoring()) / 60
+            console.print(f"about {minutes:.0f} minutes, longer beside other programs")
+
     begin("data", demo.stages["data"], folder)
     write_json(folder / "metrics" / "entropy_histogram_edges.json", list(ENTROPY_BIN_EDGES))
-    with local_job(demo.stages["sft"], run_stages, demo):
+    with local_job(demo.stages["sft"], run_stages, demo, meanwhile=foretell):
         seconds = run_stages(demo, console)
     started = time.perf_counter()
     summary = summarize(folder, seed, demo.base, seconds)

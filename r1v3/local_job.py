@@ -24,7 +24,11 @@ _GRACE_SECONDS = 10.0
 
 @contextmanager
 def local_job(
-    stage: Stage, function: Callable[..., object], *arguments: object, **options: object
+    stage: Stage,
+    function: Callable[..., object],
+    *arguments: object,
+    meanwhile: Callable[[], object] = lambda: None,
+    **options: object,
 ) -> Iterator[None]:
     """Make this process rank 0 of a job whose other ranks call `function` meanwhile.
 
@@ -35,11 +39,13 @@ def local_job(
     Args:
         stage: says how many ranks there are, and on which device.
         function: importable by its name; its arguments are pickled.
+        meanwhile: called here, while the other ranks start.
 
     Raises:
         RuntimeError: another rank ended on its own; says why.
     """
     if stage.processes == 1 or "WORLD_SIZE" in os.environ:
+        meanwhile()
         yield
         return
     before = dict(os.environ)
@@ -54,6 +60,7 @@ def local_job(
     try:
         work = (stage.device, seconds, function, arguments, options)
         others += [_Rank(told | _number(rank), work) for rank in range(1, stage.processes)]
+        meanwhile()
         for other in others:
             other.wait_until_ready()
         join_job(stage.device, seconds, store)

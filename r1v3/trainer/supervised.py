@@ -117,8 +117,11 @@ def sum_loss(logprobs: Tensor, tokens: int) -> Tensor:
 
 
 def micro_batches(examples: list[Example], size: int, pad: int) -> list[Batch]:
-    """Collate examples into batches of at most `size`."""
-    return [collate(examples[i : i + size], pad) for i in range(0, len(examples), size)]
+    """Collate examples into batches of at most `size`, of like length, so that few are padded."""
+    ordered = sorted(
+        examples, key=lambda example: (len(example.response_ids), len(example.prompt_ids))
+    )
+    return [collate(ordered[i : i + size], pad) for i in range(0, len(ordered), size)]
 
 
 def validation_loss(engine: Engine, examples: list[Example], size: int) -> float:
@@ -208,13 +211,8 @@ class SupervisedTrainer:
     def take_step(self) -> dict[str, Any]:
         """Take one optimizer step; return its metrics."""
         config, total, started = self.config, self.total, time.perf_counter()
-        # Rows of like length share a micro-batch, so that fewer are padded.
-        rows = sorted(
-            (self.train[i] for i in self.next_rows()),
-            key=lambda example: (len(example.response_ids), len(example.prompt_ids)),
-        )
         batches = micro_batches(
-            rows,
+            [self.train[i] for i in self.next_rows()],
             config.micro_batch_size,
             self.engine.tokenizer.pad_token_id,
         )

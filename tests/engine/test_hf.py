@@ -352,7 +352,7 @@ def test_exported_tensors_are_not_part_of_the_graph() -> None:
 
 @torch.no_grad()
 def test_lengths_are_asked_for_at_once() -> None:
-    """Fails if the forward waits for the device once per 32 responses."""
+    """Fails if the forward waits for the device once per 16 responses."""
     net = tiny.model()
 
     def waits(responses: int) -> int:
