@@ -42,12 +42,15 @@ def local_job(
         meanwhile: called here, while the other ranks start.
 
     Raises:
-        RuntimeError: another rank ended on its own; says why.
+        RuntimeError: another rank ended on its own, which the message explains; or this process is
+            in another job.
     """
     if stage.processes == 1 or "WORLD_SIZE" in os.environ:
         meanwhile()
         yield
         return
+    if dist.is_initialized():
+        raise RuntimeError("this process is a rank of another job already")
     before = dict(os.environ)
     told = {"WORLD_SIZE": str(stage.processes), "MASTER_ADDR": "127.0.0.1"}
     seconds = stage.parallel.timeout_seconds

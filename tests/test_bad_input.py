@@ -197,7 +197,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_stops_the_stage_and_loses_nothing(small_disk: Path) -> None:
     """Otherwise the checkpoint that no longer fits would take earlier ones with it."""
     write_configs(small_disk)
-    arguments = [*stage_arguments("grpo"), "checkpoint_every=1", "steps=4"]
+    arguments = [*stage_arguments("grpo"), "checkpoint_every=1", "steps=4", "keep=9"]
     outcome = verb(small_disk, *arguments)
     assert "free" in outcome.error() and "checkpoint of step" in outcome.error()
     run = small_disk / "run"

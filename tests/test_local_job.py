@@ -12,8 +12,27 @@ import torch.distributed as dist
 
 from r1v3.config import Stage
 from r1v3.local_job import local_job
-from r1v3.ranks import Ranks
+from r1v3.ranks import Ranks, leave_job
 from tests.processes import PATIENCE, ROOT, end, environment
+
+
+@pytest.fixture(autouse=True)
+def alone() -> None:
+    """Tests that ran before in this process may have left it in a group of one."""
+    leave_job()
+
+
+def test_a_rank_of_a_job_starts_no_other(tmp_path: Path) -> None:
+    """Fails if a job would silently be joined with the wrong ranks."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with (
+            pytest.raises(RuntimeError, match="a rank of another job already"),
+            local_job(stage(tmp_path), leave_a_note, tmp_path),
+        ):
+            pass
+    finally:
+        leave_job()
 
 
 def stage(folder: Path, processes: int = 2) -> Stage:

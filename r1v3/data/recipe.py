@@ -1,6 +1,7 @@
 """Writes the datasets of the handwriting recipe into a run folder."""
 
 import fcntl
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -117,9 +118,12 @@ def _read(account: Path) -> dict[str, object]:
 
 def _add(account: Path, found: dict[str, object]) -> None:
     """Add to the statistics, to which other ranks add as well."""
-    with account.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(account.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         write_json(account, _read(account) | found)
+    finally:
+        os.close(folder)
 
 
 def _rejection(result: ColdStart) -> dict[str, float]:
