@@ -65,7 +65,8 @@ class Supervised(Stage):
     than this, prompt and response together, are left out; null keeps all. early_stopping:
     validations without a better loss after which the stage ends; null trains to the end. The
     weights of the best validation loss are what the stage hands on. keep: the newest checkpoints to
-    keep, to resume from.
+    keep, to resume from. micro_batch_size, micro_batch_tokens: most rows and most tokens of a
+    micro-batch; null sets no limit to the tokens.
     """
 
     architecture: Architecture | None = None
@@ -76,6 +77,7 @@ class Supervised(Stage):
     epochs: Annotated[float, Field(gt=0)] = 2.0
     batch_size: Positive = 64
     micro_batch_size: Positive = 64
+    micro_batch_tokens: Positive | None = None
     optimizer: Optimizer
     monitor: Monitor = Monitor()
     validate_every: Positive = 50
@@ -167,6 +169,10 @@ class GRPO(Stage):
 
     keep: the newest checkpoints to keep, to resume from. keep_models: of so many older ones the
     models are kept, to select from, without the optimizer's state; null keeps all.
+
+    micro_batch_prompts, micro_batch_tokens: most prompts and most tokens of a micro-batch. A group
+    of more tokens is divided among several micro-batches, each with the prompt once, which changes
+    memory and time and not the gradient; null sets no limit, so that groups stay whole.
     """
 
     modules: Modules = Modules()
@@ -177,6 +183,7 @@ class GRPO(Stage):
     group_size: Annotated[int, Field(gt=1)] = 32
     gradient_steps: Positive = 1
     micro_batch_prompts: Positive = 4
+    micro_batch_tokens: Positive | None = None
     decoding: Decoding = Decoding()
     lengths: tuple[LengthStep, ...] = ()
     dynamic_sampling: DynamicSampling = DynamicSampling()
@@ -192,6 +199,11 @@ class GRPO(Stage):
     keep: Positive = 2
     keep_models: Annotated[int, Field(ge=0)] | None = None
 
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest response of any step."""
+        return max([self.decoding.max_tokens, *(change.max_tokens for change in self.lengths)])
+
     @model_validator(mode="after")
     def _check(self) -> "GRPO":
         if self.model is None:
@@ -205,6 +217,12 @@ class GRPO(Stage):
             raise ValueError(
                 f"prompts_per_step {self.prompts_per_step} must be a multiple of gradient_steps "
                 f"{self.gradient_steps}"
+            )
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < self.longest_response:
+            raise ValueError(
+                f"micro_batch_tokens {self.micro_batch_tokens} holds no response of up to "
+                f"{self.longest_response} tokens with its prompt: raise it, or lower "
+                "decoding.max_tokens and `lengths`"
             )
         if self.loss.aggregation == "constant" and self.decoding.max_tokens < 1:
             raise ValueError("aggregation `constant` divides by decoding.max_tokens")

@@ -1,5 +1,6 @@
 """Prompts and responses as tensors, the input of every engine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -49,6 +50,41 @@ class Batch:
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         return replace(self, **moved)
+
+    def take(self, prompts: Sequence[int], rows: Sequence[int]) -> "Batch":
+        """Some prompts with some of their responses, trimmed as by `slice`.
+
+        Args:
+            prompts: positions of the prompts.
+            rows: of the responses, as many for each of these prompts, in their order.
+        """
+        chosen, pixels = torch.tensor(prompts), self.pixel_values
+        if pixels is not None:
+            tiles, first = pixels.split(self.tiles.tolist()), int(self.tiles[: prompts[0]].sum())
+            if list(prompts) == list(range(prompts[0], prompts[-1] + 1)):
+                # A view: a prompt in many packs holds its pictures once.
+                pixels = pixels[first : first + int(self.tiles[chosen].sum())]
+            else:
+                pixels = torch.cat([tiles[p] for p in prompts])
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[chosen],
+            prompt_mask=self.prompt_mask[chosen],
+            pixel_values=pixels,
+            tiles=self.tiles[chosen],
+            response_ids=self.response_ids[torch.tensor(rows)],
+            loss_mask=self.loss_mask[torch.tensor(rows)],
+            group_size=len(rows) // len(prompts),
+        ).slice(0, len(prompts))
+
+    def input_lengths(self) -> Tensor:
+        """Return the tokens of each response that are inputs, int64 [P * G].
+
+        They end before the last token that counts, which is predicted and never an input.
+        """
+        columns = torch.arange(self.loss_mask.shape[1], device=self.loss_mask.device)
+        counting = self.loss_mask * columns
+        return torch.cat([counting, counting.new_zeros(len(counting), 1)], 1).amax(1)
 
     def slice(self, start: int, stop: int) -> "Batch":
         """Prompts start to stop with their responses, trimmed to the longest of each."""

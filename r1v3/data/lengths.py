@@ -1,6 +1,6 @@
-"""Rows that are longer than a model has positions."""
+"""Rows that are longer than a model has positions, or than a micro-batch may be."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,3 +80,34 @@ class PositionLimit:
         if prompt + response <= self.positions:
             return None
         return f"prompt {prompt} + {kind} {response} = {prompt + response} tokens"
+
+
+def check_micro_batch_tokens(
+    budget: int | None, path: Path, examples: Sequence[Example], response_tokens: int | None = None
+) -> None:
+    """See that a micro-batch of `budget` tokens holds every sample, before the first step.
+
+    Args:
+        response_tokens: longest response that may be sampled; None for rows with their own.
+
+    Raises:
+        ValueError: one sample alone has more tokens.
+    """
+    if budget is None:
+        return
+
+    def lengths(example: Example) -> tuple[int, int]:
+        own = len(example.response_ids) if response_tokens is None else response_tokens
+        return len(example.prompt_ids), own
+
+    prompt, response = max((lengths(example) for example in examples), key=sum)
+    # The last token of a response is predicted, and never an input.
+    needed = prompt + max(0, response - 1)
+    if needed > budget:
+        remedy = "max_length" if response_tokens is None else "decoding.max_tokens"
+        kind = "a response" if response_tokens is None else "up to"
+        raise ValueError(
+            f"micro_batch_tokens {budget} is less than one sample of {path} takes: a prompt of "
+            f"{prompt} and {kind} {response} tokens; set micro_batch_tokens to {needed} or more, "
+            f"or lower {remedy}"
+        )

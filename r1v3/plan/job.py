@@ -166,8 +166,7 @@ def _micro_batch(
         prompts, group, rows = config.micro_batch_size, 1, 0
         count = config.batch_size // config.micro_batch_size
     elif isinstance(config, GRPO):
-        longest = max([config.decoding.max_tokens, *(step.max_tokens for step in config.lengths)])
-        length = sequence_length or prompt + longest
+        length = sequence_length or prompt + config.longest_response
         per_step = config.prompts_per_step // config.gradient_steps
         prompts, group = min(config.micro_batch_prompts, per_step), config.group_size
         count = -(-per_step // prompts)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1v3.balance import even_packs, shared_budget
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import Example, collate
 from r1v3.ranks import shard_range
@@ -16,6 +17,8 @@ from r1v3.rollout.contract import Rollout
 from r1v3.trainer.policy_loss import Targets
 
 MicroBatch = tuple[Batch, Targets]
+# Prompts, and as many rows of each.
+Pack = tuple[list[int], list[int]]
 
 
 def has_signal(rewards: Sequence[Reward]) -> bool:
@@ -55,17 +58,30 @@ class Episode:
         return len(self.rewards) // len(self.examples)
 
     def micro_batches(
-        self, gradient_steps: int, size: int, pad_id: int, *, apart: bool = False
+        self,
+        gradient_steps: int,
+        size: int,
+        pad_id: int,
+        *,
+        apart: bool = False,
+        tokens: int | None = None,
+        least: int = 1,
     ) -> list[list[MicroBatch]]:
         """Return the micro-batches of each gradient step.
 
-        Prompts are divided evenly: among as many micro-batches as there would be full ones.
+        Without `tokens` groups stay whole, and prompts are divided evenly: among as many
+        micro-batches as there would be full ones.
 
         Args:
             gradient_steps: equal parts that the prompts are divided into, in order; divides P.
-            size: most prompts of a micro-batch, each with all its completions.
+            size: most prompts of a micro-batch.
             pad_id: token that prompts are padded with.
             apart: prompts whose advantages are all zero have micro-batches of their own.
+            tokens: most tokens of a micro-batch; see `_packs`.
+            least: micro-batches of a gradient step that are worth smaller ones than `tokens`.
+
+        Raises:
+            ValueError: a completion with its prompt has more than `tokens`.
         """
         whole = replace(
             collate(self.examples, pad_id),
@@ -74,32 +90,71 @@ class Episode:
             group_size=self.group_size,
         )
         prompts = len(self.examples) // gradient_steps
-        parts, kinds = -(-prompts // size), self.advantages.view(-1, self.group_size).any(1)
+        kinds = self.advantages.view(-1, self.group_size).any(1)
         if not apart:
             kinds = torch.ones_like(kinds)
         steps = []
         for first in range(0, len(self.examples), prompts):
-            ranges, start = [], first
-            for _, alike in itertools.groupby(kinds[first : first + prompts].tolist()):
-                count = len(list(alike))
-                shares = [
-                    shard_range(count, i, min(parts, count)) for i in range(min(parts, count))
-                ]
-                ranges += [(start + share.start, start + share.stop) for share in shares]
-                start += count
-            steps.append([self._micro_batch(whole, *bounds) for bounds in ranges])
+            part = range(first, first + prompts)
+            if tokens is None:
+                packs = self._whole_groups(part, size, kinds)
+            else:
+                packs = self._packs(whole, part, size, kinds, tokens, least)
+            steps.append([self._micro_batch(whole, *pack) for pack in packs])
         return steps
 
-    def _micro_batch(self, whole: Batch, start: int, stop: int) -> MicroBatch:
-        """Prompts `start` to `stop`, without the columns that are padding in all their rows."""
-        batch = whole.slice(start, stop)
-        rows = slice(start * self.group_size, stop * self.group_size)
-        width = batch.response_ids.shape[1]
+    def _whole_groups(self, part: range, size: int, kinds: Tensor) -> list[Pack]:
+        """Neighbors of a kind, evenly divided."""
+        packs, start, parts = [], part.start, -(-len(part) // size)
+        for _, alike in itertools.groupby(kinds[part.start : part.stop].tolist()):
+            count = len(list(alike))
+            for i in range(min(parts, count)):
+                share = shard_range(count, i, min(parts, count))
+                packs.append(self._all_rows(range(start + share.start, start + share.stop)))
+            start += count
+        return packs
+
+    def _all_rows(self, prompts: Sequence[int]) -> Pack:
+        """These prompts with all their completions."""
+        g = self.group_size
+        return list(prompts), [row for p in prompts for row in range(p * g, p * g + g)]
+
+    def _packs(
+        self, whole: Batch, part: range, size: int, kinds: Tensor, tokens: int, least: int
+    ) -> list[Pack]:
+        """Groups of up to `tokens` together, up to `size` of them; larger ones divided.
+
+        Counted are positions of the language model: a prompt once in every micro-batch that holds
+        some of its completions, and a completion without its last token, which is never an input.
+        """
+        g, inputs = self.group_size, whole.input_lengths().view(-1, self.group_size)
+        before = whole.prompt_mask.sum(1)
+        totals, longest = (before + inputs.sum(1)).tolist(), (before + inputs.amax(1)).tolist()
+        packs: list[Pack] = []
+        for kind in (True, False):
+            chosen = [p for p in part if bool(kinds[p]) == kind]
+            if not chosen:
+                continue
+            budget = shared_budget(
+                sum(totals[p] for p in chosen), max(longest[p] for p in chosen), tokens, least
+            )
+            short = [p for p in chosen if totals[p] <= budget]
+            for together in even_packs([totals[p] for p in short], budget, most=size):
+                packs.append(self._all_rows([short[i] for i in together]))
+            for p in sorted(set(chosen) - set(short)):
+                for rows in even_packs(inputs[p].tolist(), budget - int(before[p])):
+                    packs.append(([p], [p * g + row for row in rows]))
+        return packs
+
+    def _micro_batch(self, whole: Batch, prompts: list[int], rows: list[int]) -> MicroBatch:
+        """These rows of these prompts, without the columns that are padding in all of them."""
+        batch = whole.take(prompts, rows)
+        chosen, width = torch.tensor(rows), batch.response_ids.shape[1]
         targets = Targets(
             loss_mask=batch.loss_mask,
-            advantages=self.advantages[rows],
-            rollout_logprobs=self.rollout.logprobs[rows, :width],
-            sampled=batch.loss_mask & self.rollout.sampled[rows, :width],
+            advantages=self.advantages[chosen],
+            rollout_logprobs=self.rollout.logprobs[chosen, :width],
+            sampled=batch.loss_mask & self.rollout.sampled[chosen, :width],
         )
         return batch, targets
 

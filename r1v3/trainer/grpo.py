@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1v3.balance import worthwhile
 from r1v3.config import GRPO
 from r1v3.data.encoding import (
     Example,
@@ -22,7 +23,7 @@ from r1v3.data.encoding import (
     model_image_shape,
     record_max_tiles,
 )
-from r1v3.data.lengths import PositionLimit
+from r1v3.data.lengths import PositionLimit, check_micro_batch_tokens
 from r1v3.data.sample import Sample
 from r1v3.data.words import expand_words
 from r1v3.engine.build import Training, build_engine, resolve_max_tiles
@@ -134,6 +135,8 @@ class GRPOTrainer:
             config.micro_batch_prompts,
             self.engine.tokenizer.pad_token_id,
             apart=self.reference is None,
+            tokens=config.micro_batch_tokens,
+            least=worthwhile(config, self.engine.replicas.size),
         )
         parts = [self.with_fixed_logprobs(micro_batches) for micro_batches in parts]
         self.telemetry.start()
@@ -312,14 +315,17 @@ class GRPOTrainer:
         tokenizer = self.engine.tokenizer
         shape = model_image_shape(self.engine.config, config.max_tiles, config.pictures)
         record_max_tiles(self.engine.config, shape.max_tiles)
-        lengths = [config.decoding.max_tokens, *(change.max_tokens for change in config.lengths)]
-        limit = PositionLimit.of(self.engine.config, config.too_long, max(lengths))
+        longest = config.longest_response
+        limit = PositionLimit.of(self.engine.config, config.too_long, longest)
         self.samples, self.examples, self.dropped = self.encode(
             config.train_data, stage.train, shape, limit
         )
         # Encoded now, so that an image that cannot be decoded ends the run before the first step.
         self.validation, asked, _ = self.encode(
             config.validation_data, stage.validation, shape, limit
+        )
+        check_micro_batch_tokens(
+            config.micro_batch_tokens, config.train_data, self.examples, longest
         )
         longest_prompt = max(len(example.prompt_ids) for example in [*self.examples, *asked])
         self.questions = Questions(len(self.samples), config.seed)
@@ -328,7 +334,7 @@ class GRPOTrainer:
             config,
             tokenizer,
             ranks=ranks,
-            max_length=longest_prompt + max(lengths),
+            max_length=longest_prompt + longest,
             local=lambda: (self.engine.decoder(), self.engine.replicas),
         )
         self.policy = Policy(self.sampler, tokenizer, shape)

@@ -34,6 +34,7 @@ FREE = (
     "too_long",
     "micro_batch_size",
     "micro_batch_prompts",
+    "micro_batch_tokens",
     "checkpoint_every",
     "keep",
     "keep_models",

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from r1v3.balance import runs, shared_budget, worthwhile
 from r1v3.config import Supervised
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import (
@@ -20,7 +21,7 @@ from r1v3.data.encoding import (
     model_image_shape,
     record_max_tiles,
 )
-from r1v3.data.lengths import PositionLimit, TooLong
+from r1v3.data.lengths import PositionLimit, TooLong, check_micro_batch_tokens
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.thoughts import THINK_OPEN
@@ -116,17 +117,31 @@ def sum_loss(logprobs: Tensor, tokens: int) -> Tensor:
     return -logprobs.sum() / tokens
 
 
-def micro_batches(examples: list[Example], size: int, pad: int) -> list[Batch]:
-    """Collate examples into batches of at most `size`, of like length, so that few are padded."""
+def micro_batches(
+    examples: list[Example], size: int, pad: int, tokens: int | None = None, least: int = 1
+) -> list[Batch]:
+    """Collate examples into batches of like length, so that few are padded.
+
+    Args:
+        size: most rows of a batch.
+        tokens: most positions of the language model, or None; see `Episode.micro_batches`.
+        least: batches that are worth smaller ones than `tokens`.
+    """
     ordered = sorted(
         examples, key=lambda example: (len(example.response_ids), len(example.prompt_ids))
     )
-    return [collate(ordered[i : i + size], pad) for i in range(0, len(ordered), size)]
+    lengths = [len(one.prompt_ids) + max(0, len(one.response_ids) - 1) for one in ordered]
+    budget = sum(lengths)
+    if tokens is not None and lengths:
+        budget = shared_budget(budget, max(lengths), tokens, least)
+    return [collate(ordered[run.start : run.stop], pad) for run in runs(lengths, budget, most=size)]
 
 
-def validation_loss(engine: Engine, examples: list[Example], size: int) -> float:
+def validation_loss(
+    engine: Engine, examples: list[Example], size: int, tokens: int | None = None
+) -> float:
     """Return the mean cross-entropy per response token, in nats."""
-    batches = micro_batches(examples, size, engine.tokenizer.pad_token_id)
+    batches = micro_batches(examples, size, engine.tokenizer.pad_token_id, tokens)
     total = sum(float(logprobs.sum()) for logprobs, _ in engine.evaluate(batches))
     tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
     return -total / max(1, tokens)
@@ -177,7 +192,7 @@ class SupervisedTrainer:
     def encode(self, path: Path, samples: Sequence[Sample]) -> tuple[list[Example], int]:
         """Encode the samples of a file; count those that are left out."""
         config = self.config
-        return encode_examples(
+        examples, dropped = encode_examples(
             path,
             samples,
             self.engine,
@@ -185,6 +200,8 @@ class SupervisedTrainer:
             too_long=config.too_long,
             max_length=config.max_length,
         )
+        check_micro_batch_tokens(config.micro_batch_tokens, path, examples)
+        return examples, dropped
 
     @property
     def unseen(self) -> int:
@@ -215,6 +232,8 @@ class SupervisedTrainer:
             [self.train[i] for i in self.next_rows()],
             config.micro_batch_size,
             self.engine.tokenizer.pad_token_id,
+            config.micro_batch_tokens,
+            worthwhile(config, self.engine.replicas.size),
         )
         tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
         self.monitor.reset()
@@ -245,7 +264,10 @@ class SupervisedTrainer:
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        loss = validation_loss(self.engine, self.validation, self.config.micro_batch_size)
+        config = self.config
+        loss = validation_loss(
+            self.engine, self.validation, config.micro_batch_size, config.micro_batch_tokens
+        )
         if not math.isfinite(loss):
             raise FloatingPointError(f"validation loss is {loss} at step {self.step}")
         if self.best.update(loss, self.step):

@@ -126,6 +126,19 @@ def resumed_bits(folder: Path, name: str, parallel: Parallel, **settings: Any) -
     }
 
 
+def divided(folder: Path, name: str, parallel: Parallel) -> Result:
+    """The step of the recorded batch, every completion a micro-batch with its prompt."""
+    engine = an_engine(folder, parallel)
+    rollout, whole = folder / "rollout.safetensors", recorded.whole_batch()
+    packs = [whole.take([row // recorded.GROUP], [row]) for row in range(len(recorded.LENGTHS))]
+    loss = recorded.losses(rollout, recorded.LOSSES[0])
+    loss.targets = recorded.row_targets(loss, packs)
+    metrics, outputs = engine.train_step(packs, loss, learning_rate=recorded.LEARNING_RATES[0])
+    found = {f"{i}.logprobs": output["token_logprobs"] for i, output in enumerate(outputs)}
+    keep(engine, folder / f"{name}.safetensors", found | recorded.weights(engine))
+    return {"metrics": metrics}
+
+
 def text_alone(folder: Path, name: str) -> Result:
     """A step of the connector without any picture."""
     engine = an_engine(folder, SPLIT, modules=only(("connector",)), weight_decay=0.0)
@@ -211,6 +224,8 @@ CASES: dict[str, Case] = {
             modules=only(("connector",)),
         ),
     ),
+    "divided_tp2_pp2": (4, partial(divided, parallel=SPLIT)),
+    "divided_dp4": (4, partial(divided, parallel=Parallel())),
     "text_alone": (4, text_alone),
     "refused": (4, refused),
     "native": (4, partial(exported, model="native")),

@@ -11,7 +11,7 @@ from transformers import InternVLForConditionalGeneration
 from r1v3.config import PolicyLoss
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import Example, collate
-from r1v3.engine.contract import Engine, LossFn
+from r1v3.engine.contract import Engine
 from r1v3.rollout.contract import Request, Sampling, TokenRules
 from r1v3.rollout.local import LocalSampler
 from r1v3.trainer.policy_loss import PolicyLossFn, Targets
@@ -74,7 +74,20 @@ def write_rollout(engine: Engine, file: Path) -> None:
     save_file(found, file)
 
 
-def losses(file: Path, config: PolicyLoss) -> LossFn:
+def row_targets(loss: PolicyLossFn, packs: list[Batch]) -> list[Targets]:
+    """The targets of the micro-batches, row by row, as wide as these packs of a row each."""
+
+    def cut(value: Tensor, row: int, width: int) -> Tensor:
+        return value[row : row + 1, :width] if value.dim() == 2 else value[row : row + 1]
+
+    places = [(one, row) for one in loss.targets for row in range(len(one.loss_mask))]
+    return [
+        Targets(**{k: cut(v, row, pack.response_ids.shape[1]) for k, v in vars(one).items()})
+        for (one, row), pack in zip(places, packs, strict=True)
+    ]
+
+
+def losses(file: Path, config: PolicyLoss) -> PolicyLossFn:
     """The GRPO loss of the recorded rollout."""
     recorded, batches = load_file(file), micro_batches()
     targets = [

@@ -35,6 +35,8 @@ CASES = [
     "bfloat16",
     "whole_optimizer",
     "whole_optimizer_connector",
+    "divided_tp2_pp2",
+    "divided_dp4",
     "text_alone",
     "refused",
     "native",
@@ -178,6 +180,29 @@ def test_every_layout_samples_the_same_tokens(
         assert torch.equal(found[f"rollout.{name}"], wanted[f"rollout.{name}"])
     for name in ("logprobs", "entropy"):
         assert distance(found[f"rollout.{name}"], wanted[f"rollout.{name}"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["divided_tp2_pp2", "divided_dp4"])
+def test_divided_groups_are_the_single_process(
+    folder: Path, truth: tuple[recorded.Seen, Tensors], case: str
+) -> None:
+    """Fails if a prompt that is repeated in the micro-batches of its completions teaches something
+    else than once for all of them, or an output comes back as another micro-batch's."""
+    wanted, least = truth
+    engine = an_engine(folder / "model")
+    metrics = recorded.step(engine, folder / "rollout.safetensors", 0)
+    ranks, found = reports(folder, case), load_file(folder / f"{case}.safetensors")
+    assert all(rank == ranks[0] for rank in ranks)
+    assert wrong_metrics(ranks[0]["metrics"], metrics) == {}
+    after = {f"weight.{name}": tensor for name, tensor in engine.export_hf()}
+    assert wrong_weights(found, after, least) == {}
+    places = [
+        (i, row) for i, (a, b) in enumerate(recorded.MICRO_BATCHES) for row in range(2 * (b - a))
+    ]
+    for number, (i, row) in enumerate(places):
+        logprobs = wanted.tensors[f"step0.{i}.token_logprobs"][row]
+        length = recorded.LENGTHS[number]
+        assert distance(found[f"{number}.logprobs"][0], logprobs[:length]) < TOLERANCE
 
 
 def test_the_recorded_batch_tests_something(

@@ -106,20 +106,30 @@ def double_logprobs(made: GRPOTrainer, episode: Episode) -> tuple[Any, Any, Tens
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "ratio_clip"),
-    [("sequence-mean", "ppo"), ("token-mean", "ppo"), ("constant", "ppo"), ("token-mean", "cispo")],
+    ("aggregation", "ratio_clip", "tokens"),
+    [
+        ("sequence-mean", "ppo", "null"),
+        ("token-mean", "ppo", "null"),
+        ("constant", "ppo", "null"),
+        ("token-mean", "cispo", "null"),
+        ("sequence-mean", "ppo", "76"),
+    ],
 )
 def test_a_step_is_the_public_reference_in_float64(
-    tmp_path: Path, aggregation: str, ratio_clip: str
+    tmp_path: Path, aggregation: str, ratio_clip: str, tokens: str
 ) -> None:
     """Otherwise what trains would not be what the kernels document (eq. 4 to 7)."""
-    made = trainer(tmp_path, f"loss.aggregation={aggregation}", f"loss.ratio_clip={ratio_clip}")
+    settings = [f"loss.aggregation={aggregation}", f"loss.ratio_clip={ratio_clip}"]
+    made = trainer(tmp_path, *settings, f"micro_batch_tokens={tokens}")
     episode = sampled_episode(made)
     rewards = torch.tensor([r.total for r in episode.rewards], dtype=torch.float64)
     n, g = len(rewards), made.config.group_size
     offsets = torch.arange(0, n + 1, g)
     advantages = reference.group_advantages(rewards, torch.arange(n), offsets)
     assert torch.allclose(advantages.float(), episode.advantages, atol=1e-5)
+    if tokens != "null":
+        packs = episode.micro_batches(1, 4, 0, tokens=int(tokens))
+        assert max(len(batch.response_ids) for batch, _ in packs[0]) < g, "no group is divided"
     model, batch, logprobs = double_logprobs(made, episode)
     width = logprobs.shape[1]
     loss, _, _ = reference.grpo_loss(
