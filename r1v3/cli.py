@@ -17,7 +17,13 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 # Packages that only some verbs need, and the extra that brings them.
-EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "megatron": "megatron"}
+EXTRAS = {
+    "sklearn": "demo",
+    "matplotlib": "demo",
+    "megatron": "megatron",
+    "starlette": "serve",
+    "uvicorn": "serve",
+}
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the stage.")]
 Overrides = Annotated[
@@ -273,6 +279,35 @@ def generate(
             max_tiles=max_tiles,
             ground=ground,
         )
+
+
+@app.command(
+    epilog="Example: r1v3 serve runs/demo-1 port=8001 rows=32    "
+    "For a large model: r1v3 serve r1v3-38b --vllm"
+)
+def serve(
+    model: Annotated[Path, typer.Argument(help="Run folder or model folder.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value settings; docs/serve.md lists them.")
+    ] = None,
+    vllm: Annotated[
+        bool, typer.Option("--vllm", help="Only print how vLLM serves it, in every mode.")
+    ] = False,
+) -> None:
+    """An OpenAI-compatible endpoint with a chat page, for any client of such servers."""
+    with _friendly():
+        from r1v3.config import Serve, load
+        from r1v3.shipped_files import shipped
+
+        config = load(Serve, None, [f"model={shipped(model)}", *(overrides or [])])
+        if vllm:
+            from r1v3.serve.vllm import vllm_guide
+
+            typer.echo(vllm_guide(config))
+            return
+        from r1v3.serve.run import run_server
+
+        run_server(config, typer.echo)
 
 
 @app.command(

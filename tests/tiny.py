@@ -85,8 +85,10 @@ def draws_of(script: Sequence[int]) -> Callable[..., tuple[Tensor, Tensor, Tenso
     given = iter(script)
 
     def sample(
-        logits: Tensor, uniforms: Tensor, *, forced: Tensor, **options: Any
+        logits: Tensor, uniforms: Tensor, *, forced: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if forced is None:
+            forced = torch.full_like(uniforms, -1, dtype=torch.int64)
         forced = torch.where(forced >= 0, forced, next(given))
         return sample_tokens(logits, uniforms, forced=forced, **options)
 

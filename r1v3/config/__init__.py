@@ -19,6 +19,7 @@ from r1v3.config.sections import (
     Rewards,
     RolloutEngine,
 )
+from r1v3.config.serve import Serve
 from r1v3.config.stages import (
     GRPO,
     SFT,
@@ -58,6 +59,7 @@ __all__ = [
     "RolloutEngine",
     "Section",
     "Select",
+    "Serve",
     "Stage",
     "Suite",
     "Supervised",

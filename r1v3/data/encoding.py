@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from transformers import InternVLConfig, PreTrainedTokenizerFast
 from r1v3.config import DEFAULT_PICTURES, Pictures
 from r1v3.data.batch import Batch
 from r1v3.data.images import TruncatedImage, load_image, normalize, tile_image
-from r1v3.data.sample import Sample
+from r1v3.data.sample import IMAGE_PLACEHOLDER, Sample
 from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END, render_prompt, token_id
 from r1v3.progress import say
 
@@ -83,6 +83,22 @@ def record_max_tiles(config: InternVLConfig, max_tiles: int) -> None:
     """Make `max_tiles` the model's own number: its config.json says what it was trained with."""
     if model_image_shape(config).max_tiles != max_tiles:
         _tiling_fields(config).update(max_dynamic_patch=max_tiles, dynamic_image_size=True)
+
+
+def share_tiles(shape: ImageShape, pictures: int, budget: int | None) -> ImageShape:
+    """The shape for a prompt of several pictures, whose tiles together are at most `budget`.
+
+    Thumbnails are not counted, and every picture has a tile. None takes the shape's `max_tiles`.
+    """
+    tiles = min(shape.max_tiles, max(1, (budget or shape.max_tiles) // max(pictures, 1)))
+    return replace(shape, max_tiles=tiles, min_tiles=min(shape.min_tiles, tiles))
+
+
+def escape(text: str) -> str:
+    """Text in which special tokens stand as text: `<img>` becomes `< img>`."""
+    for literal in (IMAGE_PLACEHOLDER, *SPECIAL_TOKENS):
+        text = text.replace(literal, f"< {literal[1:]}")
+    return text
 
 
 @dataclass(frozen=True)

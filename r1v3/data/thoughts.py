@@ -4,6 +4,7 @@
 with their neighbors (` </`, `.</`, `>\\n\\n`): they are found in text, not by token ids.
 """
 
+import math
 from collections.abc import Sequence
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -41,11 +42,16 @@ class BudgetedThought:
     Args:
         budget: tokens that a thought may have.
         forced: the token ids that close one, such as those of "\\n</think>\\n\\n".
+        max_tokens: longest completion. A thought with a budget is closed while the tag still fits;
+            one that has a budget of all of them is not.
     """
 
-    def __init__(self, budget: int, forced: Sequence[int]) -> None:
+    def __init__(self, budget: int, forced: Sequence[int], max_tokens: int | None = None) -> None:
         self._budget, self._forced = budget, tuple(forced)
-        self._length, self._due = 0, budget
+        self._latest = math.inf
+        if max_tokens is not None:
+            self._latest = max_tokens - len(forced) if budget < max_tokens else -1
+        self._length, self._due = 0, min(budget, self._latest)
         self._forced_from: int | None = None
         self._written, self._closed = "", False
 
@@ -56,13 +62,13 @@ class BudgetedThought:
         if self._forced_from is not None and self._length - self._forced_from == len(self._forced):
             self._forced_from = None
         if reopened:
-            self._due = self._length + self._budget
+            self._due = min(self._length + self._budget, self._latest)
 
     def forced_token(self) -> int | None:
         """Return what the next token must be, or None where the model is free."""
         if self._forced_from is None:
-            due = not self._closed and self._length >= self._due
-            if not due or inside_tag(self._written):
+            due = not self._closed and self._due <= self._length <= self._latest
+            if not due or (self._length < self._latest and inside_tag(self._written)):
                 return None
             self._forced_from = self._length
         return self._forced[self._length - self._forced_from]

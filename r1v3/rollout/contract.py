@@ -183,6 +183,10 @@ class ThoughtClosing:
         forced = tokenizer.encode(f"\n{THINK_CLOSE}\n\n", add_special_tokens=False)
         return cls(tuple(texts), tuple(forced))
 
+    def text(self, token: int) -> str:
+        """Return the text of a token; none of an id beyond the tokenizer's."""
+        return self.texts[token] if token < len(self.texts) else ""
+
 
 @dataclass(frozen=True)
 class TokenRules:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import collate
-from r1v3.data.thoughts import follow_tags, inside_tag
+from r1v3.data.thoughts import BudgetedThought
 from r1v3.engine.contract import Decoder
 from r1v3.kernels import sample_tokens
 from r1v3.ranks import ALONE, Ranks
-from r1v3.rollout.contract import Request, Rollout, Sampling, ThoughtClosing, TokenRules, join
+from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules, join
 
 
 class LocalSampler:
@@ -123,14 +123,10 @@ class _State:
         self.sampled = torch.zeros(shape, dtype=torch.bool, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.uniforms = uniforms
-        self.closed = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.tails = [""] * rows
-        # The step at which an open thought is closed: at its budget, or while the tag still fits.
-        self.last_closing = sampling.max_tokens - len(rules.closing.forced)
-        first = sampling.max_tokens if sampling.budget is None else sampling.budget
-        due = min(first, self.last_closing) if first < sampling.max_tokens else first
-        self.due = torch.full((rows,), due, device=device)
-        self.forcing = torch.full((rows,), -1, device=device)
+        self.thoughts: list[BudgetedThought] | None = None
+        if sampling.budget is not None:
+            settings = sampling.budget, rules.closing.forced, sampling.max_tokens
+            self.thoughts = [BudgetedThought(*settings) for _ in range(rows)]
         self.active = torch.arange(rows, device=device)
 
 
@@ -144,7 +140,7 @@ def _emit(
 ) -> Tensor:
     """Choose, record and return the next token of every active row."""
     rows = state.active
-    forced = _forced_tokens(state, step, sampling, rules.closing)
+    forced = _forced_tokens(state)
     tokens, logprobs, entropy = sample_tokens(
         logits, state.uniforms[rows, step], temperature=sampling.temperature, banned=banned,
         forced=forced,
@@ -152,43 +148,20 @@ def _emit(
     fresh = ~state.finished[rows]
     state.ids[rows, step] = torch.where(fresh, tokens, state.ids[rows, step])
     state.mask[rows, step] = fresh
-    state.sampled[rows, step] = fresh & (forced < 0)
+    state.sampled[rows, step] = fresh if forced is None else fresh & (forced < 0)
     state.logprobs[rows, step] = torch.where(fresh, logprobs, 0.0)
     state.entropy[rows, step] = torch.where(fresh, entropy, 0.0)
-    if sampling.budget is not None:
-        _note_tags(state, step, sampling.budget, rules.closing)
+    if state.thoughts is not None:
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            state.thoughts[row].read(rules.closing.text(token))
     state.finished[rows] |= tokens == rules.stop_id
     return tokens
 
 
-def _forced_tokens(state: _State, step: int, sampling: Sampling, closing: ThoughtClosing) -> Tensor:
-    """The token of every active row whose thought is being closed at this step, -1 elsewhere."""
-    rows = state.active
-    if sampling.budget is not None:
-        due = (state.due[rows] == step) & ~state.closed[rows]
-        for row in rows[due].tolist():
-            if step < state.last_closing and inside_tag(state.tails[row]):
-                state.due[row] += 1  # the model is writing the tag itself
-            else:
-                state.forcing[row] = 0
-    position = state.forcing[rows]
-    forced = position >= 0
-    table = torch.tensor([*closing.forced, 0], device=position.device)
-    tokens = table[position.clamp(min=0)]
-    done = position + 1 >= len(closing.forced)
-    state.forcing[rows] = torch.where(forced & ~done, position + 1, -1)
-    state.closed[rows] |= forced & done
-    return torch.where(forced, tokens, -1)
-
-
-def _note_tags(state: _State, step: int, budget: int, closing: ThoughtClosing) -> None:
-    """Mark the rows whose thought this step's token closes, or opens again with its own budget."""
-    rows = state.active.tolist()
-    for row, token in zip(rows, state.ids[state.active, step].tolist(), strict=True):
-        text = closing.texts[token] if token < len(closing.texts) else ""
-        before = bool(state.closed[row])
-        state.tails[row], closed, reopened = follow_tags(state.tails[row] + text, before)
-        if closed != before:
-            state.closed[row] = closed
-        if reopened:
-            state.due[row] = min(step + 1 + budget, state.last_closing)
+def _forced_tokens(state: _State) -> Tensor | None:
+    """The token of every active row whose thought is being closed, -1 elsewhere; None: nowhere."""
+    if state.thoughts is None:
+        return None
+    forced = [state.thoughts[row].forced_token() for row in state.active.tolist()]
+    given = [-1 if token is None else token for token in forced]
+    return torch.tensor(given, device=state.active.device)

@@ -8,13 +8,13 @@ own, so that an answer depends neither on the batch nor on what was asked before
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
 from r1v3.config import Suite
-from r1v3.data.encoding import encode_sample
+from r1v3.data.encoding import encode_sample, share_tiles
 from r1v3.data.images import TruncatedImage
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.sample import Sample
@@ -119,12 +119,7 @@ class Asker:
         self, benchmark: str, question: Question, images: Sequence[bytes]
     ) -> Request | Finish:
         """The request, or why the question cannot be asked."""
-        shape = self.policy.shape
-        shown = len(question.pictures)
-        budget = self.config.row_tiles or shape.max_tiles
-        tiles = min(shape.max_tiles, max(1, budget // max(shown, 1)))
-        if tiles < shape.max_tiles:
-            shape = replace(shape, max_tiles=tiles, min_tiles=min(shape.min_tiles, tiles))
+        shape = share_tiles(self.policy.shape, len(question.pictures), self.config.row_tiles)
         try:
             sample = _sample(benchmark, question, images)
             example = encode_sample(sample, self.policy.tokenizer, shape, thinking=self.thinking)
@@ -149,7 +144,7 @@ class Asker:
             self.thinking,
             shape.pictures,
             question_seed(self.config.seed, benchmark, question.id),
-            tiles if tiles < self.policy.shape.max_tiles else None,
+            shape.max_tiles if shape.max_tiles < self.policy.shape.max_tiles else None,
         )
 
     def _unasked(self, benchmark: str, question: Question, why: Finish) -> list[Answer]:

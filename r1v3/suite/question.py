@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from r1v3.data.encoding import escape
 from r1v3.data.sample import IMAGE_PLACEHOLDER
-from r1v3.data.tokenizer import SPECIAL_TOKENS
 from r1v3.rewards.extract import THINK_CLOSE, extract_answer, final_text
 
-_LITERALS = (IMAGE_PLACEHOLDER, *SPECIAL_TOKENS)
 _NAMED_PICTURE = re.compile(r"(<image[ _]\d{1,2}>)")
 _LETTERED_LINE = re.compile(r"^\s*\(?([A-J])\s*[.:)]\s*(\S.*?)\s*$", re.MULTILINE)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -65,13 +64,6 @@ class Response:
     def answer(self) -> str | None:
         """The final answer, see `r1v3.rewards.extract_answer`."""
         return extract_answer(self.text, thinking=self.thinking)
-
-
-def escape(text: str) -> str:
-    """Text in which special tokens stand as text: `<img>` becomes `< img>`."""
-    for literal in _LITERALS:
-        text = text.replace(literal, f"< {literal[1:]}")
-    return text
 
 
 def in_front(text: str, pictures: int) -> tuple[str, tuple[int, ...]]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from r1v3.suite.question import escape, in_place, option_cells
+from r1v3.data.encoding import escape
+from r1v3.suite.question import in_place, option_cells
 from r1v3.suite.table import File, pictures, read_list, read_table
 from tests.suite.files import choice_rows, encoded, picture, write_tsv
 

@@ -1,0 +1,132 @@
+"""Decoding rows that join and leave between steps."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import InternVLForConditionalGeneration
+
+from r1v3.data.batch import Batch
+from r1v3.engine.hf.decoder import prefill
+
+_FIRST_CAPACITY = 256
+
+
+class RowCache:
+    """Keys and values [rows, heads, capacity, head size] of every layer; a row's first token is at
+    position 0, so that what it reads does not depend on the other rows.
+
+    Attributes:
+        prompt_row: where a prompt of one row is being written; None in a decoding step.
+        lengths: int64 [R], tokens that each of the rows in use has before the step.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.capacity = _FIRST_CAPACITY
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.prompt_row: int | None = None
+        self.lengths = torch.zeros(0, dtype=torch.int64)
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows of so many tokens."""
+        while self.capacity < length:
+            more = self.capacity
+            self.keys = [torch.nn.functional.pad(k, (0, 0, 0, more)) for k in self.keys]
+            self.values = [torch.nn.functional.pad(v, (0, 0, 0, more)) for v in self.values]
+            self.capacity += more
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Write the new positions; return all keys and values that the rows may read."""
+        if layer == len(self.keys):
+            _, heads, _, size = keys.shape
+            self.keys.append(keys.new_zeros(self.rows, heads, self.capacity, size))
+            self.values.append(values.new_zeros(self.rows, heads, self.capacity, size))
+        own_keys, own_values = self.keys[layer], self.values[layer]
+        if self.prompt_row is not None:
+            length = keys.shape[2]
+            own_keys[self.prompt_row, :, :length] = keys[0]
+            own_values[self.prompt_row, :, :length] = values[0]
+            return keys, values
+        count = len(self.lengths)
+        rows, width = torch.arange(count, device=keys.device), int(self.lengths.amax()) + 1
+        own_keys[rows, :, self.lengths] = keys[:, :, 0]
+        own_values[rows, :, self.lengths] = values[:, :, 0]
+        return own_keys[:count, :, :width], own_values[:count, :, :width]
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a row to another one."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+
+class RowDecoder:
+    """Rows 0 to R - 1 over the live weights of a model; logits are float32 [rows, V].
+
+    Args:
+        max_rows: most rows at a time.
+    """
+
+    def __init__(self, model: InternVLForConditionalGeneration, max_rows: int) -> None:
+        self.model = model
+        self.lengths: list[int] = []
+        self._cache = RowCache(max_rows)
+
+    @torch.no_grad()
+    def join(self, prompt: Batch, copies: int) -> Tensor:
+        """Add `copies` rows of one prompt after the others; return their logits.
+
+        Raises:
+            ValueError: there are not as many rows left.
+        """
+        if len(self.lengths) + copies > self._cache.rows:
+            raise ValueError(f"{len(self.lengths)} of {self._cache.rows} rows are taken")
+        prompt = prompt.to(self.model.device)
+        ids, first = prompt.prompt_ids, len(self.lengths)
+        length = ids.shape[1]
+        self._cache.reserve(length)
+        self._cache.prompt_row = first
+        hidden = prefill(self.model, self._cache, ids, prompt.prompt_mask, prompt.pixel_values)
+        for row in range(first + 1, first + copies):
+            self._cache.copy_row(first, row, length)
+        self.lengths += [length] * copies
+        return self._logits(hidden[:, -1]).expand(copies, -1)
+
+    @torch.no_grad()
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Append a token to every row, int64 [R]; return the logits of the next."""
+        longest = max(self.lengths) + 1
+        self._cache.reserve(longest)
+        self._cache.prompt_row = None
+        lengths = torch.tensor(self.lengths, device=self.model.device)
+        self._cache.lengths = lengths
+        mask = torch.arange(longest, device=lengths.device) <= lengths[:, None]
+        hidden = self.model.model.language_model(
+            inputs_embeds=self.model.get_input_embeddings()(token_ids[:, None]),
+            attention_mask={"full_attention": mask[:, None, None, :]},
+            position_ids=lengths[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+        self.lengths = [length + 1 for length in self.lengths]
+        return self._logits(hidden[:, -1])
+
+    def leave(self, rows: Sequence[int]) -> list[int]:
+        """Remove rows; the last ones move to their places.
+
+        Returns:
+            For every row that is left, in order, the number it had.
+        """
+        numbers = list(range(len(self.lengths)))
+        for row in sorted(rows, reverse=True):
+            last = len(numbers) - 1
+            if row != last:
+                self._cache.copy_row(last, row, self.lengths[last])
+                numbers[row], self.lengths[row] = numbers[last], self.lengths[last]
+            numbers.pop()
+            self.lengths.pop()
+        return numbers
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(hidden).float()
