@@ -27,26 +27,31 @@ FORBIDDEN = {
     "rewards": ("torch", "transformers", "megatron", "vllm", "r1v3.kernels"),
     "data": (
         "r1v3.kernels", "r1v3.model", "r1v3.engine", "r1v3.rollout", "r1v3.trainer",
-        "r1v3.evaluation", "r1v3.plan", "r1v3.report", "r1v3.suite",
+        "r1v3.evaluation", "r1v3.plan", "r1v3.report", "r1v3.suite", "r1v3.serve",
     ),
     "model": (
         "r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.evaluation", "r1v3.plan",
-        "r1v3.report", "r1v3.suite",
+        "r1v3.report", "r1v3.suite", "r1v3.serve",
     ),
     "engine": (
         "r1v3.rollout", "r1v3.trainer", "r1v3.evaluation", "r1v3.plan", "r1v3.report", "r1v3.suite",
+        "r1v3.serve",
     ),
     "plan": (
         "r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.evaluation", "r1v3.report",
-        "r1v3.suite",
+        "r1v3.suite", "r1v3.serve",
     ),
-    "rollout": ("r1v3.trainer", "r1v3.evaluation", "r1v3.plan", "r1v3.report", "r1v3.suite"),
-    "evaluation": ("r1v3.trainer", "r1v3.plan", "r1v3.report", "r1v3.suite"),
-    "suite": ("r1v3.trainer", "r1v3.plan", "r1v3.report"),
+    "rollout": (
+        "r1v3.trainer", "r1v3.evaluation", "r1v3.plan", "r1v3.report", "r1v3.suite", "r1v3.serve",
+    ),
+    "evaluation": ("r1v3.trainer", "r1v3.plan", "r1v3.report", "r1v3.suite", "r1v3.serve"),
+    "suite": ("r1v3.trainer", "r1v3.plan", "r1v3.report", "r1v3.serve"),
+    "serve": ("r1v3.trainer", "r1v3.plan", "r1v3.report", "r1v3.suite"),
     "report": (
         "r1v3.model", "r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.plan", "r1v3.suite",
+        "r1v3.serve",
     ),
-    "trainer": ("r1v3.plan", "r1v3.report", "r1v3.suite"),
+    "trainer": ("r1v3.plan", "r1v3.report", "r1v3.suite", "r1v3.serve"),
 }  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "r1v3"} | set(sys.stdlib_module_names)
 # Importing these takes seconds, or fails where the package is optional.

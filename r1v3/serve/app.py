@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from r1v3.config import Serve
-from r1v3.serve.batching import Batcher, Delta, Job, QueueFull
+from r1v3.serve.batching import Batcher, Delta, Job
 from r1v3.serve.errors import Refusal
 from r1v3.serve.prompt import Prompts
 from r1v3.serve.replies import Replies
@@ -117,7 +117,9 @@ class Endpoint:
 
     async def models(self, request: Request) -> Response:
         """The model under its name, and under its name with each mode."""
-        return JSONResponse({"object": "list", "data": [self._card(n) for n in self.prompts.models]})
+        return JSONResponse(
+            {"object": "list", "data": [self._card(n) for n in self.prompts.models]}
+        )
 
     async def model(self, request: Request) -> Response:
         """One of them."""
@@ -129,19 +131,10 @@ class Endpoint:
     async def chat(self, request: Request) -> Response:
         """Complete a chat."""
         started = time.monotonic()
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(self.batcher.place())
-            except QueueFull as error:
-                raise Refusal(
-                    429,
-                    f"{self.config.rows} requests are answered or prepared and "
-                    f"{self.config.queue} wait; try again later",
-                    code="queue_full",
-                ) from error
-            try:
-                body = await self._body(request)
-                asked = read_request(body)
+        try:
+            with ExitStack() as held:
+                held.enter_context(self.batcher.place())
+                asked = read_request(await self._body(request))
                 job = await self._in_thread(self.prompts.job, asked)
                 replies = Replies(
                     job,
@@ -150,19 +143,21 @@ class Endpoint:
                     logprobs=bool(asked.logprobs),
                     token_ids=bool(asked.return_token_ids),
                 )
-                if asked.stream:
-                    usage = asked.stream_options is not None and asked.stream_options.include_usage
-                    self.batcher.submit(job)
-                    stack.callback(self.batcher.cancel, job)
-                    events = self._events(job, replies, bool(usage), started)
-                    return Events(events, stack.pop_all())
-                return await self._answer(request, job, replies, started)
-            except (ClientDisconnect, ClientGone):
-                self.metrics.requests["cancelled"] += 1
-                return Response(status_code=_CLIENT_GONE)
-            except Refusal as refusal:
+                held.callback(self.batcher.cancel, job)
+                self.batcher.submit(job)
+                if not job.stream:
+                    return await self._answer(request, job, replies, started)
+                options = asked.stream_options
+                usage = options is not None and bool(options.include_usage)
+                events = self._events(job, replies, usage, started)
+                return Events(events, held.pop_all())
+        except (ClientDisconnect, ClientGone):
+            self.metrics.requests["cancelled"] += 1
+            return Response(status_code=_CLIENT_GONE)
+        except Refusal as refusal:
+            if refusal.status < 500:  # those are counted as failed
                 self.metrics.requests[str(refusal.status)] += 1
-                raise
+            raise
 
     async def _in_thread(self, work: Callable[..., Result], *arguments: object) -> Result:
         loop = asyncio.get_running_loop()
@@ -189,7 +184,6 @@ class Endpoint:
         self, request: Request, job: Job, replies: Replies, started: float
     ) -> Response:
         """Wait for all completions, or until the client leaves."""
-        self.batcher.submit(job)
         gone = asyncio.ensure_future(_disconnection(request.receive))
         try:
             deltas: list[Delta] = []
@@ -206,7 +200,6 @@ class Endpoint:
                 deltas.append(delta)
         finally:
             gone.cancel()
-            self.batcher.cancel(job)
         self._answered(started)
         return Response(_json(replies.whole(deltas)), media_type="application/json")
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from r1v3.data.thoughts import BudgetedThought
 from r1v3.engine.hf.rows import RowDecoder
 from r1v3.kernels import sample_tokens
 from r1v3.rollout.contract import TokenRules
+from r1v3.serve.errors import Refusal
 from r1v3.serve.metrics import Metrics
 from r1v3.serve.text import Writer
 
@@ -66,7 +68,7 @@ class Token:
 
 @dataclass
 class Delta:
-    """What was added to a completion.
+    """Further tokens and text of a completion.
 
     Attributes:
         sample: number of the completion in its job.
@@ -173,10 +175,6 @@ class Row:
         return self._whole if delta.finish is not None else None
 
 
-class QueueFull(Exception):
-    """As many requests wait as may wait."""
-
-
 class Batcher:
     """The thread that decodes, and its queue.
 
@@ -238,10 +236,11 @@ class Batcher:
         """Hold a request's place in the queue, and later its rows.
 
         Raises:
-            QueueFull: there is none.
+            Refusal: there is none.
         """
         if self._accepted >= self.max_rows + self.max_queue:
-            raise QueueFull
+            told = f"{self._accepted} requests are answered or wait; try again later"
+            raise Refusal(429, told, code="queue_full")
         self._accepted += 1
         try:
             yield
@@ -264,7 +263,7 @@ class Batcher:
         while self._wait():
             self._remove(row for row, one in enumerate(self.rows) if one.job.cancelled)
             for job in self._admitted():
-                self._guarded([job], lambda job=job: self._join(job))
+                self._guarded([job], partial(self._join, job))
             if self.rows:
                 self._guarded([row.job for row in self.rows], self._step)
 

@@ -130,8 +130,8 @@ class Prompts:
             modes.add(mode)
         limits = {budget for budget in budgets if budget is not None}
         if len(modes) > 1 or len(limits) > 1:
-            found = ", ".join(map(str, [*sorted(modes), *sorted(limits)]))
-            raise Refusal(400, f"the request names different modes: {found}", param="mode")
+            several = ", ".join(map(str, [*sorted(modes), *sorted(limits)]))
+            raise Refusal(400, f"the request names different modes: {several}", param="mode")
         found = Mode(modes.pop() if modes else "slow", limits.pop() if limits else None)
         if found.name not in self.banned:
             raise Refusal(400, f"mode {found.name}: this model's vocabulary has no single tokens "

@@ -1,10 +1,9 @@
 """`r1v3 serve`: the model, the server, and its end."""
 
-import asyncio
 import signal
 import socket
-from contextlib import contextmanager
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch

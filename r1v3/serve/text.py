@@ -124,7 +124,10 @@ class StopSearch:
             self.found = True
             return self._rest[: min(place for place in places if place >= 0)]
         keep = 0 if last else held_back(self._rest, self._stops)
-        text, self._rest = self._rest[: len(self._rest) - keep], self._rest[len(self._rest) - keep :]
+        text, self._rest = (
+            self._rest[: len(self._rest) - keep],
+            self._rest[len(self._rest) - keep :],
+        )
         return text
 
 

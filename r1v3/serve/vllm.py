@@ -1,4 +1,4 @@
-"""How vLLM serves the same model: its command, and what a request says for each mode."""
+"""The command with which vLLM serves the same model, and the body of a request in each mode."""
 
 import json
 import shlex
@@ -58,7 +58,7 @@ def vllm_guide(config: Serve) -> str:
     lines = ["# On the machine with the GPUs; --tensor-parallel-size takes their number:"]
     lines.append(shlex.join(vllm_command(config)))
     if config.api_key_file is not None:
-        lines.append(f"# and the key: --api-key \"$(cat {shlex.quote(str(config.api_key_file))})\"")
+        lines.append(f'# and the key: --api-key "$(cat {shlex.quote(str(config.api_key_file))})"')
     lines += ["", f"# POST http://{config.host}:{config.port}/v1/chat/completions, by mode:"]
     for mode, body in vllm_bodies(config).items():
         messages = [{"role": "user", "content": "..."}]
