@@ -1,15 +1,21 @@
-"""Seeds, one torch thread per worker, the `gpu` marker, and a header with instruction sets."""
+"""Seeds, threads and memory of a worker, the `gpu` marker, and a header with instruction sets."""
 
 import os
 import random
+import resource
 
 import numpy as np
 import pytest
 import torch
 
 from r1v3.kernels import cpu
-from tests.processes import SESSION
+from tests.processes import MEMORY_LIMIT, SESSION
 
+if not torch.cuda.is_available():
+    # What grows without end then fails by name, before it takes the whole machine down with it.
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_DATA)[1])
+    )
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Seconds after which a process that should long have ended is taken to hang. Tests do not measure
 # time with it: beside other programs, a machine may be twenty times as slow.
 PATIENCE = 1800
+# Bytes that a process of the tests, or one that it starts, may allocate. Each needs about 1 GB.
+MEMORY_LIMIT = 8 << 30
 
 
 @dataclass
