@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from r1v3.config import Stage
 
 # Micro-batches of a replica for each stage of its pipeline; more repeat prompts for little.
-PER_STAGE = 2
+PER_STAGE = 3
+
+# Prompts of a micro-batch, each with its responses in it, by position.
+Pack = list[tuple[int, list[int]]]
 
 
 def longest_first(
@@ -82,6 +85,43 @@ def shared_budget(total: int, longest: int, budget: int, parts: int) -> int:
         budget: most that a pack may hold.
     """
     return min(budget, max(longest, total // parts))
+
+
+def pack_groups(
+    prompts: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    *,
+    size: int,
+    tokens: int,
+    least: int = 1,
+) -> list[Pack]:
+    """Divide groups among micro-batches: small ones together, large ones each among several.
+
+    Args:
+        prompts: tokens of each prompt, which stand once in every micro-batch that holds some of its
+            responses.
+        responses: tokens of each prompt's responses, as inputs of the model.
+        size: most prompts of a micro-batch; only whole groups stand together.
+        tokens: most tokens of a micro-batch.
+        least: micro-batches that are worth smaller ones than `tokens`.
+
+    Raises:
+        ValueError: a prompt with one of its responses has more than `tokens`.
+    """
+    if not prompts:
+        return []
+    totals = [prompt + sum(rows) for prompt, rows in zip(prompts, responses, strict=True)]
+    longest = max(prompt + max(rows) for prompt, rows in zip(prompts, responses, strict=True))
+    budget = shared_budget(sum(totals), longest, tokens, least)
+    short = [p for p, total in enumerate(totals) if total <= budget]
+    packs: list[Pack] = [
+        [(short[i], list(range(len(responses[short[i]])))) for i in together]
+        for together in even_packs([totals[p] for p in short], budget, most=size)
+    ]
+    for p, total in enumerate(totals):
+        if total > budget:
+            packs += [[(p, rows)] for rows in even_packs(responses[p], budget - prompts[p])]
+    return packs
 
 
 def worthwhile(config: Stage, replicas: int) -> int:

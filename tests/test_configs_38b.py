@@ -17,13 +17,14 @@ from r1v3.model.flops import Dimensions
 from r1v3.plan.job import TEXT_TOKENS, Cluster, job_of, model_folder
 from r1v3.plan.plan import Plan, make_plan
 from r1v3.plan.run import stage_kind
-from r1v3.plan.search import propose
+from r1v3.plan.search import on_more_gpus, propose
 from tests.processes import PATIENCE
 
 FOLDER = Path(__file__).parents[1] / "configs" / "r1v3-38b"
 LAUNCH = FOLDER / "launch"
-PRESETS = ("sft", "grpo_4k", "grpo_8k", "connector", "eval")
-TRAINING = ("sft", "grpo_4k", "grpo_8k", "connector")
+GRPO_PRESETS = ("grpo_4k", "grpo_8k", "grpo_16k", "grpo_32k")
+TRAINING = ("sft", *GRPO_PRESETS, "connector")
+PRESETS = (*TRAINING, "eval")
 
 
 def preset(name: str, *overrides: str) -> Any:
@@ -49,7 +50,7 @@ def test_every_file_is_a_preset() -> None:
 
 def test_the_report_s_numbers() -> None:
     """Fails if a preset no longer trains what the report trained."""
-    for name, tokens in (("grpo_4k", 4096), ("grpo_8k", 8192)):
+    for name, tokens in zip(GRPO_PRESETS, (4096, 8192, 16384, 28672), strict=True):
         grpo = preset(name)
         assert (grpo.prompts_per_step, grpo.group_size, grpo.gradient_steps) == (32, 32, 1)
         assert (grpo.loss.clip_low, grpo.loss.clip_high, grpo.loss.kl_coef) == (0.2, 0.2, 0.0)
@@ -72,7 +73,7 @@ def test_the_report_s_numbers() -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-@pytest.mark.parametrize("gpus", [32, 64, 128])
+@pytest.mark.parametrize("gpus", [32, 64, 128, 256])
 def test_a_preset_fits_80_gb(name: str, gpus: int) -> None:
     """Fails if a team that starts from the preset would run out of memory."""
     config = preset(name)
@@ -80,6 +81,26 @@ def test_a_preset_fits_80_gb(name: str, gpus: int) -> None:
     plan = planned(name, gpus)
     assert plan.problems == [] and plan.overflow < -0.5e9
     assert sum(plan.parameters.values()) == 38_388_164_992
+
+
+@pytest.mark.parametrize("name", GRPO_PRESETS)
+def test_grpo_uses_every_gpu_of_a_larger_cluster(name: str) -> None:
+    """Fails if groups that are not divided leave replicas idle, or a stage waits for another."""
+    plans = {gpus: planned(name, gpus) for gpus in (32, 64, 128, 256)}
+    for plan in plans.values():
+        assert plan.job.micro_batches >= 6 * plan.job.data
+        assert plan.slowest_stage <= 0.53
+        assert plan.job.sequence_tokens <= 32768
+    assert plans[64].seconds > 3.8 * plans[256].seconds
+    undivided = planned(name, 64, "micro_batch_tokens=null")
+    assert undivided.fits == (name == "grpo_4k")
+
+
+def test_a_budget_of_less_than_one_sequence_is_named() -> None:
+    """Fails if a plan is made of micro-batches that the trainer refuses."""
+    with pytest.raises(ValueError, match="a response of 8192 tokens; set it to 12031 or more"):
+        planned("grpo_8k", 64, "micro_batch_tokens=12030")
+    assert planned("grpo_8k", 64, "micro_batch_tokens=12031").fits
 
 
 def test_the_evaluation_fits_one_node() -> None:
@@ -104,7 +125,9 @@ def test_every_number_names_its_source_or_is_of_the_layout(name: str) -> None:
         (("parallel.recompute=none",), "parallel.recompute=full"),
         (("rollout.memory_share=0.9",), "rollout.memory_share="),
         (("rollout.memory_share=0.1",), "rollout.memory_share="),
-        (("micro_batch_prompts=4",), "micro_batch_prompts="),
+        (("micro_batch_prompts=4", "micro_batch_tokens=null"), "micro_batch_tokens="),
+        (("decoding.max_tokens=16384", "micro_batch_tokens=null"), "micro_batch_tokens="),
+        (("micro_batch_prompts=32", "micro_batch_tokens=262144"), "micro_batch_"),
         (("parallel.tensor=1", "parallel.sequence=false", "rollout.tensor=8"), "parallel.tensor="),
     ],
 )
@@ -121,6 +144,28 @@ def test_what_does_not_fit_comes_with_what_would(overrides: tuple[str, ...], exp
     for proposal in proposals:
         assert planned("grpo_8k", 64, *overrides, *proposal.overrides).fits
     assert any(expected in setting for p in proposals for setting in p.overrides)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "wanted"),
+    [
+        (8, (), 16),
+        (64, ("decoding.max_tokens=2000000", "micro_batch_tokens=null"), None),
+    ],
+)
+def test_more_gpus_are_promised_only_where_they_do(
+    gpus: int, overrides: tuple[str, ...], wanted: int | None
+) -> None:
+    """Fails if a user is sent to buy GPUs that do not help, or not to those that do."""
+
+    def loader(changes: Any) -> Any:
+        return preset("grpo_8k", *overrides, *changes)
+
+    assert propose(loader, dims(), Cluster(gpus), text_tokens=TEXT_TOKENS) == []
+    found = on_more_gpus(loader, dims(), Cluster(gpus), text_tokens=TEXT_TOKENS)
+    assert (None if found is None else found[0]) == wanted
+    if found is not None:
+        assert planned("grpo_8k", found[0], *overrides, *found[1].overrides).fits
 
 
 def test_scripts_are_clean() -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r1v3.config import GRPO, Evaluate, RolloutEngine, Stage, Supervised
-from r1v3.model.flops import Dimensions
+from r1v3.model.flops import Dimensions, Work
 from r1v3.plan import memory
 from r1v3.plan.build import RankLayout
+from r1v3.plan.packing import LongestSample, Packing, packing_of
 
 TEXT_TOKENS = 512
 HEAD_MULTIPLE, VOCAB_MULTIPLE = 8, 128  # ModelOptions' own, checked by a test
@@ -29,8 +30,8 @@ class Cluster:
 class Job:
     """One stage laid out on a cluster.
 
-    pack: the largest micro-batch. micro_batches: of a step, all data-parallel ranks together.
-    rows: sequences that one replica of the model decodes at a time with `local` rollouts.
+    packing: the micro-batches of a step. prompts, group: sampled prompts of a step, and completions
+    of each. rows: sequences that one replica of the model decodes at a time with `local` rollouts.
     """
 
     cluster: Cluster
@@ -40,11 +41,27 @@ class Job:
     modules: Mapping[str, bool]
     trains: bool
     distributed_optimizer: bool
-    pack: memory.Pack
-    micro_batches: int
+    packing: Packing
+    prompts: int
+    group: int
     rows: int
     rollout: RolloutEngine | None
     reference: bool
+
+    @property
+    def pack(self) -> memory.Pack:
+        """The largest micro-batch of a step at full length."""
+        return max(self.packing.packs, key=lambda pack: pack.tokens)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, all data-parallel ranks together."""
+        return sum(self.packing.packs.values())
+
+    @property
+    def work(self) -> Work:
+        """Of one training step."""
+        return sum((pack.work() * n for pack, n in self.packing.packs.items()), Work())
 
     @property
     def sequence_tokens(self) -> int:
@@ -103,7 +120,8 @@ def job_of(
             f"{parallel.pipeline} = {model_ranks}"
         )
     data = cluster.gpus // model_ranks
-    pack, micro_batches, rows = _micro_batch(config, dims, data, sequence_length, text_tokens)
+    sequence = _sequence(config, dims, sequence_length, text_tokens)
+    prompts, group, rows = _samples(config, data)
     layout = RankLayout(
         world=cluster.gpus,
         tensor=parallel.tensor,
@@ -125,8 +143,9 @@ def job_of(
         modules=modules,
         trains=trains,
         distributed_optimizer=parallel.distributed_optimizer,
-        pack=pack,
-        micro_batches=micro_batches,
+        packing=packing_of(config, data, sequence),
+        prompts=prompts,
+        group=group,
         rows=rows,
         rollout=rollout,
         reference=isinstance(config, GRPO) and config.loss.kl_coef > 0,
@@ -152,10 +171,10 @@ def _shards(config: Stage, dims: Dimensions) -> memory.Shards:
     )
 
 
-def _micro_batch(
-    config: Stage, dims: Dimensions, data: int, sequence_length: int | None, text_tokens: int
-) -> tuple[memory.Pack, int, int]:
-    """(largest micro-batch, micro-batches of a step, rows decoded at a time by a replica)."""
+def _sequence(
+    config: Stage, dims: Dimensions, sequence_length: int | None, text_tokens: int
+) -> LongestSample:
+    """The longest prompt and response of a stage."""
     tiles = config.max_tiles or 1
     tiles += tiles > 1  # and the thumbnail
     prompt = tiles * dims.image_tokens + text_tokens
@@ -163,18 +182,10 @@ def _micro_batch(
         length = sequence_length or config.max_length
         if length is None:
             raise ValueError("set max_length, or give --sequence-length, to plan for")
-        prompts, group, rows = config.micro_batch_size, 1, 0
-        count = config.batch_size // config.micro_batch_size
     elif isinstance(config, GRPO):
         length = sequence_length or prompt + config.longest_response
-        per_step = config.prompts_per_step // config.gradient_steps
-        prompts, group = min(config.micro_batch_prompts, per_step), config.group_size
-        count = -(-per_step // prompts)
-        rows = -(-config.prompts_per_step // data) * group
     elif isinstance(config, Evaluate):
         length = sequence_length or prompt + config.decoding.max_tokens
-        prompts, group, count = -(-config.batch_prompts // data), config.samples, 1
-        rows = prompts * group
     else:
         raise ValueError(f"there is no plan of a {type(config).__name__} stage")
     if length <= prompt:
@@ -182,7 +193,18 @@ def _micro_batch(
             f"a prompt of {tiles} tiles and {text_tokens} words has {prompt} tokens, which leaves "
             f"no room for a response in {length}; lower max_tiles or raise the length"
         )
-    return memory.Pack(prompts, group, prompt, length - prompt, tiles), count, rows
+    return LongestSample(prompt, length - prompt, tiles)
+
+
+def _samples(config: Stage, data: int) -> tuple[int, int, int]:
+    """(prompts sampled in a step, completions of each, rows decoded at a time by a replica)."""
+    if isinstance(config, GRPO):
+        rows = -(-config.prompts_per_step // data) * config.group_size
+        return config.prompts_per_step // config.gradient_steps, config.group_size, rows
+    if isinstance(config, Evaluate):
+        prompts = -(-config.batch_prompts // data)
+        return prompts * data, config.samples, prompts * config.samples
+    return 0, 1, 0
 
 
 def model_folder(config: Stage, config_file: Path) -> Path:

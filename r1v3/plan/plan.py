@@ -105,7 +105,7 @@ class Plan:
     @property
     def work(self) -> Work:
         """Of one training step."""
-        return self.job.pack.work() * self.job.micro_batches
+        return self.job.work
 
 
 def make_plan(job: Job, dims: Dimensions, built: Sequence[BuiltRank] | None = None) -> Plan:
@@ -117,7 +117,7 @@ def make_plan(job: Job, dims: Dimensions, built: Sequence[BuiltRank] | None = No
         counts = [rank.parameters for rank in built]
         whole = {part: sum(rank.whole[part] for rank in built) for part in whole}
     ranks = [_rank(job, dims, stage, counts[stage]) for stage in stages]
-    work = job.pack.work() * job.micro_batches
+    work = job.work
     if job.trains:
         flops = train_flops(dims, work, job.modules)
         hardware = train_flops(dims, work, job.modules, recompute=job.shards.recompute)
@@ -126,10 +126,9 @@ def make_plan(job: Job, dims: Dimensions, built: Sequence[BuiltRank] | None = No
         hardware = dict(flops)
     sampled = 0.0
     if job.rollout is not None:
-        prompts = job.pack.prompts * (job.micro_batches if job.trains else job.data)
         alone = memory.Pack(1, 1, job.pack.prompt_tokens, 1, job.pack.tiles).work()
-        each = [job.pack.response_tokens] * job.pack.group
-        sampled = prompts * (
+        each = [job.pack.response_tokens] * job.group
+        sampled = job.prompts * (
             sum(forward_flops(dims, alone).values())
             + decode_flops(dims, job.pack.prompt_tokens, each)
         )
@@ -185,7 +184,13 @@ def _rank(job: Job, dims: Dimensions, stage: int, parameters: dict[str, int]) ->
     moving = None
     if job.trains:
         each = -(-job.micro_batches // job.data)
-        moving = memory.activations(dims, shards, job.pack, stage, job.modules, each)
+        moving = max(
+            (
+                memory.activations(dims, shards, pack, stage, job.modules, each)
+                for pack in job.packing.largest
+            ),
+            key=lambda needed: needed.total,
+        )
     return RankPlan(
         stage=stage,
         count=shards.tensor * job.data,
@@ -215,7 +220,7 @@ def _rollout(job: Job, dims: Dimensions, stage: int) -> RolloutMemory | None:
         return RolloutMemory(reserved, weights, cache, int(cache // (token * job.sequence_tokens)))
     cache = job.rows * job.sequence_tokens * memory.cache_per_token(dims, shards, stage)
     logits = 2 * 4 * job.rows * shards.padded_vocab
-    prompts = job.rows // job.pack.group * job.pack.prompt_tokens
+    prompts = job.rows // job.group * job.pack.prompt_tokens
     prefill = prompts * shards.element * (5 * dims.ffn // shards.tensor + 4 * dims.hidden)
     return RolloutMemory(float(cache + max(logits, prefill)), 0.0, float(cache), job.rows)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from r1v3.model.parts import PARTS
 from r1v3.plan import memory
 from r1v3.plan.plan import Plan, RankPlan
-from r1v3.plan.search import Proposal
+from r1v3.plan.search import MORE_GPUS, Proposal
 
 
 def gb(value: float) -> str:
@@ -19,8 +19,18 @@ def gb(value: float) -> str:
     return f"{value / 1e9:.1f}"
 
 
-def print_plan(plan: Plan, title: str, proposals: Sequence[Proposal], console: Console) -> None:
-    """Layout, parameters, memory of every kind of rank, operations, and the verdict."""
+def print_plan(
+    plan: Plan,
+    title: str,
+    proposals: Sequence[Proposal],
+    larger: tuple[int, Proposal] | None,
+    console: Console,
+) -> None:
+    """Print layout, parameters, memory of every kind of rank, operations, and the verdict.
+
+    Args:
+        larger: where nothing is proposed, the number of GPUs on which the stage would fit, and how.
+    """
     job, pack = plan.job, plan.job.pack
     console.print(
         f"[bold]{title}[/]: {job.cluster.gpus} GPUs = tensor {job.shards.tensor} x pipeline "
@@ -35,9 +45,10 @@ def print_plan(plan: Plan, title: str, proposals: Sequence[Proposal], console: C
         soft_wrap=True,
     )
     if job.trains:
+        limit = "" if job.packing.tokens is None else f" of up to {job.packing.tokens:,}"
         console.print(
             f"micro-batch: {pack.prompts} x {pack.group} sequences of {job.sequence_tokens:,} "
-            f"tokens, {pack.tiles} tiles each, are {pack.tokens:,} rows; "
+            f"tokens, {pack.tiles} tiles each, are {pack.tokens:,} rows{limit}; "
             f"{job.micro_batches} a step, {-(-job.micro_batches // job.data)} a replica",
             highlight=False,
             soft_wrap=True,
@@ -45,7 +56,7 @@ def print_plan(plan: Plan, title: str, proposals: Sequence[Proposal], console: C
     console.print(_memory_table(plan))
     for line in _notes(plan):
         console.print(line, highlight=False, soft_wrap=True)
-    _print_verdict(plan, proposals, console)
+    _print_verdict(plan, proposals, larger, console)
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -122,14 +133,27 @@ def _notes(plan: Plan) -> list[str]:
     return lines
 
 
-def _print_verdict(plan: Plan, proposals: Sequence[Proposal], console: Console) -> None:
+def _print_verdict(
+    plan: Plan,
+    proposals: Sequence[Proposal],
+    larger: tuple[int, Proposal] | None,
+    console: Console,
+) -> None:
     if plan.fits:
         console.print(f"[green]fits[/]: {gb(-plan.overflow)} GB left on the fullest rank")
         return
     for problem in plan.problems:
         console.print(f"[red]does not fit[/]: {problem}", highlight=False, soft_wrap=True)
     if not proposals:
-        console.print("no change of layout, micro-batch or vLLM memory fits; more GPUs may")
+        told = "no change of layout, micro-batch or vLLM memory fits"
+        if larger is None:
+            most = MORE_GPUS[-1] * plan.job.cluster.gpus
+            told += f", nor do up to {most:,} GPUs; shorten the response, or lower max_tiles"
+        else:
+            gpus, found = larger
+            told += f" {plan.job.cluster.gpus} GPUs; {gpus:,} would do"
+            told += f" with {' '.join(found.overrides)}" if found.overrides else ""
+        console.print(told, highlight=False, soft_wrap=True)
     for proposal in proposals:
         console.print(
             f"[green]would fit[/] ({gb(-proposal.plan.overflow)} GB left, "
@@ -157,6 +181,7 @@ def as_json(plan: Plan, proposals: Sequence[Proposal]) -> dict[str, Any]:
         "data": job.data,
         "layers": list(job.shards.layers),
         "micro_batch": asdict(job.pack) | {"tokens": job.pack.tokens},
+        "micro_batch_tokens": job.packing.tokens,
         "micro_batches": job.micro_batches,
         "parameters": plan.parameters,
         "total_parameters": sum(plan.parameters.values()),

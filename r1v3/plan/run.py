@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from safetensors import safe_open
@@ -16,7 +17,7 @@ from r1v3.plan.build import build_ranks
 from r1v3.plan.job import Cluster, job_of, model_folder
 from r1v3.plan.plan import make_plan
 from r1v3.plan.printing import as_json, print_plan
-from r1v3.plan.search import propose
+from r1v3.plan.search import on_more_gpus, propose
 
 STAGES: dict[str, type[Stage]] = {
     "sft": SFT,
@@ -84,12 +85,12 @@ def run_plan(
             f"the weight files in {folder} hold {stored:,} parameters, the model of its "
             f"config.json has {counted:,}"
         )
-    proposals = []
+    proposals, larger = [], None
+    lengths: dict[str, Any] = {"sequence_length": sequence_length, "text_tokens": text_tokens}
     if not plan.fits:
-        proposals = propose(
-            loader, dims, cluster, sequence_length=sequence_length, text_tokens=text_tokens
-        )
-    print_plan(plan, config_file.stem, proposals, console or Console())
+        proposals = propose(loader, dims, cluster, **lengths)
+        larger = None if proposals else on_more_gpus(loader, dims, cluster, **lengths)
+    print_plan(plan, config_file.stem, proposals, larger, console or Console())
     if json_file is not None:
         write_json(json_file, as_json(plan, proposals))
     return plan.fits

@@ -1,16 +1,21 @@
 """Which settings make a plan fit: changes of one setting, then of several."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
-from r1v3.config import Stage
+from r1v3.config import GRPO, Stage, Supervised
 from r1v3.model.flops import Dimensions
 from r1v3.plan.job import Cluster, job_of
 from r1v3.plan.plan import Plan, make_plan
 
 Loader = Callable[[Sequence[str]], Stage]
 MOST_CHANGES = 4
+MORE_GPUS = (2, 4, 8, 16)
 _SPLITS = (1, 2, 4, 8)
+# Limits of a micro-batch in tokens: from what keeps a GPU busy to what fits none.
+_BUDGETS = tuple(2**n for n in range(13, 19))
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,33 @@ def propose(
     return []
 
 
+def on_more_gpus(
+    load: Loader,
+    dims: Dimensions,
+    cluster: Cluster,
+    *,
+    sequence_length: int | None = None,
+    text_tokens: int,
+) -> tuple[int, Proposal] | None:
+    """Return the next of 2, 4, 8 and 16 times the GPUs on which the stage fits, and how.
+
+    None where it fits none of them: memory that more GPUs do not divide is too small.
+    """
+    for factor in MORE_GPUS:
+        larger = replace(cluster, gpus=cluster.gpus * factor)
+        lengths: dict[str, Any] = {
+            "sequence_length": sequence_length,
+            "text_tokens": text_tokens,
+        }
+        with suppress(ValueError):  # the layout may not divide this cluster either
+            plan = make_plan(job_of(load(()), dims, larger, **lengths), dims)
+            if plan.fits:
+                return larger.gpus, Proposal((), plan)
+        if found := propose(load, dims, larger, most=1, **lengths):
+            return larger.gpus, found[0]
+    return None
+
+
 def _cost(proposal: Proposal) -> tuple[float, int]:
     return proposal.plan.seconds, len(proposal.overrides)
 
@@ -112,6 +144,8 @@ def neighbors(config: Stage, dims: Dimensions) -> Iterator[tuple[str, ...]]:
         while size > 1:
             size //= 2
             yield (f"{key}={size}",)
+    for tokens in _BUDGETS if isinstance(config, GRPO | Supervised) else ():
+        yield (f"micro_batch_tokens={tokens}",)
     rollout = getattr(config, "rollout", None)
     if rollout is not None and rollout.engine != "vllm-server":
         if rollout.engine == "local":

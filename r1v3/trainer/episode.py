@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1v3.balance import even_packs, shared_budget
+from r1v3.balance import pack_groups
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import Example, collate
 from r1v3.ranks import shard_range
@@ -129,21 +129,19 @@ class Episode:
         """
         g, inputs = self.group_size, whole.input_lengths().view(-1, self.group_size)
         before = whole.prompt_mask.sum(1)
-        totals, longest = (before + inputs.sum(1)).tolist(), (before + inputs.amax(1)).tolist()
         packs: list[Pack] = []
         for kind in (True, False):
             chosen = [p for p in part if bool(kinds[p]) == kind]
-            if not chosen:
-                continue
-            budget = shared_budget(
-                sum(totals[p] for p in chosen), max(longest[p] for p in chosen), tokens, least
+            found = pack_groups(
+                before[chosen].tolist(),
+                inputs[chosen].tolist(),
+                size=size,
+                tokens=tokens,
+                least=least,
             )
-            short = [p for p in chosen if totals[p] <= budget]
-            for together in even_packs([totals[p] for p in short], budget, most=size):
-                packs.append(self._all_rows([short[i] for i in together]))
-            for p in sorted(set(chosen) - set(short)):
-                for rows in even_packs(inputs[p].tolist(), budget - int(before[p])):
-                    packs.append(([p], [p * g + row for row in rows]))
+            for pack in found:
+                rows = [chosen[p] * g + row for p, own in pack for row in own]
+                packs.append(([chosen[p] for p, _ in pack], rows))
         return packs
 
     def _micro_batch(self, whole: Batch, prompts: list[int], rows: list[int]) -> MicroBatch:

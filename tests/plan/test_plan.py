@@ -79,7 +79,8 @@ def test_layers_of_the_stages() -> None:
 
 
 def changed(**changes: Any) -> float:
-    """Bytes of the fullest rank of the 8k preset under other settings."""
+    """Bytes of the fullest rank of the 8k preset, its groups undivided, under other settings."""
+    changes = {"micro_batch_tokens": "null"} | changes
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
     config = load(GRPO, CONFIGS / "grpo_8k.yaml", overrides)
     plan = make_plan(job_of(config, dims(), Cluster(64)), dims())
@@ -93,6 +94,10 @@ def test_settings_move_memory_the_way_they_should() -> None:
     assert changed(parallel__sequence="false") > base
     assert changed(decoding__max_tokens=4096) < base
     assert changed(micro_batch_prompts=2) > base
+    assert changed(micro_batch_tokens=131072) < base
+    assert changed(micro_batch_tokens=32768) < changed(micro_batch_tokens=65536)
+    budget = changed(micro_batch_tokens=65536)
+    assert changed(micro_batch_tokens=65536, micro_batch_prompts=2) > budget
     assert changed(parallel__distributed_optimizer="false") > base
     assert changed(modules__llm="false") < base
     assert changed(loss__kl_coef=0.1) > base
