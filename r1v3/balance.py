@@ -38,6 +38,16 @@ def longest_first(
     return [sorted(part) for part in found]
 
 
+def pipeline_order(items: Sequence[int], costs: Sequence[float]) -> list[int]:
+    """Order micro-batches for a 1F1B pipeline: the smallest at both ends, the largest between.
+
+    The first fill the pipeline and the last drain it while stages wait; neighbors are alike, so
+    that a stage's forward takes about as long as the backward it alternates with.
+    """
+    ascending = sorted(items, key=lambda i: (costs[i], i))
+    return ascending[::2] + ascending[1::2][::-1]
+
+
 def even_packs(sizes: Sequence[int], budget: int, *, most: int | None = None) -> list[list[int]]:
     """Divide items among few packs of at most `budget` each, as evenly as `longest_first` does.
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from r1v3.balance import even_packs, longest_first, runs, shared_budget
+from r1v3.balance import even_packs, longest_first, pipeline_order, runs, shared_budget
 
 
 def lengths(seed: int, count: int, largest: int = 100) -> list[int]:
@@ -68,3 +68,12 @@ def test_a_budget_is_lowered_for_replicas_and_never_below_a_sample() -> None:
     assert shared_budget(1000, 30, 600, 1) == 600
     assert shared_budget(1000, 30, 600, 10) == 100
     assert shared_budget(1000, 300, 600, 10) == 300
+
+
+def test_a_pipeline_is_filled_and_drained_by_small_micro_batches() -> None:
+    """Fails if all stages wait for a long first or last one, or one is lost."""
+    costs = [5.0, 1.0, 9.0, 3.0, 2.0, 7.0]
+    assert pipeline_order(range(6), costs) == [1, 3, 5, 2, 0, 4]
+    assert pipeline_order([2, 4], costs) == [4, 2]
+    assert pipeline_order([], costs) == []
+    assert pipeline_order([0, 1, 2], [1.0, 1.0, 1.0]) == [0, 2, 1]

@@ -17,10 +17,9 @@ from r1v3 import files
 from r1v3.data.batch import Batch
 from r1v3.data.tokenizer import IMAGE_CONTEXT, load_tokenizer, token_id, train_tokenizer
 from r1v3.engine.hf.engine import HFEngine
-from r1v3.model.flops import Dimensions, train_flops
+from r1v3.model.flops import Dimensions, train_flops, work_of
 from r1v3.model.internvl import build_model, internvl_config, load_model
 from r1v3.model.parts import PARTS
-from r1v3.trainer.telemetry import work_of
 
 SEED = 20250709
 # Log-ratios to the old policy have this spread, so that some are clipped and the loss is not 0.

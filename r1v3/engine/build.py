@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from r1v3.config import Architecture, Modules, Optimizer, Stage
+from r1v3.config import GRPO, Architecture, Modules, Optimizer, Stage, Supervised
 from r1v3.data.encoding import model_image_shape
 from r1v3.data.tokenizer import IMAGE_CONTEXT, load_tokenizer, token_id
 from r1v3.engine.contract import Engine
@@ -93,6 +93,8 @@ def build_engine(
             "betas": optimizer.betas,
             "max_grad_norm": optimizer.max_grad_norm,
         }
+    # Without a budget micro-batches are alike, and taken in turn.
+    balanced = isinstance(config, GRPO | Supervised) and config.micro_batch_tokens is not None
     if architecture is not None:
         if config.engine != "hf":
             raise ValueError("a fresh `architecture` is trained with engine=hf")
@@ -110,7 +112,7 @@ def build_engine(
             config.seed,
             device=config.device,
         )
-        return HFEngine(model, tokenizer, ranks=ranks, **settings)
+        return HFEngine(model, tokenizer, ranks=ranks, balanced=balanced, **settings)
     assert config.model is not None
     tokenizer = load_tokenizer(config.model)
     if config.engine == "megatron":
@@ -118,4 +120,4 @@ def build_engine(
 
         return MegatronEngine(config.model, tokenizer, config, ranks, **settings)
     model = load_model(config.model, device=config.device)
-    return HFEngine(model, tokenizer, ranks=ranks, **settings)
+    return HFEngine(model, tokenizer, ranks=ranks, balanced=balanced, **settings)

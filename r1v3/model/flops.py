@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import InternVLConfig
 
+from r1v3.data.batch import Batch
 from r1v3.model.parts import PARTS
 
 
@@ -190,6 +192,19 @@ class Work:
             self.tiles * count,
             self.samples * count,
         )
+
+
+def work_of(batch: Batch) -> Work:
+    """Return the work of a micro-batch: prompts once, responses to the last counted token."""
+    mask = batch.loss_mask
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    lengths = (mask * columns).amax(1).tolist() if mask.shape[1] else [0] * len(mask)
+    return Work.of(
+        batch.prompt_mask.sum(1).tolist(),
+        lengths,
+        int(mask.sum()),
+        int(batch.tiles.sum()),
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from transformers import InternVLConfig
 
 from r1v3.data.batch import Batch
-from r1v3.model.flops import Dimensions, Work, train_flops
+from r1v3.model.flops import Dimensions, Work, train_flops, work_of
 from r1v3.ranks import ALONE, Ranks
 
 # Dense bfloat16 FLOP/s by the driver's device name, from NVIDIA's data sheets of H100, H200, A100
@@ -44,19 +44,6 @@ _ACROSS_RANKS: dict[str, Callable[[list[float]], float]] = {
     "machine_ecc_errors": sum,
     "machine_xid_errors": sum,
 }
-
-
-def work_of(batch: Batch) -> Work:
-    """Return the work of a micro-batch: prompts once, responses to the last counted token."""
-    mask = batch.loss_mask
-    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    lengths = (mask * columns).amax(1).tolist() if mask.shape[1] else [0] * len(mask)
-    return Work.of(
-        batch.prompt_mask.sum(1).tolist(),
-        lengths,
-        int(mask.sum()),
-        int(batch.tiles.sum()),
-    )
 
 
 class Telemetry:

@@ -16,6 +16,7 @@ from tests.processes import PATIENCE
 
 # Tiles of the prompts of each micro-batch: as many as ranks, fewer, more, and without pictures.
 CASES = {"two": [[1, 2], [0, 1]], "one": [[1]], "three": [[1], [0, 1], [2]], "texts": [[0], [0]]}
+CASES["balanced"] = [[2, 1], [0], [0], [0]]
 MODULES = {
     "all": dict.fromkeys(("vision", "connector", "llm"), True),
     "connector": {"vision": False, "connector": True, "llm": False},
@@ -40,7 +41,12 @@ def learn(ranks: Ranks, case: str, modules: str, folder: Path) -> dict[str, obje
     net = tiny.model()
     tiny.sharpen(net)
     engine = HFEngine(
-        net, tiny.tokenizer(), modules=MODULES[modules], weight_decay=0.1, ranks=ranks
+        net,
+        tiny.tokenizer(),
+        modules=MODULES[modules],
+        weight_decay=0.1,
+        ranks=ranks,
+        balanced=case == "balanced",
     )
     batches, steps = micro_batches(case), []
 
@@ -55,6 +61,7 @@ def learn(ranks: Ranks, case: str, modules: str, folder: Path) -> dict[str, obje
     ranks.on_main(target.mkdir)
     engine.save(target)
     return {
+        "mine": list(engine._mine(batches)),
         "steps": steps,
         "moments": dict(engine.optimizer_tensors()),
         "evaluated": engine.evaluate(batches),

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from r1v3.config import SFT, ConfigError, load
-from r1v3.model.flops import Work
+from r1v3.model.flops import Work, work_of
 from r1v3.trainer.supervised import SupervisedTrainer, micro_batches
-from r1v3.trainer.telemetry import work_of
 from tests.tiny_run import home, write_configs
 from tests.trainer.test_grpo import sampled_episode, trainer
 from tests.trainer.test_skipped import with_flat_groups

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from r1v3.data.encoding import collate
-from r1v3.model.flops import train_flops
+from r1v3.model.flops import train_flops, work_of
 from r1v3.model.megatron.packing import pack
 from r1v3.trainer import telemetry
 from r1v3.trainer.metrics import MetricsLogger, comparable, read_metrics
@@ -31,7 +31,7 @@ def test_work_of_a_batch_is_the_work_of_its_pack() -> None:
     # A token in the middle that does not count is still an input; tokens after the last are not.
     given.loss_mask[0, 1] = False
     given.loss_mask[5, 6:] = False
-    work = telemetry.work_of(given)
+    work = work_of(given)
     packed = pack(given, image_token_id=tiny.model().config.image_token_id)
     queries, keys = packed.query_starts.diff().long(), packed.key_starts.diff().long()
     assert work.tokens == len(packed.input_ids)
@@ -48,7 +48,7 @@ def test_a_step_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = telemetry.Telemetry(config, ALL, device="cpu", dtype="bfloat16")
     meter.start()
     metrics = meter.finish([given, given])
-    work = telemetry.work_of(given) * 2
+    work = work_of(given) * 2
     assert metrics["machine_tokens_per_second"] == work.tokens / 2
     assert metrics["machine_samples_per_second"] == 12 / 2
     flops = sum(train_flops(meter.dims, work, ALL).values())

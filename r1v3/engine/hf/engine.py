@@ -17,6 +17,8 @@ from r1v3.engine.contract import LossFn
 from r1v3.engine.head import Head
 from r1v3.engine.hf.decoder import HFDecoder, prefill
 from r1v3.engine.hf.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from r1v3.engine.shares import replica_shares
+from r1v3.model.flops import Dimensions
 from r1v3.model.internvl import load_model, named_part_parameters
 from r1v3.model.parts import PARTS, check_modules
 from r1v3.ranks import ALONE, Ranks
@@ -117,6 +119,7 @@ class HFEngine:
         max_grad_norm: total norm to clip to.
         temperature: of the distributions that log-probs and entropies are of.
         ranks: the processes of the job, all of torch.distributed's default group.
+        balanced: ranks share micro-batches by their operations, and not in turn.
     """
 
     def __init__(
@@ -130,8 +133,10 @@ class HFEngine:
         max_grad_norm: float = 1.0,
         temperature: float = 1.0,
         ranks: Ranks = ALONE,
+        balanced: bool = False,
     ) -> None:
-        trained = check_modules(modules)
+        self.trained = trained = check_modules(modules)
+        self.balanced = balanced
         self.model = model
         self.config = model.config
         self.ranks = self.replicas = ranks
@@ -175,14 +180,20 @@ class HFEngine:
     def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """See `contract.Engine.evaluate`."""
         results = {}
-        for index in self._mine(len(micro_batches)):
+        for index in self._mine(micro_batches):
             logprobs, entropy = self.head(micro_batches[index]).logprobs_and_entropy()
             results[index] = logprobs.cpu(), entropy.cpu()
         return self._in_order(results)
 
-    def _mine(self, count: int) -> range:
-        """This rank's part of so many micro-batches: taken in turn, since neighbors are alike."""
-        return range(self.ranks.rank, count, self.ranks.size)
+    def _mine(self, micro_batches: Sequence[Batch]) -> Sequence[int]:
+        """This rank's part of the micro-batches."""
+        if self.balanced:
+            shares = replica_shares(
+                micro_batches, self.ranks.size, Dimensions.of(self.config), self.trained
+            )
+            return shares[self.ranks.rank]
+        # In turn, since neighbors are alike.
+        return range(self.ranks.rank, len(micro_batches), self.ranks.size)
 
     def _in_order(self, results: dict[int, T]) -> list[T]:
         """Results of all ranks, in the order of their micro-batches."""
@@ -195,7 +206,7 @@ class HFEngine:
         """See `contract.Engine.train_step`."""
         self.optimizer.zero_grad(set_to_none=True)
         results = {}
-        for index in self._mine(len(micro_batches)):
+        for index in self._mine(micro_batches):
             loss, output = loss_fn(self.head(micro_batches[index]), index)
             # A micro-batch without pictures reaches nothing when only the connector is trained.
             if loss.requires_grad:

@@ -18,7 +18,9 @@ from r1v3.engine.head import Head
 from r1v3.engine.megatron.checkpoint import AsyncWriting, load_sharded, save_sharded
 from r1v3.engine.megatron.decoder import Decoder
 from r1v3.engine.megatron.optimizer import MegatronAdamW, wrap
+from r1v3.engine.shares import replica_shares
 from r1v3.model.conversion import load_config
+from r1v3.model.flops import Dimensions
 from r1v3.model.megatron.hf_saving import write_hf
 from r1v3.model.megatron.hf_weights import export_hf, load_hf
 from r1v3.model.megatron.internvl import InternVL
@@ -35,7 +37,7 @@ class MegatronEngine:
     """A `contract.Engine` over tensor-, pipeline- and data-parallel ranks.
 
     `r1v3.engine.megatron.ranks.connect` comes first. Every rank is given all micro-batches; the
-    replicas take them in turn, and every rank returns the outputs of all.
+    replicas share them by their operations, and every rank returns the outputs of all.
 
     Args:
         folder: a model folder in either layout of names; each rank reads its own part.
@@ -81,6 +83,8 @@ class MegatronEngine:
         load_hf(self.model, folder)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trained[part_of(name)])
+        self._dims, self._trained = Dimensions.of(self.config), trained
+        self._recompute = parallel.recompute == "full"
         self._rows = parallel.tensor if parallel.sequence else 1
         self._runs: DistributedDataParallel | InternVL = self.model
         if modules is None:
@@ -124,7 +128,14 @@ class MegatronEngine:
 
         Each replica runs a part of them, and every rank gets the results of all.
         """
-        mine = range(self.replicas.rank, len(micro_batches), self.replicas.size)
+        mine = replica_shares(
+            micro_batches,
+            self.replicas.size,
+            self._dims,
+            self._trained,
+            recompute=self._recompute,
+            pipelined=parallel_state.get_pipeline_model_parallel_world_size() > 1,
+        )[self.replicas.rank]
         found: dict[int, tuple[float, dict[str, Tensor]]] = {}
         # The schedule divides losses by the micro-batches, and reduction by the replicas.
         scale = len(mine) * self.replicas.size

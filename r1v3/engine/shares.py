@@ -1,0 +1,31 @@
+"""The micro-batches of each data-parallel replica, the same on every rank."""
+
+from collections.abc import Mapping, Sequence
+
+from r1v3.balance import longest_first, pipeline_order
+from r1v3.data.batch import Batch
+from r1v3.model.flops import Dimensions, train_flops, work_of
+
+
+def replica_shares(
+    micro_batches: Sequence[Batch],
+    replicas: int,
+    dims: Dimensions,
+    modules: Mapping[str, bool],
+    *,
+    recompute: bool = False,
+    pipelined: bool = False,
+) -> list[list[int]]:
+    """Divide micro-batches among replicas so that all have about the same operations.
+
+    Args:
+        modules: which of vision, connector and llm are trained.
+        recompute: activations are computed again in the backward.
+        pipelined: order each share for a 1F1B schedule; without, it is ascending.
+    """
+    costs = [
+        sum(train_flops(dims, work_of(batch), modules, recompute=recompute).values())
+        for batch in micro_batches
+    ]
+    shares = longest_first(costs, replicas)
+    return [pipeline_order(share, costs) for share in shares] if pipelined else shares
