@@ -259,6 +259,7 @@ class Batcher:
             job.cancelled = True
             self._changed.notify()
 
+    @torch.inference_mode()
     def _run(self) -> None:
         while self._wait():
             self._remove(row for row, one in enumerate(self.rows) if one.job.cancelled)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 
 from r1v3.data.batch import Batch
@@ -13,12 +13,13 @@ _FIRST_CAPACITY = 256
 
 
 class RowCache:
-    """Keys and values [rows, heads, capacity, head size] of every layer; a row's first token is at
+    """Keys and values [rows, capacity, heads, head size] of every layer; a row's first token is at
     position 0, so that what it reads does not depend on the other rows.
 
     Attributes:
         prompt_row: where a prompt of one row is being written; None in a decoding step.
-        lengths: int64 [R], tokens that each of the rows in use has before the step.
+        slots: int64 [R], where the tokens of a step go, row * capacity + position.
+        width: positions that a step reads.
     """
 
     def __init__(self, rows: int) -> None:
@@ -27,38 +28,37 @@ class RowCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.prompt_row: int | None = None
-        self.lengths = torch.zeros(0, dtype=torch.int64)
+        self.slots = torch.zeros(0, dtype=torch.int64)
+        self.width = 0
 
     def reserve(self, length: int) -> None:
         """Make room for rows of so many tokens."""
         while self.capacity < length:
             more = self.capacity
-            self.keys = [torch.nn.functional.pad(k, (0, 0, 0, more)) for k in self.keys]
-            self.values = [torch.nn.functional.pad(v, (0, 0, 0, more)) for v in self.values]
+            self.keys = [nn.functional.pad(k, (0, 0, 0, 0, 0, more)) for k in self.keys]
+            self.values = [nn.functional.pad(v, (0, 0, 0, 0, 0, more)) for v in self.values]
             self.capacity += more
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Write the new positions; return all keys and values that the rows may read."""
         if layer == len(self.keys):
             _, heads, _, size = keys.shape
-            self.keys.append(keys.new_zeros(self.rows, heads, self.capacity, size))
-            self.values.append(values.new_zeros(self.rows, heads, self.capacity, size))
-        own_keys, own_values = self.keys[layer], self.values[layer]
+            self.keys.append(keys.new_zeros(self.rows, self.capacity, heads, size))
+            self.values.append(values.new_zeros(self.rows, self.capacity, heads, size))
+        return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
+
+    def _write(self, own: Tensor, new: Tensor) -> Tensor:
+        """Write [rows, heads, new positions, head size]; return it with what is before it."""
         if self.prompt_row is not None:
-            length = keys.shape[2]
-            own_keys[self.prompt_row, :, :length] = keys[0]
-            own_values[self.prompt_row, :, :length] = values[0]
-            return keys, values
-        count = len(self.lengths)
-        rows, width = torch.arange(count, device=keys.device), int(self.lengths.amax()) + 1
-        own_keys[rows, :, self.lengths] = keys[:, :, 0]
-        own_values[rows, :, self.lengths] = values[:, :, 0]
-        return own_keys[:count, :, :width], own_values[:count, :, :width]
+            own[self.prompt_row, : new.shape[2]] = new[0].transpose(0, 1)
+            return new
+        own.view(-1, *own.shape[2:]).index_copy_(0, self.slots, new[:, :, 0])
+        return own[: len(self.slots), : self.width].transpose(1, 2)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a row to another one."""
         for tensor in (*self.keys, *self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
+            tensor[target, :length] = tensor[source, :length]
 
 
 class RowDecoder:
@@ -73,7 +73,7 @@ class RowDecoder:
         self.lengths: list[int] = []
         self._cache = RowCache(max_rows)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def join(self, prompt: Batch, copies: int) -> Tensor:
         """Add `copies` rows of one prompt after the others; return their logits.
 
@@ -93,14 +93,15 @@ class RowDecoder:
         self.lengths += [length] * copies
         return self._logits(hidden[:, -1]).expand(copies, -1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, token_ids: Tensor) -> Tensor:
         """Append a token to every row, int64 [R]; return the logits of the next."""
         longest = max(self.lengths) + 1
         self._cache.reserve(longest)
         self._cache.prompt_row = None
         lengths = torch.tensor(self.lengths, device=self.model.device)
-        self._cache.lengths = lengths
+        rows = torch.arange(len(lengths), device=lengths.device)
+        self._cache.slots, self._cache.width = rows * self._cache.capacity + lengths, longest
         mask = torch.arange(longest, device=lengths.device) <= lengths[:, None]
         hidden = self.model.model.language_model(
             inputs_embeds=self.model.get_input_embeddings()(token_ids[:, None]),
@@ -112,6 +113,7 @@ class RowDecoder:
         self.lengths = [length + 1 for length in self.lengths]
         return self._logits(hidden[:, -1])
 
+    @torch.inference_mode()
     def leave(self, rows: Sequence[int]) -> list[int]:
         """Remove rows; the last ones move to their places.
 
