@@ -11,7 +11,6 @@ process, or of this one for `generate`, so that it hardly depends on what else t
 
 import argparse
 import base64
-import json
 import os
 import re
 import subprocess

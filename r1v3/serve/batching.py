@@ -1,7 +1,8 @@
 """Continuous batching: completions join and leave the batch between two steps of the model.
 
-One thread owns the model. It takes jobs in order of arrival, prefills each alone, and extends all
-rows by one token at a time. A row reads its own keys, its own logits and its own random numbers.
+One thread owns the model. It takes jobs in order of arrival, runs the prompts of those that have
+rows, and extends all rows by one token at a time. A row reads its own keys, its own logits and its
+own random numbers.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ from r1v3.serve.metrics import Metrics
 from r1v3.serve.text import Writer
 
 _UNIFORMS = 64
+_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,10 @@ class Job:
 class Row:
     """One completion that is being decoded."""
 
-    def __init__(self, job: Job, sample: int, rules: TokenRules, writer: Writer) -> None:
-        self.job, self.sample, self.writer = job, sample, writer
+    def __init__(
+        self, job: Job, sample: int, rules: TokenRules, writer: Writer, bias: Tensor | None
+    ) -> None:
+        self.job, self.sample, self.writer, self.bias = job, sample, writer, bias
         self.thought: BudgetedThought | None = None
         if job.budget is not None and job.thinking:
             self.thought = BudgetedThought(job.budget, rules.closing.forced, job.max_tokens)
@@ -263,8 +267,8 @@ class Batcher:
     def _run(self) -> None:
         while self._wait():
             self._remove(row for row, one in enumerate(self.rows) if one.job.cancelled)
-            for job in self._admitted():
-                self._guarded([job], partial(self._join, job))
+            while jobs := self._admitted():
+                self._guarded(jobs, partial(self._join, jobs))
             if self.rows:
                 self._guarded([row.job for row in self.rows], self._step)
 
@@ -275,16 +279,19 @@ class Batcher:
                 self._changed.wait()
             return not self._closing
 
-    def _admitted(self) -> Iterator[Job]:
-        """Take jobs from the queue, in order, while there are rows for the next one."""
-        while True:
-            with self._changed:
-                while self._jobs and self._jobs[0].cancelled:
-                    self._jobs.popleft()
-                if not self._jobs or len(self.rows) + self._jobs[0].samples > self.max_rows:
-                    return
-                job = self._jobs.popleft()
-            yield job
+    def _admitted(self) -> list[Job]:
+        """Take jobs from the queue, in order, that have rows; their prompts run together."""
+        taken: list[Job] = []
+        free = self.max_rows - len(self.rows)
+        with self._changed:
+            while self._jobs and len(taken) < _PROMPTS:
+                if not self._jobs[0].cancelled:
+                    free -= self._jobs[0].samples
+                    if free < 0:
+                        break
+                    taken.append(self._jobs[0])
+                self._jobs.popleft()
+        return taken
 
     def _guarded(self, jobs: Sequence[Job], work: Callable[[], None]) -> None:
         """Work for jobs; an error ends them, not the server."""
@@ -293,22 +300,31 @@ class Batcher:
         except Exception as error:  # torch raises many types
             traceback.print_exc()
             ended = {id(job): job for job in jobs}
+            self.decoder.leave(range(len(self.rows), len(self.decoder.lengths)))
             self._remove(row for row, one in enumerate(self.rows) if id(one.job) in ended)
             failed = Delta(0, error=f"{type(error).__name__} while decoding")
             self._deliver([(job, failed) for job in ended.values()])
 
-    def _join(self, job: Job) -> None:
+    def _join(self, jobs: Sequence[Job]) -> None:
         first = len(self.rows)
-        for sample in range(job.samples):
-            writer = Writer(self.vocabulary, job.thinking, job.stops, self.unfinished)
-            self.rows.append(Row(job, sample, self.rules, writer))
-        try:
-            logits = self.decoder.join(collate([job.example], self.rules.pad_id), job.samples)
-        except BaseException:
-            del self.rows[first:]  # before anybody takes them for rows of the decoder
-            raise
-        self.metrics.prompt_tokens += len(job.example.prompt_ids)
+        prompts = collate([job.example for job in jobs], self.rules.pad_id)
+        logits = self.decoder.join(prompts, [job.samples for job in jobs])
+        for job in jobs:
+            bias = self._bias(job.drawing, logits)
+            for sample in range(job.samples):
+                writer = Writer(self.vocabulary, job.thinking, job.stops, self.unfinished)
+                self.rows.append(Row(job, sample, self.rules, writer, bias))
+            self.metrics.prompt_tokens += len(job.example.prompt_ids)
         self._emit(first, logits)
+
+    def _bias(self, drawing: Drawing, logits: Tensor) -> Tensor | None:
+        """What a job adds to the logits of its rows, [V]."""
+        if not drawing.biases:
+            return None
+        ids, values = zip(*drawing.biases, strict=True)
+        bias = logits.new_zeros(min(logits.shape[1], self.rules.size))
+        bias[list(ids)] = torch.tensor(values, dtype=bias.dtype, device=bias.device)
+        return bias
 
     def _step(self) -> None:
         last = torch.tensor([row.last for row in self.rows], device=self._device)
@@ -344,12 +360,9 @@ class Batcher:
 
     def _draw(self, rows: Sequence[Row], logits: Tensor) -> list[Token]:
         """Draw the next token of every row; rows of one truncation are drawn together."""
-        for number, row in enumerate(rows):
-            if row.job.drawing.biases:
-                ids, values = zip(*row.job.drawing.biases, strict=True)
-                bias = torch.zeros_like(logits[number])
-                bias[list(ids)] = torch.tensor(values, dtype=bias.dtype, device=bias.device)
-                logits = logits.index_add(0, torch.tensor([number], device=bias.device), bias[None])
+        if any(row.bias is not None for row in rows):
+            none = torch.zeros_like(logits[0])
+            logits = logits + torch.stack([none if r.bias is None else r.bias for r in rows])
         groups: dict[Truncation, list[int]] = {}
         for number, row in enumerate(rows):
             groups.setdefault(row.job.drawing.truncation, []).append(number)

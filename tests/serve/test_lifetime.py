@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from tests.serve.serving import (
     CHAT,
@@ -126,17 +125,24 @@ def test_a_budget_closes_the_thought(served: Served) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("broken", ["decoder.join", "_bias", "_draw", "decoder.step"])
 def test_an_error_while_decoding_ends_the_requests_only(
-    served: Served, stream: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    served: Served,
+    broken: str,
+    stream: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Fails if one failing step leaves clients waiting for ever, or stops the server."""
-    decoder = served.endpoint.batcher.decoder
+    """Fails if one failing step leaves clients waiting for ever, stops the server, or leaves rows
+    in the cache that nobody has."""
 
-    def fail(tokens: torch.Tensor) -> torch.Tensor:
+    def fail(*arguments: object) -> None:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoder, "step", fail)
+        batcher = served.endpoint.batcher
+        owner = batcher.decoder if broken.startswith("decoder") else batcher
+        patch.setattr(owner, broken.removeprefix("decoder."), fail)
         if stream:
             with served.client.stream("POST", CHAT, json=body(stream=True, n=2)) as reply:
                 last = [line for line in reply.iter_lines() if line][-1]
@@ -144,6 +150,7 @@ def test_an_error_while_decoding_ends_the_requests_only(
         else:
             error_of(served.client.post(CHAT, json=body(n=2)), 500)
     assert "out of memory" in capfd.readouterr().err
+    assert batcher.rows == [] == batcher.decoder.lengths
     assert served.chat(max_tokens=3)["usage"]["completion_tokens"] == 3
     assert served.client.get("/health").status_code == 200
 

@@ -1,6 +1,7 @@
 """Decoding rows that join and leave between steps."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ class RowCache:
     position 0, so that what it reads does not depend on the other rows.
 
     Attributes:
-        prompt_row: where a prompt of one row is being written; None in a decoding step.
+        prompts: rows and lengths of prompts, padded on the left, that are being written; None in
+            a decoding step.
         slots: int64 [R], where the tokens of a step go, row * capacity + position.
         width: positions that a step reads.
     """
@@ -27,7 +29,7 @@ class RowCache:
         self.capacity = _FIRST_CAPACITY
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.prompt_row: int | None = None
+        self.prompts: list[tuple[int, int]] | None = None
         self.slots = torch.zeros(0, dtype=torch.int64)
         self.width = 0
 
@@ -49,8 +51,9 @@ class RowCache:
 
     def _write(self, own: Tensor, new: Tensor) -> Tensor:
         """Write [rows, heads, new positions, head size]; return it with what is before it."""
-        if self.prompt_row is not None:
-            own[self.prompt_row, : new.shape[2]] = new[0].transpose(0, 1)
+        if self.prompts is not None:
+            for prompt, (row, length) in zip(new, self.prompts, strict=True):
+                own[row, :length] = prompt[:, prompt.shape[1] - length :].transpose(0, 1)
             return new
         own.view(-1, *own.shape[2:]).index_copy_(0, self.slots, new[:, :, 0])
         return own[: len(self.slots), : self.width].transpose(1, 2)
@@ -74,31 +77,34 @@ class RowDecoder:
         self._cache = RowCache(max_rows)
 
     @torch.inference_mode()
-    def join(self, prompt: Batch, copies: int) -> Tensor:
-        """Add `copies` rows of one prompt after the others; return their logits.
+    def join(self, prompts: Batch, copies: Sequence[int]) -> Tensor:
+        """Add so many rows of each prompt after the others; return their logits.
 
         Raises:
             ValueError: there are not as many rows left.
         """
-        if len(self.lengths) + copies > self._cache.rows:
+        if len(self.lengths) + sum(copies) > self._cache.rows:
             raise ValueError(f"{len(self.lengths)} of {self._cache.rows} rows are taken")
-        prompt = prompt.to(self.model.device)
-        ids, first = prompt.prompt_ids, len(self.lengths)
-        length = ids.shape[1]
-        self._cache.reserve(length)
-        self._cache.prompt_row = first
-        hidden = prefill(self.model, self._cache, ids, prompt.prompt_mask, prompt.pixel_values)
-        for row in range(first + 1, first + copies):
-            self._cache.copy_row(first, row, length)
-        self.lengths += [length] * copies
-        return self._logits(hidden[:, -1]).expand(copies, -1)
+        prompts = prompts.to(self.model.device)
+        ids, mask = prompts.prompt_ids, prompts.prompt_mask
+        ends = list(accumulate(copies, initial=len(self.lengths)))
+        placed = list(zip(ends[:-1], mask.sum(1).tolist(), strict=True))
+        self._cache.reserve(ids.shape[1])
+        self._cache.prompts = placed
+        hidden = prefill(self.model, self._cache, ids, mask, prompts.pixel_values)[:, -1]
+        for (first, length), end in zip(placed, ends[1:], strict=True):
+            for row in range(first + 1, end):
+                self._cache.copy_row(first, row, length)
+            self.lengths += [length] * (end - first)
+        repeats = torch.tensor(list(copies), device=ids.device)
+        return self._logits(hidden).repeat_interleave(repeats, 0)
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor) -> Tensor:
         """Append a token to every row, int64 [R]; return the logits of the next."""
         longest = max(self.lengths) + 1
         self._cache.reserve(longest)
-        self._cache.prompt_row = None
+        self._cache.prompts = None
         lengths = torch.tensor(self.lengths, device=self.model.device)
         rows = torch.arange(len(lengths), device=lengths.device)
         self._cache.slots, self._cache.width = rows * self._cache.capacity + lengths, longest
