@@ -62,6 +62,7 @@ STACKS = {
         ("verl", "megatron-core", "cachetools", "uvicorn", "fastapi", "sympy", "mpmath"),
         ("test_verl.py",),
     ),
+    "clients": Stack(("openai",), ("test_openai.py",)),
 }
 
 
@@ -114,11 +115,15 @@ def prepare(name: str, wheel: Path) -> Path:
 
 
 def check(name: str, folder: Path) -> bool:
-    """Run a stack's tests; the installed r1v3 is tested, not the working tree."""
+    """Run a stack's tests; the installed r1v3 is tested, not the working tree.
+
+    Clients are tested with a server in the environment of this process, `R1V3_PYTHON`.
+    """
     command = [folder / "bin" / "pytest", "-o", "pythonpath=", "-q"]
     command += [ROOT / "tests_stacks" / test for test in STACKS[name].tests]
     print("+", *command, flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "R1V3_PYTHON": sys.executable}
     return subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
 
 

