@@ -318,7 +318,7 @@ class Batcher:
         self._emit(first, logits)
 
     def _bias(self, drawing: Drawing, logits: Tensor) -> Tensor | None:
-        """What a job adds to the logits of its rows, [V]."""
+        """The biases of a job for the logits of its rows, [V]."""
         if not drawing.biases:
             return None
         ids, values = zip(*drawing.biases, strict=True)
