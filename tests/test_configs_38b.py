@@ -17,6 +17,7 @@ from r1v3.model.flops import Dimensions
 from r1v3.plan.job import TEXT_TOKENS, Cluster, job_of, model_folder
 from r1v3.plan.plan import Plan, make_plan
 from r1v3.plan.run import stage_kind
+from r1v3.plan.schedule import stage_costs
 from r1v3.plan.search import on_more_gpus, propose
 from tests.processes import PATIENCE
 
@@ -89,9 +90,12 @@ def test_grpo_uses_every_gpu_of_a_larger_cluster(name: str) -> None:
     plans = {gpus: planned(name, gpus) for gpus in (32, 64, 128, 256)}
     for plan in plans.values():
         assert plan.job.micro_batches >= 6 * plan.job.data
-        assert plan.slowest_stage <= 0.53
+        stages = stage_costs(
+            dims(), plan.job.work, plan.job.shards.layers, dict.fromkeys(plan.parameters, True)
+        )
+        assert max(map(sum, stages)) <= 0.53 * sum(map(sum, stages))
         assert plan.job.sequence_tokens <= 32768
-    assert plans[64].seconds > 3.8 * plans[256].seconds
+    assert plans[64].seconds > 3.5 * plans[256].seconds
     undivided = planned(name, 64, "micro_batch_tokens=null")
     assert undivided.fits == (name == "grpo_4k")
 
@@ -150,7 +154,12 @@ def test_what_does_not_fit_comes_with_what_would(overrides: tuple[str, ...], exp
     ("gpus", "overrides", "wanted"),
     [
         (8, (), 16),
-        (64, ("decoding.max_tokens=2000000", "micro_batch_tokens=null"), None),
+        pytest.param(
+            64,
+            ("decoding.max_tokens=2000000", "micro_batch_tokens=null"),
+            None,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_more_gpus_are_promised_only_where_they_do(

@@ -7,6 +7,7 @@ from r1v3.model.flops import Dimensions, Work, decode_flops, forward_flops, trai
 from r1v3.plan import memory
 from r1v3.plan.build import BuiltRank
 from r1v3.plan.job import Job
+from r1v3.plan.schedule import step_seconds
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Plan:
     """All kinds of ranks, and what a step costs.
 
     parameters: of the whole model by part, without padding. flops: of a step by part, model
-    operations; hardware_flops with what is computed again. slowest_stage: fraction of these in the
-    slowest pipeline stage. rollout_flops: of sampling.
+    operations; hardware_flops with what is computed again. seconds: of a training step at the
+    stated rate, waiting in the pipeline included. rollout_flops: of sampling.
     """
 
     job: Job
@@ -75,7 +76,7 @@ class Plan:
     padding: int
     flops: dict[str, float]
     hardware_flops: float
-    slowest_stage: float
+    seconds: float
     rollout_flops: float
     problems: list[str] = field(default_factory=list)
 
@@ -88,19 +89,6 @@ class Plan:
     def overflow(self) -> float:
         """Bytes by which the fullest rank is too full; negative: what it has left."""
         return max(rank.peak for rank in self.ranks) - self.job.cluster.memory
-
-    @property
-    def seconds(self) -> float:
-        """A training step at the stated rate, waiting in the pipeline included.
-
-        The first micro-batch passes all stages; from then on the slowest sets the pace.
-        """
-        cluster, data = self.job.cluster, self.job.data
-        each = max(1, -(-self.job.micro_batches // data))
-        replica = cluster.gpus / data * cluster.flops  # operations a second
-        one = self.hardware_flops / max(1, self.job.micro_batches) / replica
-        pace = one * self.slowest_stage * self.job.shards.pipeline
-        return one + (each - 1) * pace
 
     @property
     def work(self) -> Work:
@@ -139,27 +127,10 @@ def make_plan(job: Job, dims: Dimensions, built: Sequence[BuiltRank] | None = No
         padding=_padding(dims, job.shards),
         flops=flops,
         hardware_flops=sum(hardware.values()),
-        slowest_stage=_slowest(job, dims) if job.trains else 1.0,
+        seconds=step_seconds(job, dims) if job.trains else 0.0,
         rollout_flops=sampled,
         problems=_problems(job, ranks),
     )
-
-
-def _slowest(job: Job, dims: Dimensions) -> float:
-    """The fraction of a micro-batch's operations in the slowest pipeline stage."""
-    work, stages = job.pack.work(), job.shards.pipeline
-
-    def cost(part: Work) -> dict[str, float]:
-        return train_flops(dims, part, job.modules, recompute=job.shards.recompute)
-
-    image = sum(cost(Work(tiles=work.tiles)).values())
-    head = sum(cost(Work(labels=work.labels)).values())
-    layers = cost(Work(work.tokens, work.attended))["llm"] / dims.layers
-    each = [
-        count * layers + image * (stage == 0) + head * (stage == stages - 1)
-        for stage, count in enumerate(job.shards.layers)
-    ]
-    return max(each) / sum(each)
 
 
 def _padding(dims: Dimensions, shards: memory.Shards) -> int:
