@@ -1,4 +1,4 @@
-"""What a test may allocate."""
+"""The memory that a test may allocate."""
 
 import pytest
 import torch

@@ -72,16 +72,15 @@ class Heated {
     this.decoder = new TextDecoder("utf-8");
     this.highest = 0;
   }
-  add(entry, element) {
+  add(entry) {
     const text = this.decoder.decode(new Uint8Array(entry.bytes), { stream: true });
     this.highest = Math.max(this.highest, entry.entropy);
-    if (!text) return "";
+    if (!text) return;
     const span = make("span", "", text);
     span.title = JSON.stringify(text) + "  entropy " + this.highest.toFixed(2) + " nats, probability " + Math.exp(entry.logprob).toFixed(3);
     span.style.backgroundColor = heatOf(this.highest);
-    (element || this.element).append(span);
+    this.element.append(span);
     this.highest = 0;
-    return text;
   }
 }
 
