@@ -41,6 +41,21 @@ def test_two_processes_learn_the_bits_of_one(tmp_path: Path, stage: str) -> None
     assert leftovers(tmp_path / "run") == []
 
 
+@pytest.mark.slow
+def test_a_budget_of_tokens_repeats_its_bits_and_learns_as_one_process(tmp_path: Path) -> None:
+    """Fails if the shares of two processes depend on chance, or a part of a group gets lost."""
+    found: list[Any] = []
+    for number, processes in enumerate((TWO, TWO, "processes=1")):
+        folder = tmp_path / str(number)
+        write_configs(folder)
+        succeed(folder, *stage_arguments("grpo"), processes, "micro_batch_tokens=90", "steps=2")
+        found.append(result(folder / "run", "grpo"))
+    assert found[0] == found[1]
+    for ours, theirs in zip(found[0]["metrics"], found[2]["metrics"], strict=True):
+        for key in ("loss", "grad_norm", "tokens", "reward", "entropy"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-6), key
+
+
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
     """Fails if questions are left out, answered twice or graded in another's place."""
     found: list[Any] = []
