@@ -147,7 +147,8 @@ def test_the_likeliest_tokens_are_reported(served: Served, truncation: dict[str,
 def test_max_tokens_are_cut_to_the_context(served: Served) -> None:
     """Fails if the kits' usual 32,768 tokens are refused, allocated, or run past the positions."""
     ban_end = {"2": -100}  # the end of the turn
-    answer = served.chat(max_tokens=32768, logit_bias=ban_end, mode="nothink", n=2)
+    long = [user("7 " * 200)]
+    answer = served.chat(max_tokens=32768, logit_bias=ban_end, mode="nothink", n=2, messages=long)
     usage = answer["usage"]
     assert usage["prompt_tokens"] + usage["completion_tokens"] // 2 == 512
     assert {c["finish_reason"] for c in answer["choices"]} == {"length"}

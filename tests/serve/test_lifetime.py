@@ -172,7 +172,7 @@ def test_sigterm_answers_what_is_open_and_ends(tmp_path: Path) -> None:
 
                 def ask(number: int) -> None:  # the third has no row yet when the signal comes
                     reply = client.post(
-                        CHAT, json=body(**{**ENDLESS, "max_tokens": 200}, stream=number == 0)
+                        CHAT, json=body(**{**ENDLESS, "max_tokens": 120}, stream=number == 0)
                     )
                     answers.append(reply)
 
@@ -191,7 +191,7 @@ def test_sigterm_answers_what_is_open_and_ends(tmp_path: Path) -> None:
     streamed = [reply.text for reply in answers if reply.text.startswith("data: ")]
     assert len(streamed) == 1 and streamed[0].rstrip().endswith("data: [DONE]")
     whole = [reply.json() for reply in answers if not reply.text.startswith("data: ")]
-    assert [answer["usage"]["completion_tokens"] for answer in whole] == [200] * 2
+    assert [answer["usage"]["completion_tokens"] for answer in whole] == [120] * 2
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", int(found[1])), timeout=1)
 
