@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from r1v3.data.builders import questions
-from r1v3.data.encoding import Example, ImageShape, model_image_shape
+from r1v3.data.encoding import Example, model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.thoughts import THINK_CLOSE
+from r1v3.data.tiles import ImageShape
 from r1v3.data.tokenizer import IMAGE_CONTEXT, render_prompt, train_tokenizer
 from r1v3.engine.hf.decoder import HFDecoder
 from r1v3.engine.hf.engine import HFEngine

@@ -1,11 +1,17 @@
 """Prompts and responses as tensors, the input of every engine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from r1v3.data.images import normalize
+from r1v3.data.tiles import PictureTiles, TileCache
+
+Tiles = np.ndarray | PictureTiles
 
 
 @dataclass(frozen=True)
@@ -15,7 +21,8 @@ class Batch:
     Attributes:
         prompt_ids: int64 [P, L], padded on the left.
         prompt_mask: bool [P, L], True at real tokens.
-        pixel_values: float32 [tiles, 3, S, S] of all prompts in order, or None (text only).
+        pixels: float32 [tiles, 3, S, S] of all prompts in order; or the tiles of each prompt, which
+            `pixel_values` makes it of; or None (text only).
         tiles: int64 [P], tiles of each prompt.
         response_ids: int64 [P * G, R], padded on the right.
         loss_mask: bool [P * G, R], True at response tokens that count.
@@ -24,7 +31,7 @@ class Batch:
 
     prompt_ids: Tensor
     prompt_mask: Tensor
-    pixel_values: Tensor | None
+    pixels: Tensor | tuple[Tiles, ...] | None
     tiles: Tensor
     response_ids: Tensor
     loss_mask: Tensor
@@ -42,14 +49,26 @@ class Batch:
                 f"{tuple(self.response_ids.shape)}"
             )
 
+    @property
+    def pixel_values(self) -> Tensor | None:
+        """Pixels of all tiles, float32 [tiles, 3, S, S], cut now where they are not yet.
+
+        Raises:
+            ValueError: a picture can no longer be read; as `PictureTiles.cut`.
+        """
+        if self.pixels is None or isinstance(self.pixels, Tensor):
+            return self.pixels
+        return normalize(np.concatenate([np.asarray(tiles) for tiles in self.pixels if len(tiles)]))
+
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
+        """The same batch on a device, its tiles cut."""
+        whole = replace(self, pixels=self.pixel_values)
         moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            for field in fields(whole)
+            if isinstance(value := getattr(whole, field.name), Tensor)
         }
-        return replace(self, **moved)
+        return replace(whole, **moved)
 
     def take(self, prompts: Sequence[int], rows: Sequence[int]) -> "Batch":
         """Some prompts with some of their responses, trimmed as by `slice`.
@@ -58,8 +77,10 @@ class Batch:
             prompts: positions of the prompts.
             rows: of the responses, as many for each of these prompts, in their order.
         """
-        chosen, pixels = torch.tensor(prompts), self.pixel_values
-        if pixels is not None:
+        chosen, pixels = torch.tensor(prompts), self.pixels
+        if isinstance(pixels, tuple):
+            pixels = tuple(pixels[p] for p in prompts)
+        elif pixels is not None:
             tiles, first = pixels.split(self.tiles.tolist()), int(self.tiles[: prompts[0]].sum())
             if list(prompts) == list(range(prompts[0], prompts[-1] + 1)):
                 # A view: a prompt in many packs holds its pictures once.
@@ -70,7 +91,7 @@ class Batch:
             self,
             prompt_ids=self.prompt_ids[chosen],
             prompt_mask=self.prompt_mask[chosen],
-            pixel_values=pixels,
+            pixels=pixels,
             tiles=self.tiles[chosen],
             response_ids=self.response_ids[torch.tensor(rows)],
             loss_mask=self.loss_mask[torch.tensor(rows)],
@@ -94,16 +115,30 @@ class Batch:
         counting = self.loss_mask[rows].any(0).nonzero()
         longest = int(counting.amax()) + 1 if len(counting) else 0
         first = int(self.prompt_mask[start:stop].long().argmax(1).amin())
-        before = int(self.tiles[:start].sum())
-        here = int(self.tiles[start:stop].sum())
+        pixels, here = self.pixels, int(self.tiles[start:stop].sum())
+        if isinstance(pixels, Tensor):
+            before = int(self.tiles[:start].sum())
+            pixels = pixels[before : before + here]
+        elif pixels is not None:
+            pixels = pixels[start:stop]
         return replace(
             self,
             prompt_ids=self.prompt_ids[start:stop, first:],
             prompt_mask=self.prompt_mask[start:stop, first:],
-            pixel_values=None
-            if self.pixel_values is None or not here
-            else self.pixel_values[before : before + here],
+            pixels=pixels if here else None,
             tiles=self.tiles[start:stop],
             response_ids=self.response_ids[rows, :longest],
             loss_mask=self.loss_mask[rows, :longest],
         )
+
+
+def cut_ahead(batches: Iterable[Batch]) -> None:
+    """Begin to cut the tiles of batches in the background, in this order."""
+    by_cache: dict[TileCache, list[PictureTiles]] = {}
+    for batch in batches:
+        if isinstance(batch.pixels, tuple):
+            for tiles in batch.pixels:
+                if isinstance(tiles, PictureTiles) and tiles.cache is not None:
+                    by_cache.setdefault(tiles.cache, []).append(tiles)
+    for cache, coming in by_cache.items():
+        cache.ahead(coming)

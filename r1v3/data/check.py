@@ -8,12 +8,13 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import Pictures
-from r1v3.data.encoding import ImageShape, decode_picture, encode_prompt, encode_response
-from r1v3.data.images import TruncatedImage, choose_grid, open_image
+from r1v3.data.encoding import encode_prompt, encode_response
+from r1v3.data.images import TruncatedImage, open_image
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.pixels import orientation_of
 from r1v3.data.sample import OPTIONAL_KEYS, Sample
 from r1v3.data.schema import read_samples
+from r1v3.data.tiles import ImageShape, decode_picture
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,7 @@ def _count_pictures(check: FileCheck, sample: Sample, shape: ImageShape) -> list
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         check.sizes.append(picture.size)
-        columns, rows = choose_grid(
-            *picture.size,
-            tile_size=shape.tile_size,
-            min_tiles=shape.min_tiles,
-            max_tiles=shape.max_tiles,
-        )
-        tiles = columns * rows + (shape.thumbnail and columns * rows > 1)
+        tiles = shape.count(*picture.size)
         check.tiles.append(tiles)
         counts.append(tiles * shape.tokens_per_tile)
     return counts

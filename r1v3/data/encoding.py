@@ -1,43 +1,24 @@
 """From samples to tensors: token ids, pixel values and left-padded batches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
 from r1v3.config import DEFAULT_PICTURES, Pictures
-from r1v3.data.batch import Batch
-from r1v3.data.images import TruncatedImage, load_image, normalize, tile_image
+from r1v3.data.batch import Batch, Tiles
+from r1v3.data.images import TruncatedImage
 from r1v3.data.sample import IMAGE_PLACEHOLDER, Sample
+from r1v3.data.tiles import ImageShape, PictureTiles, TileCache, cores_of_rank
 from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END, render_prompt, token_id
 from r1v3.progress import say
-
-
-@dataclass(frozen=True)
-class ImageShape:
-    """From a picture's file to tiles.
-
-    Attributes:
-        tile_size: in pixels.
-        max_tiles, min_tiles: bounds on a picture's tiles beside its thumbnail.
-        tokens_per_tile: image tokens in the prompt.
-        thumbnail: whether a picture of several tiles also gets one of the whole.
-        pictures: how files are decoded.
-    """
-
-    tile_size: int
-    max_tiles: int
-    tokens_per_tile: int
-    min_tiles: int = 1
-    thumbnail: bool = True
-    pictures: Pictures = DEFAULT_PICTURES
+from r1v3.ranks import ALONE, Ranks
 
 
 def _tiling_fields(config: InternVLConfig) -> dict[str, Any]:
@@ -106,13 +87,8 @@ class Example:
     """One encoded sample; `tiles` uint8 [n, S, S, 3], `response_ids` empty when there is none."""
 
     prompt_ids: tuple[int, ...]
-    tiles: np.ndarray
+    tiles: Tiles
     response_ids: tuple[int, ...] = ()
-
-
-def decode_picture(data: bytes, pictures: Pictures) -> Image.Image:
-    """The pixels of a picture that every engine gets; raises as `load_image`."""
-    return load_image(data, ground=pictures.ground, truncated=pictures.truncated)
 
 
 def encode_sample(
@@ -121,32 +97,32 @@ def encode_sample(
     shape: ImageShape,
     *,
     thinking: bool = True,
+    name: str = "",
+    cache: TileCache | None = None,
 ) -> Example:
-    """Encode prompt, pictures and, where there is one, the response with its end-of-turn token.
+    """Encode prompt and, where there is one, the response with its end-of-turn token.
 
-    The thinking template already opens `<think>`, so an opening tag in the response is dropped.
+    Of the pictures only the headers are read, which say how many tiles there will be. The thinking
+    template already opens `<think>`, so an opening tag in the response is dropped.
+
+    Args:
+        name: of the sample, for errors of its tiles.
+        cache: where its tiles are kept.
 
     Raises:
-        TruncatedImage: the file of a picture ends early, and the shape does not accept that.
-        ValueError: as `load_image` and `render_prompt`, or the response contains a special token.
+        TruncatedImage: the file of a picture ends within its header.
+        ValueError: as `upright_size` and `render_prompt`, or the response contains a special token.
     """
-    tiles: list[np.ndarray] = []
-    counts: list[int] = []
-    for data in sample.images:
-        cut = tile_image(
-            decode_picture(data, shape.pictures),
-            tile_size=shape.tile_size,
-            min_tiles=shape.min_tiles,
-            max_tiles=shape.max_tiles,
-            thumbnail=shape.thumbnail,
-        )
-        counts.append(len(cut) * shape.tokens_per_tile)
-        tiles.extend(np.asarray(tile) for tile in cut)
-    prompt = encode_prompt(sample, tokenizer, counts, thinking=thinking)
-    response = encode_response(sample, tokenizer, thinking=thinking)
-    size = shape.tile_size
-    stacked = np.stack(tiles) if tiles else np.zeros((0, size, size, 3), dtype=np.uint8)
-    return Example(tuple(prompt), stacked, response)
+    tiles = PictureTiles(sample.images, shape, name=name, cache=cache)
+    tokens = [count * shape.tokens_per_tile for count in tiles.counts]
+    prompt = encode_prompt(sample, tokenizer, tokens, thinking=thinking)
+    return Example(tuple(prompt), tiles, encode_response(sample, tokenizer, thinking=thinking))
+
+
+def verify(example: Example) -> None:
+    """Read all data of the pictures; raises as `PictureTiles.verify`."""
+    if isinstance(example.tiles, PictureTiles):
+        example.tiles.verify()
 
 
 def encode_prompt(
@@ -202,12 +178,12 @@ def collate(
     given = [e.response_ids for e in examples] if responses is None else responses
     prompt_ids, prompt_mask = _pad([e.prompt_ids for e in examples], pad_id, left=True)
     response_ids, loss_mask = _pad(given, pad_id, left=False)
-    tiles = np.concatenate([e.tiles for e in examples])
+    counts = [len(e.tiles) for e in examples]
     return Batch(
         prompt_ids,
         prompt_mask,
-        normalize(tiles) if len(tiles) else None,
-        torch.tensor([len(e.tiles) for e in examples]),
+        tuple(e.tiles for e in examples) if any(counts) else None,
+        torch.tensor(counts),
         response_ids,
         loss_mask,
         group_size,
@@ -230,28 +206,71 @@ def encode_all(
     shape: ImageShape,
     *,
     thinking: Callable[[Sample], bool] = lambda sample: True,
-    shown: bool = True,
+    ranks: Ranks = ALONE,
+    cache: TileCache | None = None,
 ) -> dict[int, Example]:
     """Encode the samples of a file, by row; without truncated pictures where the shape skips them.
 
+    All data of every picture is read once, a part of the rows by each rank, so that a picture that
+    cannot be decoded is told now and not in the midst of a stage.
+
     Args:
         thinking: whether a sample's prompt opens a thought.
-        shown: print how many rows are left out.
+        ranks: processes that all encode these samples.
+        cache: where their tiles are kept.
 
     Raises:
-        ValueError: as `encode_sample`, with the file and the row in front; or no sample is left.
+        ValueError: as `encode_sample` and `PictureTiles.verify`, of the first such row, with the
+            file and the row in front; or no sample is left.
     """
     examples: dict[int, Example] = {}
+    failures: dict[int, ValueError] = {}
     for row, sample in enumerate(samples):
-        with in_row(path, row):
-            try:
-                examples[row] = encode_sample(sample, tokenizer, shape, thinking=thinking(sample))
-            except TruncatedImage:
-                if shape.pictures.truncated != "skip":
-                    raise
-    if left_out := len(samples) - len(examples):
-        told = f"{left_out} of {len(samples)} samples of {path} have a truncated picture"
+        name = f"{path} row {row}"
+        try:
+            examples[row] = encode_sample(
+                sample, tokenizer, shape, thinking=thinking(sample), name=name, cache=cache
+            )
+        except ValueError as error:
+            failures[row] = error
+            if _is_fatal(error, shape):
+                break
+    failures |= _verify_all(examples, shape, ranks)
+    for row in sorted(failures):
+        if _is_fatal(failures[row], shape):
+            with in_row(path, row):
+                raise failures[row]
+        examples.pop(row, None)
+    if failures:
+        told = f"{len(failures)} of {len(samples)} samples of {path} have a truncated picture"
         if not examples:
             raise ValueError(f"{told}; none is left")
-        say(f"{told} and are left out", shown=shown)
+        say(f"{told} and are left out", shown=ranks.is_main)
     return examples
+
+
+def _is_fatal(error: ValueError, shape: ImageShape) -> bool:
+    return not isinstance(error, TruncatedImage) or shape.pictures.truncated != "skip"
+
+
+def _verify_all(
+    examples: Mapping[int, Example], shape: ImageShape, ranks: Ranks
+) -> dict[int, ValueError]:
+    """Verify the pictures of rows, up to a fatal error; return the errors by row.
+
+    Decoders work outside of Python's lock, so a rank's rows are divided among threads.
+    """
+    found: dict[int, ValueError] = {}
+
+    def check(row: int) -> None:
+        if any(first < row and _is_fatal(found[first], shape) for first in list(found)):
+            return
+        try:
+            verify(examples[row])
+        except ValueError as error:
+            found[row] = error
+
+    rows = list(examples)[ranks.rank :: ranks.size]
+    with ThreadPoolExecutor(cores_of_rank()) as pool:
+        list(pool.map(check, rows))
+    return {row: error for one in ranks.gather(found) for row, error in one.items()}

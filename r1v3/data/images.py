@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
-from r1v3.data.pixels import Ground, to_rgb
+from r1v3.data.pixels import TURNED, Ground, orientation_in_header, to_rgb
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +121,50 @@ def _is_cut_png(data: bytes) -> bool:
     return True
 
 
+def _has_late_metadata(data: bytes) -> bool:
+    """Whether a PNG file has texts or EXIF data behind its pixels, which opening does not read."""
+    position, after = len(b"\x89PNG\r\n\x1a\n"), False
+    while position + 8 <= len(data):
+        kind = data[position + 4 : position + 8]
+        if after and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
+        after = after or kind == b"IDAT"
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return False
+
+
+def upright_size(data: bytes, name: str) -> tuple[int, int]:
+    """Width and height of the picture that `load_image` makes of a file.
+
+    They are in the header, except of a PNG file that has metadata behind its pixels: only decoding
+    reads these, and they may turn the picture.
+
+    Raises:
+        TruncatedImage: the file ends before its reader can open it.
+        ValueError: as `open_image`; the message starts with `name`.
+    """
+    with open_image(data, name) as image:
+        width, height = image.size
+        if image.format == "PNG" and _has_late_metadata(data):
+            with suppress(Exception):  # what cannot be decoded is told where it is decoded
+                image.load()
+        # TIFF files are turned where they are decoded.
+        turned = image.format != "TIFF" and orientation_in_header(image) in TURNED
+    return (height, width) if turned else (width, height)
+
+
+def verify_image(data: bytes, name: str, *, truncated: Truncated = "error") -> None:
+    """Raise what `load_image` would raise for the same file; costs less for a JPEG.
+
+    A whole JPEG is decoded to an eighth of its size: all of its data is read, which is where damage
+    shows, and few pixels are made. Of all other formats nothing less than decoding reads all data.
+
+    Raises:
+        TruncatedImage, ValueError: as `load_image`; the message starts with `name`.
+    """
+    _load(data, name, "white", truncated, full=False)
+
+
 def check_image_header(data: bytes, name: str) -> None:
     """Cheap check that `data` starts like an image of an accepted format and size.
 
@@ -167,13 +211,19 @@ def load_image(
     """
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else _read(Path(source), name)
+    return _load(data, name, ground, truncated)
+
+
+def _load(
+    data: bytes, name: str, ground: Ground, truncated: Truncated, *, full: bool = True
+) -> Image.Image:
     try:
-        return _decode(data, name, ground)
+        return _decode(data, name, ground, full=full)
     except TruncatedImage:
         if truncated != "accept":
             raise
     with _incomplete_files_decoded():
-        return _decode(data, name, ground)
+        return _decode(data, name, ground, full=full)
 
 
 def _read(path: Path, name: str) -> bytes:
@@ -185,10 +235,13 @@ def _read(path: Path, name: str) -> bytes:
         raise ValueError(f"{name} cannot be read: {error.strerror}") from error
 
 
-def _decode(data: bytes, name: str, ground: Ground) -> Image.Image:
+def _decode(data: bytes, name: str, ground: Ground, *, full: bool) -> Image.Image:
+    """Decode to RGB; `full`: in full size, where the format can also give less."""
     with open_image(data, name) as image:
         depth = data[24] if image.format == "PNG" else 8  # in the PNG's header
         try:
+            if not full:
+                image.draft(None, (1, 1))
             image.load()
             return to_rgb(image, ground, depth=depth)
         except Exception as error:  # truncated or corrupt pixel data; many types, as above

@@ -1,5 +1,6 @@
 """A decoded picture of any mode as 8-bit RGB: its tones kept, upright, on an opaque ground."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
 
 
 def to_rgb(image: Image.Image, ground: Ground, *, depth: int = 8) -> Image.Image:
@@ -59,8 +61,17 @@ def to_rgb(image: Image.Image, ground: Ground, *, depth: int = 8) -> Image.Image
 
 def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation of a picture, 1 (upright) where it has none that can be read."""
+    return _orientation(image.getexif)
+
+
+def orientation_in_header(image: Image.Image) -> int:
+    """The same of what was read of a file so far; a PNG picture that is not loaded stays so."""
+    return _orientation(lambda: Image.Image.getexif(image))
+
+
+def _orientation(read: Callable[[], Image.Exif]) -> int:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = read().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF data: many types
         return 1
     return orientation if isinstance(orientation, int) else 1

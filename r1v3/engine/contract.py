@@ -72,6 +72,13 @@ class Engine(Protocol):
     ranks: Ranks
     replicas: Ranks
 
+    def prepare(self, micro_batches: Sequence[Batch]) -> None:
+        """Begin to cut the pictures that this rank will need of these, in the background.
+
+        `evaluate` and `train_step` do it themselves, for theirs.
+        """
+        ...
+
     def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """Compute log-probs of the response tokens and entropies of their distributions.
 

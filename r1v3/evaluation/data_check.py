@@ -10,10 +10,11 @@ import numpy as np
 
 from r1v3.config import Pictures
 from r1v3.data.check import FileCheck, ModelLimits, check_file
-from r1v3.data.encoding import ImageShape, model_image_shape
+from r1v3.data.encoding import model_image_shape
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.rows import USED_COLUMNS
 from r1v3.data.sample import Sample
+from r1v3.data.tiles import ImageShape
 from r1v3.data.tokenizer import load_tokenizer
 from r1v3.files import human_bytes
 from r1v3.model.conversion import load_config

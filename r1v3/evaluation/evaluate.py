@@ -16,6 +16,7 @@ from r1v3.data.encoding import Example, encode_all, model_image_shape
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
+from r1v3.data.tiles import TileCache
 from r1v3.data.tokenizer import load_tokenizer
 from r1v3.data.words import expand_words
 from r1v3.engine.build import build_engine, connect, resolve_max_tiles
@@ -131,11 +132,12 @@ def _policy(config: Evaluate, ranks: Ranks) -> tuple[Policy, list[Sample], int]:
     shape = model_image_shape(model, config.max_tiles, config.pictures)
     limit = PositionLimit.of(model, config.too_long, config.decoding.max_tokens)
     samples: list[Sample] = []
+    cache = TileCache()
     encoded: list[Example] = []
     total = 0
     for file in config.data:
         asked = load_samples(file)
-        examples = encode_all(file, asked, tokenizer, shape, shown=ranks.is_main)
+        examples = encode_all(file, asked, tokenizer, shape, ranks=ranks, cache=cache)
         kept = limit.rows(file, examples, shown=ranks.is_main)
         samples += [asked[i] for i in kept]
         encoded += [examples[i] for i in kept]
@@ -154,7 +156,7 @@ def _policy(config: Evaluate, ranks: Ranks) -> tuple[Policy, list[Sample], int]:
         max_length=longest + config.decoding.max_tokens,
         local=local,
     )
-    policy = Policy(sampler, tokenizer, shape)
+    policy = Policy(sampler, tokenizer, shape, cache)
     policy.remember(samples, encoded)
     return policy, samples, total - len(samples)
 

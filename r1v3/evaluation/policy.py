@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import DEFAULT_PICTURES, Decoding, Pictures
-from r1v3.data.encoding import Example, ImageShape, encode_sample, model_image_shape
+from r1v3.data.encoding import Example, encode_sample, model_image_shape
 from r1v3.data.sample import Sample
+from r1v3.data.tiles import ImageShape, TileCache
 from r1v3.data.tokenizer import TURN_END, load_tokenizer, token_id
 from r1v3.data.words import expand_words
 from r1v3.engine.hf.decoder import HFDecoder
@@ -66,12 +67,18 @@ class Policy:
 
     Args:
         shape: how images become tiles.
+        cache: where tiles are kept; None for one of its own.
     """
 
     def __init__(
-        self, sampler: Sampler, tokenizer: PreTrainedTokenizerFast, shape: ImageShape
+        self,
+        sampler: Sampler,
+        tokenizer: PreTrainedTokenizerFast,
+        shape: ImageShape,
+        cache: TileCache | None = None,
     ) -> None:
         self.sampler, self.tokenizer, self.shape = sampler, tokenizer, shape
+        self.cache = cache or TileCache()
         self.stop_id = token_id(tokenizer, TURN_END)
         self._asked: Sequence[Sample] = ()
         self._requests: dict[bool, list[Request]] = {}
@@ -90,7 +97,9 @@ class Policy:
             self._requests[thinking] = [
                 self._request(
                     sample,
-                    encode_sample(sample, self.tokenizer, self.shape, thinking=thinking),
+                    encode_sample(
+                        sample, self.tokenizer, self.shape, thinking=thinking, cache=self.cache
+                    ),
                     thinking,
                 )
                 for sample in samples

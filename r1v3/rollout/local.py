@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from r1v3.data.batch import Batch
+from r1v3.data.batch import Batch, cut_ahead
 from r1v3.data.encoding import collate
 from r1v3.data.thoughts import BudgetedThought
 from r1v3.engine.contract import Decoder
@@ -43,10 +43,11 @@ class LocalSampler:
                     torch.rand(len(row), generator=own, out=row)
         mine, rollout = self.replicas.shard(len(requests)), None
         if len(mine):
-            examples = [requests[i].example for i in mine]
+            prompts = collate([requests[i].example for i in mine], self.rules.pad_id)
+            cut_ahead([prompts])
             rollout = generate(
                 self.decoder,
-                collate(examples, self.rules.pad_id),
+                prompts,
                 sampling=replace(sampling, banned=(*self.rules.never, *sampling.banned)),
                 rules=self.rules,
                 group_size=group_size,

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from r1v3.data.encoding import decode_picture
+from r1v3.data.tiles import decode_picture
 from r1v3.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, token_id
 from r1v3.ranks import ALONE, Ranks, shard_range
 from r1v3.rollout.completions import (

@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from r1v3.config import Pictures
-from r1v3.data.encoding import decode_picture
 from r1v3.data.sample import IMAGE_PLACEHOLDER
+from r1v3.data.tiles import decode_picture
 from r1v3.data.tokenizer import IMAGE_CONTEXT
 from r1v3.http import RequestFailed
 from r1v3.model.conversion.config import is_original, read_config

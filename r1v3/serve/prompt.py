@@ -5,16 +5,18 @@ import binascii
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import unquote_to_bytes
 
+import numpy as np
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import Decoding, Serve
-from r1v3.data.encoding import Example, ImageShape, encode_sample, escape, share_tiles
+from r1v3.data.encoding import Example, encode_sample, escape, share_tiles
 from r1v3.data.images import open_image
 from r1v3.data.sample import IMAGE_PLACEHOLDER, Sample
+from r1v3.data.tiles import ImageShape
 from r1v3.evaluation.policy import mode_sampling
 from r1v3.rollout.contract import TokenRules
 from r1v3.serve.batching import Drawing, Job, Truncation
@@ -206,7 +208,8 @@ class Prompts:
                     "extra_info": {"index": 0},
                 }
             )
-            return encode_sample(sample, self.tokenizer, shape, thinking=mode.thinking)
+            example = encode_sample(sample, self.tokenizer, shape, thinking=mode.thinking)
+            return replace(example, tiles=np.asarray(example.tiles))
         except ValidationError as error:
             told = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise Refusal(400, told, param="messages") from error

@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 
 from r1v3.config import Suite
-from r1v3.data.encoding import encode_sample, share_tiles
+from r1v3.data.encoding import encode_sample, share_tiles, verify
 from r1v3.data.images import TruncatedImage
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.sample import Sample
@@ -122,7 +122,15 @@ class Asker:
         shape = share_tiles(self.policy.shape, len(question.pictures), self.config.row_tiles)
         try:
             sample = _sample(benchmark, question, images)
-            example = encode_sample(sample, self.policy.tokenizer, shape, thinking=self.thinking)
+            example = encode_sample(
+                sample,
+                self.policy.tokenizer,
+                shape,
+                thinking=self.thinking,
+                name=f"{benchmark} row {question.id}",
+                cache=self.policy.cache,
+            )
+            verify(example)
         except TruncatedImage as error:
             if self.config.pictures.truncated == "skip":
                 return "truncated picture"

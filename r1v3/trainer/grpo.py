@@ -16,15 +16,10 @@ from torch import Tensor
 
 from r1v3.balance import worthwhile
 from r1v3.config import GRPO
-from r1v3.data.encoding import (
-    Example,
-    ImageShape,
-    encode_all,
-    model_image_shape,
-    record_max_tiles,
-)
+from r1v3.data.encoding import Example, encode_all, model_image_shape, record_max_tiles
 from r1v3.data.lengths import PositionLimit, check_micro_batch_tokens
 from r1v3.data.sample import Sample
+from r1v3.data.tiles import ImageShape, TileCache
 from r1v3.data.words import expand_words
 from r1v3.engine.build import Training, build_engine, resolve_max_tiles
 from r1v3.evaluation.policy import Policy
@@ -301,7 +296,7 @@ class GRPOTrainer:
         config = resolve_max_tiles(config)
         self.name, self.config, self.run = "grpo", config, Path(config.run)
         self.step, self.total = 0, config.steps
-        self.stopwatch = Stopwatch()
+        self.stopwatch, self.cache = Stopwatch(), TileCache()
         self.skipped = Skipped(config.optimizer.max_skipped)
         stage = open_stage(self.name, config, resuming=resuming)
         ranks = stage.ranks
@@ -320,7 +315,6 @@ class GRPOTrainer:
         self.samples, self.examples, self.dropped = self.encode(
             config.train_data, stage.train, shape, limit
         )
-        # Encoded now, so that an image that cannot be decoded ends the run before the first step.
         self.validation, asked, _ = self.encode(
             config.validation_data, stage.validation, shape, limit
         )
@@ -337,7 +331,7 @@ class GRPOTrainer:
             max_length=longest_prompt + longest,
             local=lambda: (self.engine.decoder(), self.engine.replicas),
         )
-        self.policy = Policy(self.sampler, tokenizer, shape)
+        self.policy = Policy(self.sampler, tokenizer, shape, self.cache)
         self.policy.remember(self.validation, asked)
         self.verifier = make_verifier(config)
         self.telemetry = Telemetry(
@@ -362,9 +356,11 @@ class GRPOTrainer:
     ) -> tuple[list[Sample], list[Example], int]:
         """Return the samples of a file that fit, encoded, and how many were dropped: too long, or
         with a truncated picture."""
-        shown = self.engine.ranks.is_main
-        examples = encode_all(path, samples, self.engine.tokenizer, shape, shown=shown)
-        kept = limit.rows(path, examples, shown=shown)
+        ranks = self.engine.ranks
+        examples = encode_all(
+            path, samples, self.engine.tokenizer, shape, ranks=ranks, cache=self.cache
+        )
+        kept = limit.rows(path, examples, shown=ranks.is_main)
         dropped = len(samples) - len(kept)
         return [samples[i] for i in kept], [examples[i] for i in kept], dropped
 
@@ -389,7 +385,10 @@ def train(config: GRPO, *, resuming: bool = False) -> Path:
         trainer = GRPOTrainer(config, resuming=resuming)
     except NothingToDo:
         return final
-    trainer.loop()
+    try:
+        trainer.loop()
+    finally:
+        trainer.cache.close()
     trainer.sampler.close()
     publish(trainer.engine, final)
     trainer.engine.ranks.on_main(lambda: write_finished(trainer.name, config))

@@ -14,7 +14,6 @@ from r1v3.config import Supervised
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import (
     Example,
-    ImageShape,
     collate,
     encode_all,
     in_row,
@@ -25,6 +24,7 @@ from r1v3.data.lengths import PositionLimit, TooLong, check_micro_batch_tokens
 from r1v3.data.sample import Sample
 from r1v3.data.schema import load_samples
 from r1v3.data.thoughts import THINK_OPEN
+from r1v3.data.tiles import ImageShape, TileCache
 from r1v3.data.tokenizer import SYSTEM_PROMPT, train_tokenizer
 from r1v3.data.words import expand_words
 from r1v3.engine.build import Training, build_engine, resolve_max_tiles
@@ -67,12 +67,16 @@ def encode_examples(
     *,
     too_long: TooLong = "error",
     max_length: int | None = None,
+    cache: TileCache | None = None,
 ) -> tuple[list[Example], int]:
     """Encode the samples of a file, each in the template (thinking or not) it was written for.
 
     Samples of more than `max_length` tokens, prompt and response together, are left out; so are
     those beyond the model's positions if `too_long` is "drop", and those with a truncated picture
     if `shape` skips them.
+
+    Args:
+        cache: where tiles are kept.
 
     Returns:
         The examples, and how many samples were left out, which is printed as well.
@@ -91,7 +95,8 @@ def encode_examples(
         engine.tokenizer,
         shape,
         thinking=lambda sample: sample.thinking,
-        shown=engine.ranks.is_main,
+        ranks=engine.ranks,
+        cache=cache,
     )
     examples: dict[int, Example] = {}
     left_out = 0
@@ -168,6 +173,7 @@ class SupervisedTrainer:
         )
         self.shape = model_image_shape(self.engine.config, config.max_tiles, config.pictures)
         record_max_tiles(self.engine.config, self.shape.max_tiles)
+        self.cache = TileCache()
         self.train, self.dropped = self.encode(config.train_data, stage.train)
         self.validation, _ = self.encode(config.validation_data, stage.validation)
         words = expand_words(self.engine.tokenizer, config.monitor.words)
@@ -199,6 +205,7 @@ class SupervisedTrainer:
             self.shape,
             too_long=config.too_long,
             max_length=config.max_length,
+            cache=self.cache,
         )
         check_micro_batch_tokens(config.micro_batch_tokens, path, examples)
         return examples, dropped
@@ -215,9 +222,24 @@ class SupervisedTrainer:
 
     def next_rows(self) -> list[int]:
         """Take the rows of the next batch: a full one, or all that are left."""
-        start, size = self.seen, min(self.config.batch_size, self.unseen)
-        self.seen += size
-        return order(len(self.train), start, size, self.config.seed, self.name, "order")
+        rows = self.coming_rows()
+        self.seen += len(rows)
+        return rows
+
+    def coming_rows(self) -> list[int]:
+        """Return the rows that `next_rows` will take; none after the last."""
+        size = min(self.config.batch_size, max(0, self.unseen))
+        return order(len(self.train), self.seen, size, self.config.seed, self.name, "order")
+
+    def batches(self, rows: Sequence[int]) -> list[Batch]:
+        """Return the micro-batches of these rows."""
+        return micro_batches(
+            [self.train[i] for i in rows],
+            self.config.micro_batch_size,
+            self.engine.tokenizer.pad_token_id,
+            self.config.micro_batch_tokens,
+            worthwhile(self.config, self.engine.replicas.size),
+        )
 
     @property
     def finished(self) -> bool:
@@ -228,13 +250,10 @@ class SupervisedTrainer:
     def take_step(self) -> dict[str, Any]:
         """Take one optimizer step; return its metrics."""
         config, total, started = self.config, self.total, time.perf_counter()
-        batches = micro_batches(
-            [self.train[i] for i in self.next_rows()],
-            config.micro_batch_size,
-            self.engine.tokenizer.pad_token_id,
-            config.micro_batch_tokens,
-            worthwhile(config, self.engine.replicas.size),
-        )
+        batches = self.batches(self.next_rows())
+        self.engine.prepare(batches)
+        if coming := self.coming_rows():
+            self.engine.prepare(self.batches(coming))
         tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
         self.monitor.reset()
 
@@ -311,7 +330,10 @@ def train(name: str, config: Supervised, *, resuming: bool = False) -> Path:
         trainer = SupervisedTrainer(name, config, resuming=resuming)
     except NothingToDo:
         return final
-    trainer.loop()
+    try:
+        trainer.loop()
+    finally:
+        trainer.cache.close()
     trainer.engine.load_weights(Path(config.run) / "checkpoints" / f"{name}-best")
     publish(trainer.engine, final)
     trainer.engine.ranks.on_main(lambda: write_finished(name, config))

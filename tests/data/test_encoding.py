@@ -13,7 +13,6 @@ from transformers import InternVLConfig
 from r1v3.config import Pictures
 from r1v3.data.encoding import (
     Example,
-    ImageShape,
     collate,
     encode_all,
     encode_sample,
@@ -22,6 +21,7 @@ from r1v3.data.encoding import (
 )
 from r1v3.data.images import load_image, normalize, pixel_values, tile_image
 from r1v3.data.sample import Sample, make_sample
+from r1v3.data.tiles import ImageShape
 from r1v3.data.tokenizer import IMAGE_CONTEXT, TURN_END
 from r1v3.model.conversion import load_config
 from tests import tiny
@@ -48,8 +48,8 @@ def encoded(images: list[bytes], shape: ImageShape = tiny.SHAPE, **fields: objec
 def test_a_picture_takes_as_many_context_tokens_as_its_tiles() -> None:
     """A wide picture has two tiles and a thumbnail; features and slots must agree."""
     example = encoded([picture(64, 32), picture()], ImageShape(32, 2, 4))
-    assert example.tiles.shape == (6, 32, 32, 3)
-    assert example.tiles.dtype == np.uint8
+    assert np.asarray(example.tiles).shape == (6, 32, 32, 3)
+    assert np.asarray(example.tiles).dtype == np.uint8
     assert example.prompt_ids.count(CONTEXT) == 6 * 4
     one = encoded([picture(64, 32)])
     assert len(one.tiles) == 1 and one.prompt_ids.count(CONTEXT) == tiny.TOKENS_PER_TILE
@@ -58,7 +58,7 @@ def test_a_picture_takes_as_many_context_tokens_as_its_tiles() -> None:
 def test_pixels_reach_the_model_as_internvl_normalizes_them() -> None:
     data = picture(33, 21)
     tiles = tile_image(load_image(data), tile_size=32, max_tiles=1)
-    assert torch.equal(normalize(encoded([data]).tiles), pixel_values(tiles))
+    assert torch.equal(normalize(np.asarray(encoded([data]).tiles)), pixel_values(tiles))
 
 
 def test_a_response_ends_its_turn() -> None:

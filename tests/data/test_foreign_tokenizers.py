@@ -11,8 +11,9 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from r1v3.data.encoding import ImageShape, encode_sample
+from r1v3.data.encoding import encode_sample
 from r1v3.data.sample import make_sample
+from r1v3.data.tiles import ImageShape
 from r1v3.data.tokenizer import (
     CHAT_TEMPLATE,
     SPECIAL_TOKENS,

@@ -48,7 +48,7 @@ def a_batch(case: str) -> Batch:
 
 def in_double(batch: Batch) -> Batch:
     pixels = batch.pixel_values
-    return replace(batch, pixel_values=None if pixels is None else pixels.double())
+    return replace(batch, pixels=None if pixels is None else pixels.double())
 
 
 def plain(

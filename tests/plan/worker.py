@@ -36,7 +36,7 @@ def batch(config: InternVLConfig, prompts: int, group: int, length: int, respons
     return Batch(
         prompt_ids=ids,
         prompt_mask=torch.ones_like(ids, dtype=torch.bool),
-        pixel_values=torch.randn(2 * prompts, 3, side, side),
+        pixels=torch.randn(2 * prompts, 3, side, side),
         tiles=torch.full((prompts,), 2),
         response_ids=responses,
         loss_mask=torch.ones_like(responses, dtype=torch.bool),

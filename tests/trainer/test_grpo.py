@@ -99,7 +99,7 @@ def double_logprobs(made: GRPOTrainer, episode: Episode) -> tuple[Any, Any, Tens
     model = copy.deepcopy(made.engine.model).double()
     batch = whole_batch(made, episode)
     assert batch.pixel_values is not None
-    batch = replace(batch, pixel_values=batch.pixel_values.double())
+    batch = replace(batch, pixels=batch.pixel_values.double())
     logits = model.lm_head(response_hidden(model, batch)) / made.engine.temperature
     chosen = logits.log_softmax(-1).gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
     return model, batch, chosen

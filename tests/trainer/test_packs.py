@@ -74,9 +74,12 @@ def test_a_pack_has_the_pictures_of_its_prompts(tmp_path: Path) -> None:
     assert torch.equal(taken.pixel_values, torch.cat([tiles[3], tiles[1]]))
     one = whole.take([2], [9])
     assert one.pixel_values is not None and torch.equal(one.pixel_values, tiles[2])
-    assert one.pixel_values.untyped_storage().data_ptr() == (
-        whole.pixel_values.untyped_storage().data_ptr()
-    )
+    assert isinstance(one.pixels, tuple) and isinstance(whole.pixels, tuple)
+    assert one.pixels[0] is whole.pixels[2]
+    pixels = whole.pixel_values
+    part = replace(whole, pixels=pixels).take([2], [9]).pixel_values
+    assert part is not None and torch.equal(part, tiles[2])
+    assert part.untyped_storage().data_ptr() == pixels.untyped_storage().data_ptr()
     assert one.response_ids.shape[1] == int(one.loss_mask.sum())
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-from r1v3.data.batch import Batch
+from r1v3.data.batch import Batch, cut_ahead
 from r1v3.engine.contract import LossFn
 from r1v3.engine.head import Head
 from r1v3.engine.hf.decoder import HFDecoder, prefill
@@ -176,10 +176,15 @@ class HFEngine:
             self.temperature,
         )
 
+    def prepare(self, micro_batches: Sequence[Batch]) -> None:
+        """See `contract.Engine.prepare`."""
+        cut_ahead(micro_batches[index] for index in self._mine(micro_batches))
+
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """See `contract.Engine.evaluate`."""
         results = {}
+        self.prepare(micro_batches)
         for index in self._mine(micro_batches):
             logprobs, entropy = self.head(micro_batches[index]).logprobs_and_entropy()
             results[index] = logprobs.cpu(), entropy.cpu()
@@ -206,6 +211,7 @@ class HFEngine:
         """See `contract.Engine.train_step`."""
         self.optimizer.zero_grad(set_to_none=True)
         results = {}
+        self.prepare(micro_batches)
         for index in self._mine(micro_batches):
             loss, output = loss_fn(self.head(micro_batches[index]), index)
             # A micro-batch without pictures reaches nothing when only the connector is trained.

@@ -38,7 +38,7 @@ class Decoder:
         packed = pack_prompts(
             prompts.prompt_ids,
             prompts.prompt_mask,
-            prompts.pixel_values,
+            prompts.pixel_values if self.model.pre_process else None,
             image_token_id=self.model.hf_config.image_token_id,
             multiple_of=self.multiple_of,
         ).to(self.device)

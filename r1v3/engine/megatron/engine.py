@@ -1,6 +1,7 @@
 """MegatronEngine: InternVL on megatron-core, over the ranks that torchrun started."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import Stage
-from r1v3.data.batch import Batch
+from r1v3.data.batch import Batch, cut_ahead
 from r1v3.engine.contract import LossFn
 from r1v3.engine.head import Head
 from r1v3.engine.megatron.checkpoint import AsyncWriting, load_sharded, save_sharded
@@ -100,6 +101,22 @@ class MegatronEngine:
             distributed=parallel.distributed_optimizer,
         )
 
+    def prepare(self, micro_batches: Sequence[Batch]) -> None:
+        """See `contract.Engine.prepare`."""
+        if self.model.pre_process:
+            cut_ahead(micro_batches[index] for index in self._mine(micro_batches))
+
+    def _mine(self, micro_batches: Sequence[Batch]) -> Sequence[int]:
+        """This replica's part of the micro-batches."""
+        return replica_shares(
+            micro_batches,
+            self.replicas.size,
+            self._dims,
+            self._trained,
+            recompute=self._recompute,
+            pipelined=parallel_state.get_pipeline_model_parallel_world_size() > 1,
+        )[self.replicas.rank]
+
     def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """See `contract.Engine.evaluate`."""
 
@@ -128,14 +145,8 @@ class MegatronEngine:
 
         Each replica runs a part of them, and every rank gets the results of all.
         """
-        mine = replica_shares(
-            micro_batches,
-            self.replicas.size,
-            self._dims,
-            self._trained,
-            recompute=self._recompute,
-            pipelined=parallel_state.get_pipeline_model_parallel_world_size() > 1,
-        )[self.replicas.rank]
+        mine = self._mine(micro_batches)
+        self.prepare(micro_batches)
         found: dict[int, tuple[float, dict[str, Tensor]]] = {}
         # The schedule divides losses by the micro-batches, and reduction by the replicas.
         scale = len(mine) * self.replicas.size
@@ -172,6 +183,8 @@ class MegatronEngine:
         return sum(loss for loss, _ in ordered), [output for _, output in ordered]
 
     def _pack(self, batch: Batch) -> Packed:
+        if not self.model.pre_process:
+            batch = replace(batch, pixels=None)  # only the first stage looks at pictures
         packed = pack(batch, image_token_id=self.config.image_token_id, multiple_of=self._rows)
         return packed.to(self.device)
 

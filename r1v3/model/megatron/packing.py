@@ -141,7 +141,7 @@ def pack_prompts(
     batch = Batch(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
-        pixel_values=pixel_values,
+        pixels=pixel_values,
         tiles=prompt_ids.new_zeros(len(prompt_ids)),
         response_ids=nothing,
         loss_mask=nothing.bool(),

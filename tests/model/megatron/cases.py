@@ -253,11 +253,9 @@ def refusals(folder: Path) -> Result:
             "stages": lambda: InternVL(config, ModelOptions(first_stage_layers=2)),
             "norm": lambda: InternVL(other, ModelOptions()),
             "rope": lambda: InternVL(scaled, ModelOptions()),
-            "features": lambda: model(*packs_for(model, [replace(batch, pixel_values=tiles[1:])])),
-            "no_images": lambda: model(*packs_for(model, [replace(batch, pixel_values=None)])),
-            "side": lambda: model(
-                *packs_for(model, [replace(batch, pixel_values=tiles[..., :42, :42])])
-            ),
+            "features": lambda: model(*packs_for(model, [replace(batch, pixels=tiles[1:])])),
+            "no_images": lambda: model(*packs_for(model, [replace(batch, pixels=None)])),
+            "side": lambda: model(*packs_for(model, [replace(batch, pixels=tiles[..., :42, :42])])),
             "length": lambda: InternVL(dynamic, ModelOptions())(*packs_for(model, [batch])),
         }.items():
             try:

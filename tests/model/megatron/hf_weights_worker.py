@@ -65,7 +65,7 @@ def batch() -> Batch:
     return Batch(
         prompt_ids=tensors["prompt_ids"],
         prompt_mask=torch.ones_like(tensors["prompt_ids"], dtype=torch.bool),
-        pixel_values=tensors["pixel_values"],
+        pixels=tensors["pixel_values"],
         tiles=torch.ones(len(tensors["prompt_ids"]), dtype=torch.int64),
         response_ids=tensors["response_ids"],
         loss_mask=torch.ones_like(tensors["response_ids"], dtype=torch.bool),

@@ -26,7 +26,7 @@ def batches(draw: st.DrawFn) -> Batch:
     return Batch(
         prompt_ids=torch.randint(0, 9, (prompts, longest), generator=generator),
         prompt_mask=torch.arange(longest) >= longest - torch.tensor(lengths)[:, None],
-        pixel_values=None,
+        pixels=None,
         tiles=torch.zeros(prompts, dtype=torch.int64),
         response_ids=torch.randint(0, 9, (prompts * g, width), generator=generator),
         loss_mask=torch.rand(prompts * g, width, generator=generator) < density,
@@ -105,7 +105,7 @@ def test_a_shared_prompt_stands_once() -> None:
     batch = Batch(
         prompt_ids=torch.tensor([[0, 1, 2, 3]]),
         prompt_mask=torch.tensor([[False, True, True, True]]),
-        pixel_values=None,
+        pixels=None,
         tiles=torch.tensor([0]),
         response_ids=torch.tensor([[4, 5, 6, 8], [4, 6, 5, 8]]),
         loss_mask=torch.tensor([[True, True, True, False]] * 2),
