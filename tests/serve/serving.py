@@ -17,6 +17,7 @@ import uvicorn
 from r1v3.config import Serve, load
 from r1v3.serve.app import Endpoint
 from r1v3.serve.run import load_endpoint
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "assets/tiny-internvl"
@@ -31,7 +32,7 @@ class Served:
     def __init__(self, endpoint: Endpoint, port: int) -> None:
         self.endpoint, self.port = endpoint, port
         self.client = httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False
+            base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False
         )
 
     def chat(self, **changes: Any) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def serving(model: Path = MODEL, **settings: Any) -> Iterator[Served]:
             run.close()
 
 
-def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
     """Wait until something is true; how long does not matter to what is tested."""
     deadline = time.monotonic() + seconds
     while not true():

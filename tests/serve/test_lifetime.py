@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.processes import PATIENCE
 from tests.serve.serving import (
     CHAT,
     MODEL,
@@ -167,12 +168,12 @@ def test_sigterm_answers_what_is_open_and_ends(tmp_path: Path) -> None:
             found = re.search(r"http://127\.0\.0\.1:(\d+)/v1", process.stdout.readline())
             assert found is not None
             address = f"http://127.0.0.1:{found[1]}"
-            with httpx.Client(base_url=address, timeout=120, trust_env=False) as client:
+            with httpx.Client(base_url=address, timeout=PATIENCE, trust_env=False) as client:
                 answers: list[httpx.Response] = []
 
                 def ask(number: int) -> None:  # the third has no row yet when the signal comes
                     reply = client.post(
-                        CHAT, json=body(**{**ENDLESS, "max_tokens": 120}, stream=number == 0)
+                        CHAT, json=body(**{**ENDLESS, "max_tokens": 300}, stream=number == 0)
                     )
                     answers.append(reply)
 
@@ -184,14 +185,14 @@ def test_sigterm_answers_what_is_open_and_ends(tmp_path: Path) -> None:
                 thread.start()
                 in_threads(ask, 3)
                 thread.join()
-            assert process.wait(60) == 0
+            assert process.wait(PATIENCE) == 0
         finally:
             process.kill()
     assert [reply.status_code for reply in answers] == [200] * 3
     streamed = [reply.text for reply in answers if reply.text.startswith("data: ")]
     assert len(streamed) == 1 and streamed[0].rstrip().endswith("data: [DONE]")
     whole = [reply.json() for reply in answers if not reply.text.startswith("data: ")]
-    assert [answer["usage"]["completion_tokens"] for answer in whole] == [120] * 2
+    assert [answer["usage"]["completion_tokens"] for answer in whole] == [300] * 2
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", int(found[1])), timeout=1)
 
