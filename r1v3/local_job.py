@@ -52,7 +52,8 @@ def local_job(
     if dist.is_initialized():
         raise RuntimeError("this process is a rank of another job already")
     before = dict(os.environ)
-    told = {"WORLD_SIZE": str(stage.processes), "MASTER_ADDR": "127.0.0.1"}
+    size = str(stage.processes)
+    told = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
     seconds = stage.parallel.timeout_seconds
     store = _store(0, stage.processes, seconds, is_master=True)
     told["MASTER_PORT"] = str(store.port)

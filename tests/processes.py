@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Seconds after which a process that should long have ended is taken to hang. Tests do not measure
 # time with it: beside other programs, a machine may be twenty times as slow.
 PATIENCE = 1800
-# Bytes that a process of the tests, or one that it starts, may allocate. Each needs about 1 GB.
-MEMORY_LIMIT = 8 << 30
+# Bytes that a process of the tests, or one that it starts, may allocate. Most need about 1 GB;
+# those of more than 2^31 elements need 9 GB.
+MEMORY_LIMIT = 12 << 30
 
 
 @dataclass

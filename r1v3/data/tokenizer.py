@@ -240,7 +240,20 @@ def render_prompt(
         raise ValueError(
             f"the prompt has {len(pieces) - 1} <image> placeholders for {len(image_tokens)} images"
         )
-    filled = pieces[0]
-    for count, piece in zip(image_tokens, pieces[1:], strict=True):
-        filled += IMAGE_START + IMAGE_CONTEXT * count + IMAGE_END + piece
-    return tokenizer.encode(filled, add_special_tokens=False)
+    short = (IMAGE_START + IMAGE_CONTEXT + IMAGE_END).join(pieces)
+    ids: list[int] = tokenizer.encode(short, add_special_tokens=False)
+    return _repeated(ids, token_id(tokenizer, IMAGE_CONTEXT), image_tokens) if image_tokens else ids
+
+
+def _repeated(ids: list[int], token: int, counts: list[int]) -> list[int]:
+    """Each occurrence of a token as often as its count says: thousands need no tokenizing."""
+    places = [place for place, found in enumerate(ids) if found == token]
+    if len(places) != len(counts):
+        raise ValueError(
+            f"the prompt has {len(places)} {IMAGE_CONTEXT} tokens for {len(counts)} images; "
+            "the chat template must not write them itself"
+        )
+    repeated: list[int] = []
+    for begin, end, count in zip([-1, *places], places, counts, strict=False):
+        repeated += ids[begin + 1 : end] + [token] * count
+    return repeated + ids[places[-1] + 1 :]

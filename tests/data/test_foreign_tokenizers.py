@@ -104,6 +104,36 @@ def test_a_loaded_template_works_without_us(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("content", ["<image>", "<image>a<image>\n b", "x <image><image><image>"])
+def test_pictures_have_the_tokens_of_the_text_written_out(
+    name: str, content: str, tmp_path: Path
+) -> None:
+    """Fails if a server that tokenizes every image token sees another prompt than the trainer."""
+    with_template(TEMPLATES[name]).save_pretrained(str(tmp_path))
+    loaded = load_tokenizer(tmp_path)
+    counts = [2, 300, 1][: content.count("<image>")]
+    text = str(
+        loaded.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
+    )
+    for count in counts:
+        text = text.replace("<image>", "<img>" + "<IMG_CONTEXT>" * count + "</img>", 1)
+    ids = render_prompt(loaded, [{"role": "user", "content": content}], counts)
+    assert ids == loaded.encode(text, add_special_tokens=False)
+
+
+def test_a_template_that_writes_image_tokens_itself_is_refused() -> None:
+    """Fails if a prompt of more image tokens than its pictures have features goes on."""
+    tokenizer = with_template(TURNS + "<IMG_CONTEXT>" + OPEN)
+    with pytest.raises(ValueError, match="2 <IMG_CONTEXT> tokens for 1 images; the chat template"):
+        render_prompt(tokenizer, [{"role": "user", "content": "<image>?"}], [3])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_sft_trains_the_opening_tag_once(name: str) -> None:
     """Fails if the tag stands neither in the prompt nor in the response, or in both."""
     tokenizer, shape = with_template(TEMPLATES[name]), ImageShape(32, 1, 4)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from r1v3.config import Parallel, Stage
 from r1v3.engine.megatron.ranks import connect
@@ -31,8 +32,11 @@ def test_several_processes_without_torchrun_are_refused(monkeypatch: pytest.Monk
 def test_a_process_that_is_not_told_its_rank_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
 ) -> None:
-    """Fails if every process of a job would train the same model into the same folder."""
+    """Fails if every process of a job would train the same model into the same folder, or if the
+    refusal leaves torch changed."""
+    before = torch.empty, torch.cuda.current_device
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="WORLD_SIZE is 2 and RANK is not set: .* with torchrun"):
         stage.connect(Stage.model_validate({"run": tmp_path, "engine": engine}))
+    assert (torch.empty, torch.cuda.current_device) == before

@@ -27,11 +27,11 @@ def connect(parallel: Parallel, *, device: str = "cpu") -> Ranks:
     # megatron-core warns of every extension that is not installed, torch of how it is called.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger")
+    ranks = join_job(device, parallel.timeout_seconds)
     if torch.device(device).type == "cpu":
         from r1v3.model.megatron import cpu
 
         cpu.enable()
-    ranks = join_job(device, parallel.timeout_seconds)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

@@ -31,6 +31,8 @@ def enable() -> None:
     if _enabled:
         return
     _enabled = True
+    with torch.device("meta"):  # torch notes at its first use which functions such a context is for
+        torch.empty(0)
     for name, stand_in in {
         "current_device": lambda: _CPU,
         "set_device": lambda device: None,

@@ -31,11 +31,15 @@ assert torch.zeros(2, device="cuda").cuda().device.type == "cpu"
 assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
 assert torch.zeros(2).type(torch.int64).dtype == torch.int64
 assert torch.cuda.current_device() == torch.device("cpu")
+with torch.device("meta"):
+    made = torch.empty(2), torch.zeros(2), torch.tensor([2]), torch.nn.Linear(2, 2).weight
+assert {tensor.device.type for tensor in made} == {"meta"}
 """
 
 
 def test_stand_ins_are_refused_with_cuda_and_put_in_once_without() -> None:
-    """Fails if a GPU machine could train on its CPU without a word, or if an import patches torch.
+    """Fails if a GPU machine could train on its CPU without a word, if an import patches torch, or
+    if a model that is built for its shapes alone takes memory for its weights.
 
     In a process of its own, which the stand-ins change for good.
     """
