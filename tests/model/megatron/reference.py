@@ -94,7 +94,7 @@ def tiny_batch(*, images: bool = True, side: int = 56, seed: int = 1) -> Batch:
     return Batch(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
-        pixel_values=pixels,
+        pixels=pixels,
         tiles=torch.tensor(tiles),
         response_ids=response_ids,
         loss_mask=loss_mask,
