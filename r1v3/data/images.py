@@ -111,25 +111,26 @@ def _tiff_directory_end(data: bytes, order: Literal["little", "big"]) -> int:
     return end
 
 
+def _png_chunks(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Start and kind of the chunks of a PNG file, as far as it goes."""
+    position = len(b"\x89PNG\r\n\x1a\n")
+    while position + 8 <= len(data):
+        yield position, data[position + 4 : position + 8]
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+
+
 def _is_cut_png(data: bytes) -> bool:
     """Whether a PNG file ends before its end chunk."""
-    position = len(b"\x89PNG\r\n\x1a\n")
-    while position + 12 <= len(data):
-        if data[position + 4 : position + 8] == b"IEND":
-            return False
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
-    return True
+    return not any(kind == b"IEND" and start + 12 <= len(data) for start, kind in _png_chunks(data))
 
 
 def _has_late_metadata(data: bytes) -> bool:
     """Whether a PNG file has texts or EXIF data behind its pixels, which opening does not read."""
-    position, after = len(b"\x89PNG\r\n\x1a\n"), False
-    while position + 8 <= len(data):
-        kind = data[position + 4 : position + 8]
+    after = False
+    for _, kind in _png_chunks(data):
         if after and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
             return True
         after = after or kind == b"IDAT"
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
     return False
 
 

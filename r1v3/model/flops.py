@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import InternVLConfig
 
 from r1v3.data.batch import Batch
@@ -197,8 +196,7 @@ class Work:
 def work_of(batch: Batch) -> Work:
     """Return the work of a micro-batch: prompts once, responses to the last counted token."""
     mask = batch.loss_mask
-    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    lengths = (mask * columns).amax(1).tolist() if mask.shape[1] else [0] * len(mask)
+    lengths = (batch.input_lengths() + mask.any(1)).tolist()  # with the one that is predicted
     return Work.of(
         batch.prompt_mask.sum(1).tolist(),
         lengths,

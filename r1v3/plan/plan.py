@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from r1v3.model.flops import Dimensions, Work, decode_flops, forward_flops, train_flops
+from r1v3.model.flops import Dimensions, decode_flops, forward_flops, train_flops
 from r1v3.plan import memory
 from r1v3.plan.build import BuiltRank
 from r1v3.plan.job import Job
@@ -89,11 +89,6 @@ class Plan:
     def overflow(self) -> float:
         """Bytes by which the fullest rank is too full; negative: what it has left."""
         return max(rank.peak for rank in self.ranks) - self.job.cluster.memory
-
-    @property
-    def work(self) -> Work:
-        """Of one training step."""
-        return self.job.work
 
 
 def make_plan(job: Job, dims: Dimensions, built: Sequence[BuiltRank] | None = None) -> Plan:

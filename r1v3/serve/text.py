@@ -10,17 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from r1v3.data.thoughts import THINK_CLOSE, THINK_OPEN
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet, in which byte-level vocabularies write every byte as a character."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    table = {chr(byte): byte for byte in shown}
-    table.update({chr(256 + i): byte for i, byte in enumerate(hidden)})
-    return table
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
@@ -32,7 +24,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     decoder = str(tokenizer.backend_tokenizer.decoder)
     if "ByteLevel" not in decoder:
         raise ValueError(f"the tokenizer's decoder is {decoder:.60}; only byte-level ones are read")
-    alphabet = _byte_of_character()
+    # Byte-level vocabularies write every byte as a character of GPT-2's alphabet.
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
     found = []
     for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))):
         if token is None:  # a hole in the vocabulary

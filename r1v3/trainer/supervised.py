@@ -148,8 +148,8 @@ def validation_loss(
     """Return the mean cross-entropy per response token, in nats."""
     batches = micro_batches(examples, size, engine.tokenizer.pad_token_id, tokens)
     total = sum(float(logprobs.sum()) for logprobs, _ in engine.evaluate(batches))
-    tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
-    return -total / max(1, tokens)
+    counted = sum(int(batch.loss_mask.sum()) for batch in batches)
+    return -total / max(1, counted)
 
 
 class SupervisedTrainer:

@@ -184,8 +184,9 @@ class HFEngine:
     def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """See `contract.Engine.evaluate`."""
         results = {}
-        self.prepare(micro_batches)
-        for index in self._mine(micro_batches):
+        mine = self._mine(micro_batches)
+        cut_ahead(micro_batches[index] for index in mine)
+        for index in mine:
             logprobs, entropy = self.head(micro_batches[index]).logprobs_and_entropy()
             results[index] = logprobs.cpu(), entropy.cpu()
         return self._in_order(results)
@@ -211,8 +212,9 @@ class HFEngine:
         """See `contract.Engine.train_step`."""
         self.optimizer.zero_grad(set_to_none=True)
         results = {}
-        self.prepare(micro_batches)
-        for index in self._mine(micro_batches):
+        mine = self._mine(micro_batches)
+        cut_ahead(micro_batches[index] for index in mine)
+        for index in mine:
             loss, output = loss_fn(self.head(micro_batches[index]), index)
             # A micro-batch without pictures reaches nothing when only the connector is trained.
             if loss.requires_grad:

@@ -103,8 +103,11 @@ class MegatronEngine:
 
     def prepare(self, micro_batches: Sequence[Batch]) -> None:
         """See `contract.Engine.prepare`."""
+        self._cut_ahead(micro_batches, self._mine(micro_batches))
+
+    def _cut_ahead(self, micro_batches: Sequence[Batch], mine: Sequence[int]) -> None:
         if self.model.pre_process:
-            cut_ahead(micro_batches[index] for index in self._mine(micro_batches))
+            cut_ahead(micro_batches[index] for index in mine)
 
     def _mine(self, micro_batches: Sequence[Batch]) -> Sequence[int]:
         """This replica's part of the micro-batches."""
@@ -146,7 +149,7 @@ class MegatronEngine:
         Each replica runs a part of them, and every rank gets the results of all.
         """
         mine = self._mine(micro_batches)
-        self.prepare(micro_batches)
+        self._cut_ahead(micro_batches, mine)
         found: dict[int, tuple[float, dict[str, Tensor]]] = {}
         # The schedule divides losses by the micro-batches, and reduction by the replicas.
         scale = len(mine) * self.replicas.size

@@ -84,9 +84,7 @@ def pack(batch: Batch, *, image_token_id: int, multiple_of: int = 1) -> Packed:
     prompt_starts = _starts(lengths)
     rows, width = batch.response_ids.shape
     columns = torch.arange(width, device=mask.device)
-    counting = (columns + 1) * batch.loss_mask
-    # A response's last token is predicted, never an input.
-    inputs = torch.cat([counting, counting.new_ones(rows, 1)], 1).amax(1) - 1
+    inputs = batch.input_lengths()
     is_input = columns < inputs.unsqueeze(1)
     response_starts = prompt_starts[-1] + _starts(inputs)
     prompt_of = torch.arange(len(mask), device=mask.device).repeat_interleave(g)
