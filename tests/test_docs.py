@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from r1v3.cli import app
 from r1v3.config import GRPO, SFT, Connector, Data, Evaluate, Section, Select, Suite, load
@@ -107,3 +108,20 @@ def test_python_of_the_readme_runs() -> None:
     exec(rewards, names)
     assert names["score"] is score
     assert [reward.total for reward in names["rewards"]] == [1.0]  # type: ignore[attr-defined]
+
+
+def test_python_of_the_kernels_page_runs() -> None:
+    """Fails if an example is wrong, or if a loss in parts no longer has the whole gradient."""
+    step, split, sample = blocks(ROOT / "docs" / "kernels.md", "python")
+    names: dict[str, object] = {}
+    exec(step, names)
+    hidden: torch.Tensor = names["hidden"]  # type: ignore[assignment]
+    assert hidden.grad is not None
+    whole = hidden.grad.clone()
+    hidden.grad = None
+    exec(split, names)
+    # The ratio is 1, so that clipping changes nothing.
+    torch.testing.assert_close(hidden.grad, whole)
+    exec(sample, names)
+    wait, tokens = names["wait"], names["tokens"]
+    assert not torch.isin(tokens[:4], wait).any()  # type: ignore[arg-type, index]
