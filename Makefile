@@ -1,9 +1,9 @@
-# Every target makes .venv and installs r1v3 into it first; later runs reuse it.
+# Every target but device* makes .venv and installs r1v3 into it first; later runs reuse it.
 # PYTHON=/path/to/python3.11+ chooses the interpreter.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo base test test-all test-stacks lint bench install clean
+.PHONY: demo base test test-all test-stacks lint bench device device-step device-rivals install clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -51,6 +51,34 @@ base: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
+# Everything that the first ten minutes on a GPU can tell, into device-results/. Nothing is
+# installed: it runs as well from a copy without .git on a machine without a network, where COMMIT
+# says what is measured. DEVICE=cpu shows the way through it.
+ANY_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+COMMIT = $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null)
+DEVICE ?= cuda
+ON_DEVICE = $(ANY_PYTHON) -m benchmarks.device --device $(DEVICE) $(if $(COMMIT),--commit $(COMMIT))
+
+device:
+	$(ON_DEVICE)
+
+# A whole GRPO step, fused head and all logits.
+device-step:
+	$(ON_DEVICE) training_step --output device-results/step
+
+# What `device` measures r1v3 beside, and what `device-step` imports, for a machine without a
+# network: packages that such a machine's image has not, for its Python, into .rivals (a few MB).
+DEVICE_PYTHON ?= 3.12
+RIVALS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 datasets==5.2.0 "dill<0.4.2" \
+	"multiprocess<0.70.20" pydantic annotated-types typing-inspection
+device-rivals:
+	rm -rf .rivals
+	$(ANY_PYTHON) -m pip --disable-pip-version-check install --target .rivals --no-deps --no-compile \
+		--only-binary=:all: --implementation cp --python-version $(DEVICE_PYTHON) \
+		--platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 -c constraints.txt \
+		$(RIVALS) pydantic-core
+	du -sh .rivals
+
 install: $(STAMP)
 
 # torch comes first and alone: a package that asks for any torch must not choose another one.
@@ -67,4 +95,4 @@ $(STAMP): $(SOURCES)
 	@touch $(STAMP)
 
 clean:
-	rm -rf build *.egg-info r1v3/_C.*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build device-results *.egg-info r1v3/_C.*.so .pytest_cache .mypy_cache .ruff_cache

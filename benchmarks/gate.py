@@ -5,7 +5,7 @@ run on the same inputs, plus a tolerance for the dtype of the result or the prob
 needs to compute the same quantity (`RIVAL_TOLERANCE`); its error is printed next to its time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-
 RIVAL_TOLERANCE = 0.25
 CHUNK_ELEMENTS = 2**24
 GRADIENT_ROWS = 64
+COMPARED_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,16 @@ def solve(problem: Problem) -> Truth:
     """The truth, computed a few rows at a time in float64.
 
     Gradients of rows are compared on `GRADIENT_ROWS` evenly spaced rows, first and last included;
-    everything else is compared in full.
+    everything else is compared in full. Of a gradient that all rows share, only the sum so far and
+    one part's are in memory.
     """
     rows = _compared_rows(problem)
-    exact: list[Answer] = []
-    plain: list[Answer] = []
+    exact, plain = _Parts(problem), _Parts(problem)
     for part in _parts(problem, rows):
-        plain.append(answer(part, problem.reference))
-        exact.append(answer(_in_float64(part), problem.reference))
-    truth = _joined(problem, exact)
-    errors = _errors(truth, _joined(problem, plain))
-    return Truth(truth, rows, errors)
+        plain.add(answer(part, problem.reference))
+        exact.add(answer(_in_float64(part), problem.reference))
+    truth = exact.joined()
+    return Truth(truth, rows, _errors(truth, plain.joined()))
 
 
 def errors(problem: Problem, truth: Truth, given: Answer) -> dict[str, float]:
@@ -153,12 +153,14 @@ def _errors(truth: Answer, given: Answer) -> dict[str, float]:
 def _distance(name: str, value: Tensor, exact: Tensor) -> float:
     if value.shape != exact.shape:
         raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(exact.shape)}")
-    if exact.numel() == 0:
-        return 0.0
-    value = value.to(torch.float64)
-    # Equal infinities, which ban_tokens_ makes, have no distance.
-    distance = torch.where(value == exact, 0.0, (value - exact).abs())
-    return float(distance.nan_to_num(nan=torch.inf).max())
+    largest = torch.zeros((), dtype=torch.float64, device=exact.device)
+    pieces = (x.reshape(-1).split(COMPARED_ELEMENTS) for x in (value, exact))
+    for given, right in zip(*pieces, strict=True) if exact.numel() else ():
+        given = given.to(torch.float64)
+        # Equal infinities, which ban_tokens_ makes, have no distance.
+        distance = torch.where(given == right, 0.0, (given - right).abs())
+        largest = largest.maximum(distance.nan_to_num(nan=torch.inf).max())
+    return float(largest)
 
 
 def _compared_rows(problem: Problem) -> Tensor | None:
@@ -193,15 +195,32 @@ def _in_float64(problem: Problem) -> Problem:
     return replace(problem, inputs=inputs, upstream=tuple(u.double() for u in problem.upstream))
 
 
-def _joined(problem: Problem, parts: list[Answer]) -> Answer:
-    """Rows are concatenated; gradients of inputs that all rows share are added up."""
-    if len(parts) == 1:
-        return parts[0]
-    outputs = tuple(torch.cat(pieces) for pieces in zip(*(p.outputs for p in parts), strict=True))
-    gradients = {}
-    for name in problem.differentiated if parts[0].gradients else ():
-        pieces = [part.gradients[name] for part in parts]
-        gradients[name] = (
-            torch.cat(pieces) if name in problem.row_inputs else sum(pieces[1:], pieces[0])
-        )
-    return Answer(outputs, gradients)
+class _Parts:
+    """Answers on some rows each: rows in their order, gradients of shared inputs added up."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.row_inputs = problem.row_inputs
+        self.outputs: list[tuple[Tensor, ...]] = []
+        self.rows: dict[str, list[Tensor]] = {}
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, part: Answer) -> None:
+        """Take the next rows' answer; sums of more than one are float64."""
+        self.outputs.append(part.outputs)
+        for name, gradient in part.gradients.items():
+            if name in self.row_inputs:
+                self.rows.setdefault(name, []).append(gradient)
+            elif name in self.sums:
+                self.sums[name] = self.sums[name].double().add_(gradient)
+            else:
+                self.sums[name] = gradient
+
+    def joined(self) -> Answer:
+        """The answer on all rows."""
+        outputs = tuple(_concatenated(pieces) for pieces in zip(*self.outputs, strict=True))
+        rows = {name: _concatenated(pieces) for name, pieces in self.rows.items()}
+        return Answer(outputs, {**rows, **self.sums})
+
+
+def _concatenated(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))

@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def header(device: str) -> dict[str, Any]:
-    """Facts that a time means nothing without; "unknown" where one cannot be found."""
-    commit, dirty = _commit()
+def header(device: str, commit: str | None = None) -> dict[str, Any]:
+    """Facts that a time means nothing without; "unknown" where one cannot be found.
+
+    Args:
+        commit: of a copy without its repository, as `git describe --always --dirty --abbrev=40`
+            prints it; None to ask git.
+    """
+    commit, dirty = _commit() if commit is None else _described(commit)
     facts: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
@@ -28,6 +33,8 @@ def header(device: str) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
         "torch_threads": torch.get_num_threads(),
         "cpu_kernels": _cpu_kernels(),
         "device": device,
@@ -61,6 +68,18 @@ def _commit() -> tuple[str, bool]:
     return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
 
 
+def _described(commit: str) -> tuple[str, bool]:
+    """The commit of `git describe --dirty`, and whether it says that there are changes."""
+    return commit.removesuffix("-dirty"), commit.endswith("-dirty")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
@@ -87,18 +106,31 @@ def _cpu_kernels() -> str:
         return "not built"
 
 
+def _driver() -> str:
+    """NVIDIA's driver as the kernel names it, or why it is not known."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError as error:
+        return f"unknown ({error.strerror})"
+    return text.splitlines()[0].strip()
+
+
 def _gpu() -> dict[str, Any]:
-    """Name, memory, CUDA version, and clocks where nvidia-ml-py is installed."""
+    """Name, size, versions of CUDA and the driver, and clocks where nvidia-ml-py is installed."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     facts: dict[str, Any] = {
         "gpu": properties.name,
         "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
+        "driver": _driver(),
     }
     try:
         nvml = import_module("pynvml")
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        facts["driver"] = str(nvml.nvmlSystemGetDriverVersion())
         facts["gpu_clock_mhz"] = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
         facts["memory_clock_mhz"] = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)
     except Exception as error:  # noqa: BLE001 - without clocks the times still stand

@@ -255,7 +255,7 @@ def _bitmask(banned: Tensor, vocab: int) -> Tensor:
 
 
 _TRL = "trl.trainer.utils"
-_TRL_KERNEL = "trl_losses.logprob_entropy"
+_TRL_KERNEL = "trl.kernels.logprob_entropy"
 _MEGATRON = "megatron.core.fusions.fused_cross_entropy"
 _VERL = "verl.utils.torch_functional"
 _VERL_ALGORITHMS = "verl.trainer.ppo.core_algos"

@@ -1,13 +1,4 @@
-"""Tables for a terminal, JSON for a program and one figure per op.
-
-The JSON document, schema version 1:
-
-    {"schema": 1, "header": {...}, "problems": [{"op", "mode", "shape", "dtype", "bytes", "flops",
-     "yardstick", "yardstick_timing", "implementations": [fields of runner.Result],
-     "absent": {label: reason}}]}
-
-Times are seconds, memory is bytes.
-"""
+"""Tables for a terminal and one figure per op."""
 
 import io
 import re
@@ -21,19 +12,7 @@ from rich.table import Table
 from benchmarks.runner import OURS, ProblemReport, Result
 from r1v3 import files
 
-SCHEMA = 1
 COLORS = {True: "#c44e52", False: "#8c9bb0"}
-
-
-def document(
-    header: dict[str, Any], reports: list[ProblemReport], absent: list[dict[str, str]]
-) -> dict[str, Any]:
-    """The JSON document; `absent` has one entry per report."""
-    problems = [
-        {**report.as_json(), "absent": reasons}
-        for report, reasons in zip(reports, absent, strict=True)
-    ]
-    return {"schema": SCHEMA, "header": header, "problems": problems}
 
 
 def print_header(console: Console, header: dict[str, Any], warnings: list[str]) -> None:

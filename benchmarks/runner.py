@@ -74,24 +74,32 @@ class ProblemReport:
 
 
 def run(
-    problem: Problem, peers: dict[str, Function], device: str, seconds_per_task: float
+    problem: Problem,
+    peers: dict[str, Function],
+    device: str,
+    seconds_per_task: float,
+    *,
+    compiled: bool = True,
 ) -> ProblemReport:
     """Check every implementation, then time those whose results are right.
 
     Args:
         peers: rivals' functions by name; all get the problem's inputs.
-        seconds_per_task: about how long each is timed on the CPU.
+        seconds_per_task: about how long each is timed, as far as it is not too few times.
+        compiled: whether torch.compile of the eager function is one of them.
     """
     # Earlier problems must not count against torch.compile's limit of recompilations.
     torch.compiler.reset()
     functions = {
         OURS: problem.ours,
         EAGER: problem.eager,
-        COMPILE: torch.compile(problem.eager, dynamic=False),
+        **({COMPILE: torch.compile(problem.eager, dynamic=False)} if compiled else {}),
         **problem.restated,
         **peers,
     }
     truth = gate.solve(problem)
+    # What is kept of a problem must not hold its inputs: a run has dozens, of gigabytes each.
+    kept = replace(problem, inputs={}, upstream=())
     checked = {
         name: check(problem, name, function, truth, device) for name, function in functions.items()
     }
@@ -99,7 +107,7 @@ def run(
     tasks = [_task(problem, name, functions[name], device) for name in right]
     yardstick, repeats = _yardstick(problem, device)
     if not tasks:
-        return ProblemReport(problem, yardstick.name, None, list(checked.values()))
+        return ProblemReport(kept, yardstick.name, None, list(checked.values()))
     timings = timing.measure([*tasks, yardstick], device, seconds_per_task)
     best_possible = timings[yardstick.name].median * repeats
     for task in tasks:
@@ -107,7 +115,7 @@ def run(
             problem, checked[task.name], timings, best_possible,
             timing.peak_extra_bytes(task, device),
         )  # fmt: skip
-    return ProblemReport(problem, yardstick.name, timings[yardstick.name], list(checked.values()))
+    return ProblemReport(kept, yardstick.name, timings[yardstick.name], list(checked.values()))
 
 
 def check(
@@ -122,8 +130,7 @@ def check(
         seconds = time.perf_counter() - start
         found = gate.errors(problem, truth, given)
     except Exception as error:  # noqa: BLE001 - a rival may raise anything
-        first_line = (str(error).splitlines() or [""])[0][:160]
-        return Result(name, "failed", f"{type(error).__name__}: {first_line}")
+        return Result(name, "failed", first_line(error))
     worst = max(found.values())
     is_ours = name.startswith(OURS)
     objection = gate.objection(found, truth, given, problem.tolerance, is_ours=is_ours)
@@ -132,6 +139,12 @@ def check(
     some = len(given.outputs) < len(truth.answer.outputs)
     note = f"only the first {len(given.outputs)} of the outputs" if some else ""
     return Result(name, "timed", note, worst, seconds)
+
+
+def first_line(error: BaseException) -> str:
+    """Name and first line of an error."""
+    line = (str(error).splitlines() or [""])[0][:160]
+    return f"{type(error).__name__}: {line}"
 
 
 def _task(problem: Problem, name: str, function: Function, device: str) -> Task:
@@ -175,9 +188,13 @@ def _timed(
     peak_extra_bytes: int,
 ) -> Result:
     own = timings[result.implementation]
+    notes = [result.note] if result.note else []
+    if own.late:
+        notes.append(f"in {own.late} of {own.samples} samples the GPU waited for the host")
     n_bytes = problem.bytes_read + problem.bytes_written
     return replace(
         result,
+        note="; ".join(notes),
         timing=own,
         peak_extra_bytes=peak_extra_bytes,
         gigabytes_per_second=n_bytes / own.median / 1e9 if n_bytes else None,

@@ -15,8 +15,9 @@ from r1v3.kernels import cpu
 
 L2_FLUSH_BYTES = 256 * 2**20
 CUDA_WARM_UP, CUDA_ROUNDS = 25, 100
-# Clock cycles, about half a millisecond.
-CUDA_HEAD_START = 1_000_000
+CUDA_FEWEST_WARM_UP, CUDA_FEWEST_ROUNDS = 10, 10
+# Clock cycles, about 0.1 ms to begin with and 30 ms at most: what takes the host longer waits.
+CUDA_HEAD_START, CUDA_LONGEST_HEAD_START = 200_000, 60_000_000
 CPU_FEWEST_ROUNDS, CPU_MOST_ROUNDS = 5, 100
 SHORTEST_SAMPLE = 1e-3
 
@@ -32,16 +33,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: median and 20th and 80th percentile of the samples."""
+    """Seconds per call: median and 20th and 80th percentile of the samples.
+
+    `late` samples hold time in which a GPU waited for the host.
+    """
 
     median: float
     p20: float
     p80: float
     samples: int
     calls_per_sample: int
+    late: int = 0
 
     @staticmethod
-    def of(samples: Sequence[float], calls_per_sample: int = 1) -> "Timing":
+    def of(samples: Sequence[float], calls_per_sample: int = 1, late: int = 0) -> "Timing":
         """Statistics of seconds per call.
 
         Raises:
@@ -51,7 +56,7 @@ class Timing:
             raise ValueError("a timing needs at least one sample, got none")
         ordered = sorted(samples)
         median, p20, p80 = (quantile(ordered, q) for q in (0.5, 0.2, 0.8))
-        return Timing(median, p20, p80, len(ordered), calls_per_sample)
+        return Timing(median, p20, p80, len(ordered), calls_per_sample, late)
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:
@@ -74,10 +79,10 @@ def measure(
     another left them. Calls shorter than a millisecond are repeated within a sample, after one
     that is not timed, unless they need preparation. On CUDA the L2 cache is overwritten before
     each call, and the device is kept waiting until the host has enqueued it: what is measured is
-    the device's time.
+    the device's time. How long that takes is learned for each task in the rounds of warm-up.
     """
     if device != "cpu":
-        return _measure_cuda(tasks)
+        return _measure_cuda(tasks, seconds_per_task, clock)
     calls = {task.name: _calls_per_sample(task, clock) for task in tasks}
     samples: dict[str, list[float]] = {task.name: [] for task in tasks}
     order = random.Random(0)
@@ -114,22 +119,45 @@ def _sample(task: Task, calls: int, clock: Callable[[], float]) -> float:
     return (clock() - start) / calls
 
 
-def _measure_cuda(tasks: Sequence[Task]) -> dict[str, Timing]:
+def _measure_cuda(
+    tasks: Sequence[Task], seconds_per_task: float, clock: Callable[[], float]
+) -> dict[str, Timing]:
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     samples: dict[str, list[float]] = {task.name: [] for task in tasks}
-    for turn in range(CUDA_WARM_UP + CUDA_ROUNDS):
-        for task in tasks:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            prepared = None if task.prepare is None else task.prepare()
-            flush.zero_()
-            torch.cuda._sleep(CUDA_HEAD_START)
-            start.record()
-            task.run(prepared)
-            end.record()
-            end.synchronize()
-            if turn >= CUDA_WARM_UP:
-                samples[task.name].append(start.elapsed_time(end) * 1e-3)
-    return {name: Timing.of(seconds) for name, seconds in samples.items()}
+    late = dict.fromkeys(samples, 0)
+    head_starts = dict.fromkeys(samples, CUDA_HEAD_START)
+    limit = seconds_per_task * len(tasks)
+    for most, fewest, share in (
+        (CUDA_WARM_UP, CUDA_FEWEST_WARM_UP, 0.25),
+        (CUDA_ROUNDS, CUDA_FEWEST_ROUNDS, 0.75),
+    ):
+        samples, late = {name: [] for name in samples}, dict.fromkeys(late, 0)
+        end = clock() + share * limit
+        for turn in range(most):
+            if turn >= fewest and clock() > end:
+                break
+            for task in tasks:
+                head_start = head_starts[task.name]
+                seconds, in_time = _cuda_sample(task, flush, head_start)
+                samples[task.name].append(seconds)
+                if not in_time:
+                    late[task.name] += 1
+                    head_starts[task.name] = min(2 * head_start, CUDA_LONGEST_HEAD_START)
+    return {name: Timing.of(seconds, late=late[name]) for name, seconds in samples.items()}
+
+
+def _cuda_sample(task: Task, flush: Tensor, head_start: int) -> tuple[float, bool]:
+    """Seconds of one call on the device, and whether the host had enqueued it before it began."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    prepared = None if task.prepare is None else task.prepare()
+    flush.zero_()
+    torch.cuda._sleep(head_start)
+    start.record()
+    task.run(prepared)
+    end.record()
+    in_time = not start.query()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3, in_time
 
 
 def peak_extra_bytes(task: Task, device: str) -> int:

@@ -1,7 +1,9 @@
 """The benchmark harness: what it refuses, what it measures and what it writes."""
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gate, machine, peers, report, runner, timing
-from benchmarks.__main__ import OPS, main, parse
+from benchmarks import gate, machine, peers, report, runner, session, timing
+from benchmarks.__main__ import main, parse
+from benchmarks.ops import OPS
 from benchmarks.problem import Function, Mode, Problem
 
 TINY = {
@@ -44,6 +47,8 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny_shapes(monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
+    """Small problems, each timed as few times as is allowed."""
+    monkeypatch.setitem(session.SECONDS_PER_TASK, "small", 0.0)
     for op, module in OPS.items():
         monkeypatch.setattr(module, "shapes", lambda device, size, op=op: [TINY[op]])
 
@@ -154,6 +159,28 @@ def test_truth_in_parts_is_the_truth_at_once(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(at_once.gradients[name], in_parts.gradients[name])
 
 
+def test_a_gradient_that_rows_share_is_summed_as_it_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if the truth of thousands of rows keeps a whole weight's gradient for each part."""
+    problem = tiny("linear_logprobs_and_entropy", "backward")
+    monkeypatch.setattr(gate, "CHUNK_ELEMENTS", problem.shape["V"])
+    given: list[weakref.ref[Tensor]] = []
+    most, answer = 0, gate.answer
+
+    def watched(part: Problem, function: Function) -> gate.Answer:
+        nonlocal most
+        most = max(most, sum(gradient() is not None for gradient in given))
+        found = answer(part, function)
+        given.append(weakref.ref(found.gradients["weight"]))
+        return found
+
+    monkeypatch.setattr(gate, "answer", watched)
+    gate.solve(problem)
+    assert len(given) == 2 * problem.shape["T"]
+    assert most <= 3
+
+
 def test_many_rows_are_sampled_with_first_and_last() -> None:
     """Fails if the last rows, where an index overflow shows first, are never compared."""
     problem = OPS["logprobs_and_entropy"].problem({"T": 200, "V": 10}, "backward", "cpu")
@@ -194,6 +221,63 @@ def test_a_wrong_kernel_ends_with_status_1(
     )
     assert main(["entropy", "--device", "cpu", "--peers"]) == 1
     assert "r1v3 refused: wrong" in capsys.readouterr().out
+
+
+def test_results_are_in_the_file_after_every_problem(
+    monkeypatch: pytest.MonkeyPatch, tiny_shapes: None, tmp_path: Path
+) -> None:
+    """Fails if a run that runs out of memory, or is ended, loses what it has measured."""
+    right, target = OPS["entropy"].problem, tmp_path / "results.json"
+
+    def hostile(shape: dict[str, int], mode: Mode, device: str) -> Problem:
+        if shape["T"] == 1:
+            raise torch.OutOfMemoryError("434 GiB\nare not there")
+        if shape["T"] == 2:
+            raise KeyboardInterrupt
+        return right(shape, mode, device)
+
+    shapes = [{"T": rows, "V": 300} for rows in (3, 1, 4, 2, 5)]
+    monkeypatch.setattr(OPS["entropy"], "problem", hostile)
+    monkeypatch.setattr(OPS["entropy"], "shapes", lambda device, size: shapes)
+    arguments = ["entropy", "--device", "cpu", "--peers", "--no-compile", "--json", str(target)]
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    data = json.loads(target.read_text())
+    assert [problem["shape"]["T"] for problem in data["problems"]] == [3, 4]
+    assert [(x["shape"]["T"], x["error"]) for x in data["failed"]] == [
+        (1, "OutOfMemoryError: 434 GiB")
+    ]
+    named = [i["implementation"] for i in data["problems"][0]["implementations"]]
+    assert named == [runner.OURS, runner.EAGER]
+    shapes[3:] = []
+    assert main(arguments) == 1
+
+
+def test_problems_without_time_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_shapes: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fails if a run goes on past its seconds, or hides what it has left out."""
+    target = tmp_path / "results.json"
+    monkeypatch.setattr(session.time, "perf_counter", iter(range(0, 10**6, 50)).__next__)
+    arguments = ["grpo_loss", "entropy", "ban_tokens", "--device", "cpu", "--peers", "--seconds"]
+    assert main([*arguments, "60", "--json", str(target)]) == 0
+    data = json.loads(target.read_text())
+    assert [problem["op"] for problem in data["problems"]] == ["grpo_loss"]
+    assert [x["op"] for x in data["skipped"]] == ["entropy", "ban_tokens"]
+    assert "no time for 2 more" in capsys.readouterr().out
+
+
+def test_what_is_kept_of_a_problem_holds_no_inputs(no_compiler: None) -> None:
+    """Fails if the logits of every problem of a run stay in the device's memory."""
+    problem = tiny("entropy", "forward")
+    logits = weakref.ref(problem.inputs["logits"])
+    done = runner.run(problem, {}, "cpu", 0.0)
+    del problem
+    gc.collect()
+    assert done.sound and logits() is None
 
 
 def test_banning_leaves_the_inputs_of_the_next(no_compiler: None) -> None:
@@ -346,7 +430,7 @@ def test_document_and_figures(
     )  # fmt: skip
     assert status == 0
     data = json.loads(target.read_text())
-    assert data["schema"] == report.SCHEMA == 1
+    assert data["schema"] == session.SCHEMA == 1
     assert {"date", "commit", "dirty", "cpu", "torch", "torch_threads"} <= set(data["header"])
     modes = [(p["op"], p["mode"]) for p in data["problems"]]
     assert modes == [case for case in CASES if case[0] in TINY and case in modes]
@@ -383,6 +467,20 @@ def test_warnings_name_what_spoils_times() -> None:
     assert len(machine.warnings(facts)) == 4
     quiet = {**facts, "dirty": False, "commit": "a" * 40, "load_average": 0.1}
     assert machine.warnings({**quiet, "cpu_kernels": "avx2"}) == []
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a result from a machine that got no repository cannot be traced to its code."""
+    monkeypatch.setattr(machine, "_git", lambda *arguments: None)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for given, found in (
+        (commit, (commit, False)),
+        (f"{commit}-dirty", (commit, True)),
+        (None, ("unknown", True)),
+    ):
+        facts = machine.header("cpu", given)
+        assert (facts["commit"], facts["dirty"]) == found
+    assert parse(["--commit", commit]).commit == commit
 
 
 @pytest.mark.parametrize(

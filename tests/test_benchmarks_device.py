@@ -14,15 +14,30 @@ from benchmarks import (
     runner,
     timing,
 )
-from benchmarks.__main__ import OPS
+from benchmarks.ops import OPS
 
 
 class FakeDevice:
-    """Events on a clock that only the task moves, in the order the runner asks for them."""
+    """A stream that begins what it is given a head start later, on clocks that only tasks move."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
-        self.now = 0.0
+        self.device = self.host = 0.0
+        self.head_starts: list[int] = []
+        make = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, device, **k: make(1, **k))
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+
+    def sleep(self, cycles: int) -> None:
+        self.log.append("sleep")
+        self.head_starts.append(cycles)
+        self.device = max(self.device, self.host) + cycles * 0.5e-9
+
+    def work(self, host: float, device: float) -> None:
+        """A call that takes the host so long to enqueue and the device so long to run."""
+        self.host += host
+        self.device = max(self.device, self.host) + device
 
     def event(self, enable_timing: bool) -> Any:
         assert enable_timing
@@ -31,10 +46,14 @@ class FakeDevice:
         class Event:
             def record(self) -> None:
                 device.log.append("record")
-                self.at = device.now
+                self.at = device.device
+
+            def query(self) -> bool:
+                return device.host > self.at
 
             def synchronize(self) -> None:
                 device.log.append("synchronize")
+                device.host = max(device.host, self.at)
 
             def elapsed_time(self, end: Any) -> float:
                 return (end.at - self.at) * 1e3
@@ -44,26 +63,61 @@ class FakeDevice:
 
 def test_cuda_times_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the flush, the head start or the preparation is timed, or warm-up is counted."""
-    fake = FakeDevice()
-    make = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, device, **k: make(1, **k))
-    monkeypatch.setattr(torch.cuda, "Event", fake.event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: fake.log.append("sleep"))
+    fake = FakeDevice(monkeypatch)
 
     def run(prepared: object) -> None:
         assert prepared == "ready"
         fake.log.append("run")
-        fake.now += 3e-6
+        fake.work(host=1e-6, device=3e-6)
 
     def prepare() -> str:
         fake.log.append("prepare")
-        fake.now += 1.0
+        fake.work(host=0.5, device=1.0)
         return "ready"
 
-    timings = timing.measure([timing.Task("x", run, prepare)], "cuda", 0.0)
+    timings = timing.measure([timing.Task("x", run, prepare)], "cuda", 1e9)
     assert timings["x"].samples == timing.CUDA_ROUNDS
     assert timings["x"].median == pytest.approx(3e-6)
+    assert timings["x"].late == 0
     assert fake.log[:6] == ["prepare", "sleep", "record", "run", "record", "synchronize"]
+
+
+def test_a_call_that_is_long_to_enqueue_is_not_timed_by_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if the host's 3 ms of enqueueing thirty kernels are reported as the device's 0.2 ms."""
+    fake = FakeDevice(monkeypatch)
+    tasks = [
+        timing.Task("many kernels", lambda _: [fake.work(1e-4, 7e-6) for _ in range(30)]),
+        timing.Task("one kernel", lambda _: fake.work(1e-5, 7e-6)),
+    ]
+    timings = timing.measure(tasks, "cuda", 1e9)
+    assert timings["many kernels"].median == pytest.approx(30 * 7e-6)
+    assert timings["many kernels"].late == timings["one kernel"].late == 0
+    assert timings["one kernel"].median == pytest.approx(7e-6)
+    assert fake.head_starts[-1] == timing.CUDA_HEAD_START < fake.head_starts[-2]
+
+
+def test_a_call_that_waits_for_the_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if times that hold the host's are not told from the device's own."""
+    fake = FakeDevice(monkeypatch)
+
+    def waits(_: object) -> None:
+        fake.host = max(fake.host, fake.device) + 1e-3
+        fake.work(1e-4, 7e-6)
+
+    timings = timing.measure([timing.Task("x", waits)], "cuda", 1e9)
+    assert timings["x"].late == timings["x"].samples
+    assert max(fake.head_starts) <= timing.CUDA_LONGEST_HEAD_START
+
+
+def test_cuda_rounds_end_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if five slow implementations take minutes of a device's time, whatever was asked."""
+    fake = FakeDevice(monkeypatch)
+    tasks = [timing.Task("slow", lambda _: fake.work(1e-5, 0.5))]
+    timings = timing.measure(tasks, "cuda", 8.0, clock=lambda: fake.device)
+    assert timings["slow"].samples == 0.75 * 8.0 / 0.5
+    assert timing.measure(tasks, "cuda", 0.0, clock=lambda: fake.device)["slow"].samples == 10
 
 
 def test_overwritten_inputs_are_fresh_in_every_cuda_run() -> None:

@@ -64,7 +64,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Workload, list[str], float, 
     add("--variants", nargs="+", metavar="NAME", default=list(VARIANTS),
         help=f"of {', '.join(VARIANTS)} (default: all)")  # fmt: skip
     add("--timeout", type=float, default=1800.0, metavar="S", help="for one process (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    add("--json", type=Path, metavar="FILE", 
+        help="write the results to FILE after every variant")  # fmt: skip
     options = parser.parse_args(arguments)
     for name in options.variants:
         if name not in VARIANTS:
@@ -131,9 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 else:
                     row = run(folder, variant, timeout)
             rows.append(row)
+            if target is not None:
+                files.write_json(target, document(workload, reference, rows))
     _print_rows(console, rows, reference)
     if target is not None:
-        files.write_json(target, document(workload, reference, rows))
         console.print(f"results: {target}", markup=False)
     return int(any(row["status"] in ("wrong", "failed") for row in rows))
 

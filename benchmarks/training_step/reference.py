@@ -24,7 +24,7 @@ from r1v3.model.parts import PARTS
 SEED = 20250709
 # Log-ratios to the old policy have this spread, so that some are clipped and the loss is not 0.
 OLD_POLICY_NOISE = 0.1
-PACKAGES = ("transformers", "megatron-core", "triton", "flash-attn", "trl")
+PACKAGES = ("transformers", "megatron-core", "flash-attn", "trl")
 TENSORS = "tokens.safetensors"
 
 
@@ -34,7 +34,7 @@ def write(workload: Workload, folder: Path) -> None:
     They come from HFEngine in float32 with a head of plain PyTorch operations. `old_logprobs` are
     its log-probs with noise.
     """
-    facts = {**machine.header(workload.device), **_versions(workload.device)}
+    facts = {**machine.header(workload.device), **_versions()}
     _write_model(workload, folder)
     model = load_model(folder, device=workload.device)
     engine = HFEngine(model, load_tokenizer(folder), modules=MODULES)
@@ -141,18 +141,12 @@ def random_tokens(workload: Workload, image_token_id: int) -> tuple[Batch, Tenso
     return batch, torch.randn(rows, generator=generator), noise
 
 
-def _versions(device: str) -> dict[str, Any]:
-    """Of what computes beside torch, None where it is not installed; on CUDA the driver's too."""
+def _versions() -> dict[str, Any]:
+    """Of what computes beside torch, None where it is not installed."""
     found: dict[str, Any] = {}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = None
-    if device != "cpu":
-        try:
-            text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-            found["driver"] = text.splitlines()[0].strip()
-        except OSError as error:
-            found["driver"] = f"unknown ({error.strerror})"
     return found

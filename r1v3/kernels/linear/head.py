@@ -168,7 +168,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
         out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     elif not add:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif _adds_in_place(out.device, a.dtype):
+    elif adds_in_place(out.device, a.dtype):
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out += torch.mm(a, b, out_dtype=out.dtype)
@@ -180,7 +180,7 @@ def padded(columns: int) -> int:
 
 
 @cache
-def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+def adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this torch adds a product of 16-bit operands to a float32 matrix; 2.8 does not."""
     operand = torch.zeros(16, 16, dtype=dtype, device=device)
     out = torch.zeros(16, 16, device=device)
