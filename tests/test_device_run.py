@@ -172,7 +172,7 @@ def wait_for(
 
 def test_the_plan_fits_and_measures_every_op(tmp_path: Path) -> None:
     """Fails if the planned times are more than there is, or an op is never measured on a device."""
-    steps = plan.chosen(plan.steps("cuda", tmp_path), [])
+    steps = plan.chosen(plan.steps(plan.Setting("cuda", tmp_path)), [])
     assert sum(step.planned for step in steps) <= plan.SECONDS - command.RESERVE
     assert all(step.planned < step.limit < plan.SECONDS for step in steps)
     assert set(plan.OPS) == set(OPS) and set(plan.CPU_OPS) < set(OPS)
@@ -180,7 +180,7 @@ def test_the_plan_fits_and_measures_every_op(tmp_path: Path) -> None:
     order = ["machine", "build", "tests", "racecheck", "logprobs_and_entropy", "ban_tokens"]
     assert [name for name in names if name in order] == order
     assert "training_step" not in names
-    named = plan.chosen(plan.steps("cuda", tmp_path), ["training_step"])
+    named = plan.chosen(plan.steps(plan.Setting("cuda", tmp_path)), ["training_step"])
     assert [step.name for step in named] == ["machine", "training_step"]
 
 

@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def lacking(step: Step) -> str:
-    """What the step needs and is not there, or nothing."""
+    """Say what the step needs that is not there; empty where nothing lacks."""
     path = step.environment.get("PYTHONPATH")
     for need in step.needs:
         kind, name = need.split()
@@ -187,9 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the steps; 1 unless all have passed."""
     options = parse(arguments)
     with tempfile.TemporaryDirectory(prefix="device-") as parts:
+        shapes = options.shapes or ("small" if options.device == "cpu" else "full")
         everything = plan.steps(
-            options.device, Path(parts), arch=options.arch, commit=options.commit,
-            rivals=options.rivals, workers=options.workers, shapes=options.shapes,
+            plan.Setting(
+                options.device, Path(parts), options.arch, options.commit, options.rivals,
+                options.workers, shapes,
+            )
         )  # fmt: skip
         try:
             steps = plan.chosen(everything, options.steps)

@@ -1,4 +1,4 @@
-"""What the machine is and has: `python -m benchmarks.device.facts --device D --json FILE`."""
+"""Facts about this machine: `python -m benchmarks.device.facts --device D --json FILE`."""
 
 import argparse
 from collections.abc import Callable

@@ -60,108 +60,125 @@ class Step:
         return min(left * self.planned / planned_from_here, 0.8 * self.limit)
 
 
-def steps(
-    device: str,
-    parts: Path,
-    *,
-    arch: str = "90",
-    commit: str | None = None,
-    rivals: Path | None = None,
-    workers: int = 8,
-    shapes: str | None = None,
-) -> list[Step]:
-    """All steps, in their order.
+@dataclass(frozen=True)
+class Setting:
+    """The choices that the steps of a run depend on.
 
-    Args:
+    Attributes:
+        device: "cpu" or "cuda".
         parts: the folder of the steps' results.
         arch: the architecture to build for, as nvcc names it.
         commit: as `machine.header` takes it, or None.
-        rivals: a folder with packages that ops and the training step may import, or None.
+        rivals: a folder with packages that ops and the training step may import.
         workers: processes of the tests.
-        shapes: of the ops; None for full ones on a GPU, small ones on a CPU.
+        shapes: of the ops, "small" or "full".
     """
-    gpu = device != "cpu"
-    patience = 1 if gpu else CPU_PATIENCE
-    shapes = shapes or ("full" if gpu else "small")
-    told = ("--commit", commit) if commit else ()
-    path = {"PYTHONPATH": str(rivals)} if rivals is not None and rivals.is_dir() else {}
 
-    def module(name: str, *arguments: str) -> tuple[str, ...]:
-        return sys.executable, "-m", name, *arguments
+    device: str
+    parts: Path
+    arch: str = "90"
+    commit: str | None = None
+    rivals: Path | None = None
+    workers: int = 8
+    shapes: str = "full"
 
-    def op(name: str, planned: float, compiled: bool) -> Step:
-        result = parts / f"{name}.json"
-        options = () if compiled else ("--no-compile",)
-        command = module(
-            "benchmarks.device.op", name, "--device", device, "--shapes", shapes, "--json",
-            str(result), *told, *options, "--seconds",
-        )  # fmt: skip
-        # A process needs some seconds before its first problem.
-        return Step(
-            name, command, planned, patience * (2 * planned + 15), result, path, shares_time=True
-        )
+    @property
+    def gpu(self) -> bool:
+        """Whether there is one."""
+        return self.device != "cpu"
 
-    def tests() -> Step:
-        result = parts / "tests.json"
-        chosen = ("--gpu",) if gpu else CPU_TESTS
-        command = module(
-            "benchmarks.device.tests", *chosen, "--workers", str(workers), "--json", str(result),
-            "--seconds",
-        )  # fmt: skip
-        planned, limit = (150, 220) if gpu else (20, 60 * patience)
-        return Step(
-            "tests", command, planned, limit, result, shares_time=True, needs=("module pytest",)
-        )
+    @property
+    def patience(self) -> int:
+        """The factor of the limits."""
+        return 1 if self.gpu else CPU_PATIENCE
 
-    def facts(name: str, planned: float, *options: str) -> Step:
-        result = parts / f"{name}.json"
-        command = module("benchmarks.device.facts", "--device", device, "--json", str(result),
-                         *told, *options)  # fmt: skip
-        return Step(name, command, planned, 60 * patience, result)
+    def result(self, name: str) -> Path:
+        """The file of a step's results."""
+        return self.parts / f"{name}.json"
 
-    build = {"R1V3_BUILD_CUDA": "1", "R1V3_CUDA_ARCHS": arch} if gpu else {"R1V3_BUILD_CUDA": "0"}
-    race = parts / "racecheck.json"
-    training = parts / "training_step.json"
-    everything = [
-        facts(MACHINE, 8),
-        Step(
-            "build",
-            (sys.executable, "setup.py", "build_ext", "--inplace"),
-            45 if gpu else 70,
-            150 * patience,
-            environment=build,
-            needs=("module setuptools", "module pybind11", *(("program nvcc",) if gpu else ())),
-        ),
-        facts("probes", 15 if gpu else 6, "--probes"),
-        tests(),
+    def command(
+        self, module: str, name: str, *arguments: str, tells: bool = True
+    ) -> tuple[str, ...]:
+        """A module of this project, told the device and the file of its results."""
+        told = ("--commit", self.commit) if self.commit and tells else ()
+        return (sys.executable, "-m", module, *arguments, "--device", self.device,
+                "--json", str(self.result(name)), *told)  # fmt: skip
+
+    @property
+    def path(self) -> dict[str, str]:
+        """Environment of steps that import the rivals' packages."""
+        there = self.rivals is not None and self.rivals.is_dir()
+        return {"PYTHONPATH": str(self.rivals)} if there else {}
+
+
+def steps(setting: Setting) -> list[Step]:
+    """All steps, in their order."""
+    gpu = setting.gpu
+    first = [_facts(setting, MACHINE, 8), _build(setting)]
+    first += [_facts(setting, "probes", 15 if gpu else 6, "--probes"), _tests(setting)]
+    ops = OPS if gpu else CPU_OPS
+    return [
+        *first,
+        *([_racecheck(setting)] if gpu else []),
+        *(_op(setting, name, planned, compiled) for name, (planned, compiled) in ops.items()),
+        _training_step(setting),
     ]
-    if gpu:
-        everything.append(
-            Step(
-                "racecheck",
-                ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9",
-                 *module("benchmarks.device.one_row", "--json", str(race))),
-                20,
-                60,
-                race,
-                needs=("program compute-sanitizer",),
-            )
-        )  # fmt: skip
-    everything += [op(name, *how) for name, how in (OPS if gpu else CPU_OPS).items()]
-    everything.append(
-        Step(
-            "training_step",
-            module("benchmarks.training_step", "--device", device, "--json", str(training),
-                   "--timeout", "150"),
-            400 if gpu else 120,
-            540 * patience,
-            training,
-            path,
-            on_request=True,
-            needs=("module transformers", "module pydantic"),
-        )
+
+
+def _facts(setting: Setting, name: str, planned: float, *options: str) -> Step:
+    command = setting.command("benchmarks.device.facts", name, *options)
+    return Step(name, command, planned, 60 * setting.patience, setting.result(name))
+
+
+def _build(setting: Setting) -> Step:
+    needs = ["module setuptools", "module pybind11"]
+    environment = {"R1V3_BUILD_CUDA": "0"}
+    if setting.gpu:
+        needs.append("program nvcc")
+        environment = {"R1V3_BUILD_CUDA": "1", "R1V3_CUDA_ARCHS": setting.arch}
+    command = (sys.executable, "setup.py", "build_ext", "--inplace")
+    planned, limit = 45 if setting.gpu else 70, 150 * setting.patience
+    return Step("build", command, planned, limit, environment=environment, needs=tuple(needs))
+
+
+def _tests(setting: Setting) -> Step:
+    chosen = ("--gpu",) if setting.gpu else CPU_TESTS
+    module = (sys.executable, "-m", "benchmarks.device.tests", *chosen)
+    told = ("--workers", str(setting.workers), "--json", str(setting.result("tests")))
+    planned, limit = (150, 220) if setting.gpu else (20, 60 * setting.patience)
+    return Step(
+        "tests", (*module, *told, "--seconds"), planned, limit, setting.result("tests"),
+        shares_time=True, needs=("module pytest",),
     )  # fmt: skip
-    return everything
+
+
+def _racecheck(setting: Setting) -> Step:
+    result = setting.result("racecheck")
+    row = (sys.executable, "-m", "benchmarks.device.one_row", "--json", str(result))
+    command = ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *row)
+    return Step("racecheck", command, 20, 60, result, needs=("program compute-sanitizer",))
+
+
+def _op(setting: Setting, name: str, planned: float, compiled: bool) -> Step:
+    options = () if compiled else ("--no-compile",)
+    command = setting.command(
+        "benchmarks.device.op", name, name, "--shapes", setting.shapes, *options
+    )
+    # A process needs some seconds before its first problem.
+    limit = setting.patience * (2 * planned + 15)
+    return Step(
+        name, (*command, "--seconds"), planned, limit, setting.result(name), setting.path,
+        shares_time=True,
+    )  # fmt: skip
+
+
+def _training_step(setting: Setting) -> Step:
+    name, planned = "training_step", 400 if setting.gpu else 120
+    command = setting.command("benchmarks.training_step", name, "--timeout", "150", tells=False)
+    return Step(
+        name, command, planned, 540 * setting.patience, setting.result(name), setting.path,
+        on_request=True, needs=("module transformers", "module pydantic"),
+    )  # fmt: skip
 
 
 def chosen(everything: Sequence[Step], names: Sequence[str]) -> list[Step]:

@@ -14,7 +14,7 @@ GRACE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its status, None past the limit; seconds; last line of its output."""
+    """The end of a command: its status, None past the limit; seconds; last line of its output."""
 
     status: int | None
     seconds: float

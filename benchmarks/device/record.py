@@ -29,7 +29,7 @@ SINGLE = ("probes", "tests", "racecheck", "training_step")
 
 @dataclass
 class State:
-    """What has become of a step."""
+    """The end of a step, or how far it is."""
 
     name: str
     planned: float
@@ -70,7 +70,7 @@ class Record:
         self.write()
 
     def part(self, name: str) -> dict[str, Any]:
-        """What a step has written so far."""
+        """The document that a step has written so far."""
         return self._parts.get(name, {})
 
     def document(self) -> dict[str, Any]:
