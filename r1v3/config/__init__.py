@@ -5,7 +5,7 @@ the nearest valid one. The resolved configuration is written into the run folder
 """
 
 from r1v3.config.base import ConfigError, Section
-from r1v3.config.data import Data, Teacher
+from r1v3.config.data import Data, Search, Teacher
 from r1v3.config.loading import load, to_yaml
 from r1v3.config.sections import (
     DEFAULT_PICTURES,
@@ -57,6 +57,7 @@ __all__ = [
     "PolicyLoss",
     "Rewards",
     "RolloutEngine",
+    "Search",
     "Section",
     "Select",
     "Serve",

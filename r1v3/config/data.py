@@ -1,7 +1,7 @@
 """The `data` stage."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -17,12 +17,32 @@ class Teacher(Section):
     check: Fraction = 0.2
 
 
+class Search(Section):
+    """The teacher of `tasks: search`; see `r1v3.data.search_chains.Searcher`.
+
+    bare: share of the cold start that is answered without a thought, in the NoThink template.
+    """
+
+    signs: Annotated[str, Field(pattern=r"^(\+-x?|\+x|-x)$")] = "+-"
+    noise: Annotated[float, Field(ge=0)] = 4.0
+    sharpness: Annotated[float, Field(gt=0)] = 2.0
+    check: Fraction = 0.2
+    most_trials: Positive = 8
+    bare: Fraction = 0.15
+
+
 class Data(Section):
-    """Datasets of the handwriting recipe; a count of 0 leaves that dataset out."""
+    """Datasets of the handwriting recipe; a count of 0 leaves that dataset out.
+
+    tasks: `handwriting` are the demo's domains, `search` those that are answered by trying and
+    verifying (docs/search.md), with the teacher in `search`.
+    """
 
     run: Path
     seed: int = 0
+    tasks: Literal["handwriting", "search"] = "handwriting"
     teacher: Teacher = Teacher()
+    search: Search = Search()
     tries: Positive = 4
     base: Annotated[int, Field(ge=0)] = 0
     base_validation: Annotated[int, Field(ge=0)] = 0

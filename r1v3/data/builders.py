@@ -1,6 +1,6 @@
 """Builds the recipe's datasets from handwritten scans: questions, cold-start chains, base data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ def question_text(problem: Problem) -> str:
     return "\n".join(lines)
 
 
-def _sample(
+def row_of(
     problem: Problem,
     text: str,
     split: str,
@@ -31,7 +31,9 @@ def _sample(
     answer: str | None = None,
     response: str | None = None,
     thinking: bool = True,
+    further: Mapping[str, object] | None = None,
 ) -> Sample:
+    """A problem as a row, with its picture composed; `further` goes into extra_info."""
     gold = problem.answer if answer is None else answer
     return Sample(
         data_source="r1v3/handwriting",
@@ -48,6 +50,7 @@ def _sample(
             "options": list(problem.options) if problem.options else None,
             "response": response,
             "thinking": thinking,
+            **(further or {}),
         },
     )
 
@@ -58,7 +61,7 @@ def questions(split: str, domains: Sequence[str], count: int, seed: int) -> list
     samples = []
     for index in range(count):
         problem = BUILDERS[domains[index % len(domains)]](split, rng)
-        samples.append(_sample(problem, question_text(problem), split, index, rng))
+        samples.append(row_of(problem, question_text(problem), split, index, rng))
     return samples
 
 
@@ -92,7 +95,7 @@ def cold_start(
         result.rechecks += chain.rechecks > 0
         response = f"{chain.thought}\n{THINK_CLOSE}\n\n\\boxed{{{chain.answer}}}"
         text, index = question_text(problem), len(result.samples)
-        result.samples.append(_sample(problem, text, split, index, rng, response=response))
+        result.samples.append(row_of(problem, text, split, index, rng, response=response))
     return result
 
 
@@ -102,7 +105,7 @@ def _spoken(problem: Problem, rng: np.random.Generator, index: int, split: str) 
     steps, answer = solve(problem, rows)
     text = f"The picture shows {show_rows(rows, problem.target)}.\n{question_text(problem)}"
     response = f"{steps}\n\n\\boxed{{{answer}}}"
-    return _sample(
+    return row_of(
         problem, text, split, index, rng, picture=False, response=response, thinking=False
     )
 
@@ -116,14 +119,14 @@ def _transcript(
     else:
         text = "Read the digits row by row."
         answer = f"{show_rows(problem.true_rows(), problem.target)}."
-    return _sample(problem, text, split, index, rng, answer=answer, response=answer, thinking=False)
+    return row_of(problem, text, split, index, rng, answer=answer, response=answer, thinking=False)
 
 
 def _direct(problem: Problem, rng: np.random.Generator, index: int, split: str) -> Sample:
     """A question about a picture with the bare answer."""
     response = f"\\boxed{{{problem.answer}}}"
     text = question_text(problem)
-    return _sample(problem, text, split, index, rng, response=response, thinking=False)
+    return row_of(problem, text, split, index, rng, response=response, thinking=False)
 
 
 def _explained(problem: Problem, rng: np.random.Generator, index: int, split: str) -> Sample:
@@ -132,7 +135,7 @@ def _explained(problem: Problem, rng: np.random.Generator, index: int, split: st
     steps, answer = solve(problem, rows)
     response = f"I see {show_rows(rows, problem.target)}. {steps}\n\n\\boxed{{{answer}}}"
     text = f"{question_text(problem)}\nExplain."
-    return _sample(problem, text, split, index, rng, response=response, thinking=False)
+    return row_of(problem, text, split, index, rng, response=response, thinking=False)
 
 
 def _matching(problem: Problem, rng: np.random.Generator, index: int, split: str) -> Sample:
@@ -141,7 +144,7 @@ def _matching(problem: Problem, rng: np.random.Generator, index: int, split: str
     place = int(rng.integers(0, len(options)))
     text = f"Which option says {options[place]}?\n{question_text(problem)}"
     response = f"That is {LETTERS[place]}.\n\n\\boxed{{{LETTERS[place]}}}"
-    return _sample(
+    return row_of(
         problem,
         text,
         split,

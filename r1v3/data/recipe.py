@@ -19,6 +19,14 @@ from r1v3.data.builders import (
 from r1v3.data.chains import TeacherConfig
 from r1v3.data.sample import Sample
 from r1v3.data.schema import write_samples
+from r1v3.data.search_chains import Searcher
+from r1v3.data.search_rows import (
+    IN_DOMAIN_KINDS,
+    OUT_OF_DOMAIN_KINDS,
+    search_cold_start,
+    search_connector_mix,
+    search_questions,
+)
 from r1v3.data.tasks import IN_DOMAIN, OUT_OF_DOMAIN
 from r1v3.files import read_json_object, write_json
 from r1v3.progress import progress_bar
@@ -77,19 +85,53 @@ def share_out(counts: Mapping[str, int], parts: int) -> list[list[str]]:
     return [[name for name in counts if name in share] for share in shares]
 
 
-def _makers(config: Data) -> dict[str, Callable[[int], tuple[list[Sample], dict[str, object]]]]:
+Maker = Callable[[int], tuple[list[Sample], dict[str, object]]]
+
+
+def _plain(make: Callable[[int], list[Sample]]) -> Maker:
+    return lambda count: (make(count), {})
+
+
+def _makers(config: Data) -> dict[str, Maker]:
     """Functions that make so many samples of each dataset, and say what is to be told of them."""
+    return _handwriting_makers(config) | (
+        _search_makers(config) if config.tasks == "search" else {}
+    )
+
+
+def _search_makers(config: Data) -> dict[str, Maker]:
+    seed, tries, bare = config.seed, config.tries, config.search.bare
+    searcher = Searcher(**config.search.model_dump(exclude={"bare"}))
+
+    def chains(split: str, count: int) -> tuple[list[Sample], dict[str, object]]:
+        result = search_cold_start(split, count, seed, searcher, bare=bare, tries=tries)
+        return result.samples, {f"chains_{split}": _rejection(result)}
+
+    def asked(split: str, kinds: tuple[tuple[str, str], ...], seed: int) -> Maker:
+        return _plain(lambda n: search_questions(split, kinds, n, seed, searcher))
+
+    def mix(split: str) -> Maker:
+        return _plain(lambda n: search_connector_mix(split, n, seed, searcher, tries=tries))
+
+    return {
+        "sft": lambda n: chains("train", n),
+        "sft_validation": lambda n: chains("validation", n),
+        "grpo": asked("rl", IN_DOMAIN_KINDS, seed),
+        "grpo_validation": asked("validation", IN_DOMAIN_KINDS, seed),
+        "connector": mix("train"),
+        "connector_validation": mix("validation"),
+        "test_in_domain": asked("test", IN_DOMAIN_KINDS, seed),
+        "test_out_of_domain": asked("test", OUT_OF_DOMAIN_KINDS, seed + 1),
+    }
+
+
+def _handwriting_makers(config: Data) -> dict[str, Maker]:
     teacher = TeacherConfig(**config.teacher.model_dump())
     seed = config.seed
 
     def chains(split: str, count: int) -> tuple[list[Sample], dict[str, object]]:
         result = cold_start(split, count, seed, teacher, tries=config.tries)
         return result.samples, {f"chains_{split}": _rejection(result)}
-
-    def plain(
-        make: Callable[[int], list[Sample]],
-    ) -> Callable[[int], tuple[list[Sample], dict[str, object]]]:
-        return lambda count: (make(count), {})
 
     others: dict[str, Callable[[int], list[Sample]]] = {
         "base": lambda n: base_corpus("train", n, seed),
@@ -108,7 +150,7 @@ def _makers(config: Data) -> dict[str, Callable[[int], tuple[list[Sample], dict[
     return {
         "sft": lambda n: chains("train", n),
         "sft_validation": lambda n: chains("validation", n),
-        **{name: plain(make) for name, make in others.items()},
+        **{name: _plain(make) for name, make in others.items()},
     }
 
 

@@ -25,7 +25,8 @@ class Problem:
     """One question.
 
     `rows` are the scan ids of each number in the picture from top to bottom, `cells` where they
-    stand, `target` what the question is about besides the picture (the sign, the digit to count).
+    stand, `target` what the question is about besides the picture (the sign, the digit to count),
+    `difficulty` normal or hard where the domain is graded.
     """
 
     domain: str
@@ -35,6 +36,7 @@ class Problem:
     cells: tuple[Cell, ...]
     target: str = ""
     options: tuple[str, ...] | None = None
+    difficulty: str | None = None
 
     def true_rows(self) -> tuple[str, ...]:
         """The digits of every row, correctly read."""

@@ -26,6 +26,7 @@ from r1v3.rewards.choices import (
 from r1v3.rewards.extract import MAX_ANSWER_CHARS, extract_answer, unwrap_boxed
 from r1v3.rewards.formula import Unreadable
 from r1v3.rewards.notation import same_key
+from r1v3.rewards.operators import read_puzzle
 from r1v3.rewards.symbolic import Undecided
 
 __all__ = ["accuracy_reward", "extract_answer"]
@@ -159,6 +160,9 @@ def judge(answer: str, ground_truth: str, *, options: Sequence[str] | None = Non
 
 
 def _correct(answer: str, gold: str, options: Sequence[str] | None) -> bool:
+    puzzle = read_puzzle(gold)
+    if puzzle is not None:
+        return puzzle.solved_by(answer)
     if options:
         verdict = _option_correct(answer, gold, option_texts(options))
         if verdict is not None:

@@ -1,0 +1,179 @@
+"""Chains that search: every calculation true, every dead end real, the ending verified."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from r1v3.config import Evaluate, load
+from r1v3.data import digits, tasks
+from r1v3.data.chains import CAREFUL_STRENGTH, GLANCE_STRENGTH, Chain
+from r1v3.data.digits import reading_probabilities
+from r1v3.data.search_chains import (
+    Searcher,
+    calculation,
+    calculation_back,
+    look_twice,
+    sample_search,
+    search_signs,
+)
+from r1v3.data.search_tasks import DIFFICULTIES, SEARCH_BUILDERS
+from r1v3.data.tasks import Problem
+from r1v3.data.tokenizer import load_tokenizer
+from r1v3.rewards.rules import answers_match
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SEARCHER = Searcher(noise=6.0, check=0.5)
+EQUATION = re.compile(r"[-+x=\d]*=[-+x=\d]*")
+
+
+def problems(domain: str, difficulty: str, count: int = 60, seed: int = 0) -> list[Problem]:
+    rng = np.random.default_rng(seed)
+    return [SEARCH_BUILDERS[domain]("train", rng, difficulty, "+-") for _ in range(count)]
+
+
+def kept(
+    domain: str, difficulty: str, searcher: Searcher = SEARCHER, count: int = 60
+) -> list[tuple[Problem, Chain]]:
+    rng = np.random.default_rng(1)
+    pairs = [(p, sample_search(p, searcher, rng)[0]) for p in problems(domain, difficulty, count)]
+    return [(problem, chain) for problem, chain in pairs if chain is not None]
+
+
+def value(side: str) -> int:
+    """A side of an equation from left to right, by another way than the code's."""
+    first = re.match(r"-?\d+", side)
+    assert first is not None, side
+    total = int(first[0])
+    for sign, digit in re.findall(r"([-+x])(\d)", side[first.end() :]):
+        total = {"+": total + int(digit), "-": total - int(digit), "x": total * int(digit)}[sign]
+    return total
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_every_calculation_is_true_and_every_verdict_honest(difficulty: str) -> None:
+    """Fails if the cold start teaches wrong sums, or to accept or refuse what it should not."""
+    checks = 0
+    for problem, chain in kept("operators", difficulty):
+        trials = re.findall(r"(Hmm, )?([-+x=\d]+), (it fits|not (\d+))", chain.thought)
+        assert trials and len(trials) == len(EQUATION.findall(chain.thought))
+        read = re.findall(r"(?:I see|it is) (\d)\d+\.", chain.thought)[-1]
+        for back, line, verdict, refused in trials:
+            reached = {value(side) for side in line.split("=")}
+            wanted = read if back else problem.target
+            assert len(reached) == 1 and refused in ("", problem.target)
+            assert (reached == {int(wanted)}) == (verdict == "it fits")
+            assert not back or line.startswith(problem.target)
+            checks += bool(back)
+    assert checks > 3
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_a_search_ends_with_what_fits_and_tries_nothing_twice(difficulty: str) -> None:
+    """Fails if dead ends are decoration: repeated, or behind the solution."""
+    lengths = []
+    for problem, chain in kept("operators", difficulty, replace(SEARCHER, check=0.0)):
+        last = chain.thought.split("Hmm, it is ")[-1]
+        lines = [line.split("=")[0] for line in EQUATION.findall(last)]
+        assert len(set(lines)) == len(lines) and last.endswith(", it fits.")
+        assert last.count("it fits") == 1 and answers_match(lines[-1], problem.answer)
+        assert answers_match(chain.answer, problem.answer)
+        words = len(re.findall("Wait|Alternatively|Hmm", chain.thought))
+        assert words == chain.rechecks <= SEARCHER.most_trials
+        lengths.append(len(lines))
+    assert set(lengths) >= {1, 2, 3}
+
+
+def test_harder_questions_have_longer_chains() -> None:
+    """Fails if length says nothing about difficulty."""
+    trials = []
+    for difficulty in DIFFICULTIES:
+        chains = [chain for _, chain in kept("operators", difficulty, count=200)]
+        trials.append(
+            np.mean([c.thought.count(", not ") for c in chains if "it is" not in c.thought])
+        )
+    assert trials[0] + 0.2 < trials[1]
+
+
+def test_a_second_look_disagrees_exactly_where_the_hands_were_read_differently() -> None:
+    """Fails if "Wait" stands where nothing was found, or a disagreement is passed over."""
+    kinds = set()
+    for problem, chain in kept("two_hands", "hard"):
+        first = re.findall(r"I see (\d+)\.", chain.thought)[0]
+        second = re.findall(r"the second is (\d+)", chain.thought)[0]
+        assert ("Wait" in chain.thought) == (first != second) == (chain.rechecks == 2)
+        if first != second:
+            assert f"Hmm, {first} or {second}. It is {problem.answer}." in chain.thought
+            assert all(d in pair for d, *pair in zip(problem.answer, first, second, strict=True))
+        kinds.add(first == second)
+    assert kinds == {True, False}
+
+
+def test_the_second_hand_is_evidence() -> None:
+    """Fails if weighing both hands reads no better than looking at one."""
+    one = both = 0
+    rng = np.random.default_rng(2)
+    for problem in problems("two_hands", "hard", 300):
+        chain = look_twice(problem, SEARCHER, rng)
+        one += re.findall(r"I see (\d+)\.", chain.thought)[0] == problem.answer
+        both += chain.answer == problem.answer
+    assert both > one + 30
+
+
+@pytest.mark.parametrize(
+    ("domain", "think"), [("operators", search_signs), ("two_hands", look_twice)]
+)
+def test_the_teacher_sees_neither_labels_nor_the_answer(
+    domain: str, think: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if chains are decorated answers: with other labels it must write the same."""
+    asked = problems(domain, "normal", 20)
+    for strength in (GLANCE_STRENGTH, CAREFUL_STRENGTH):
+        reading_probabilities(strength)
+    before = [think(p, SEARCHER, np.random.default_rng(i)) for i, p in enumerate(asked)]  # type: ignore[operator]
+    permuted = replace(digits.scans(), labels=(digits.scans().labels + 3) % 10)
+    for module in (digits, tasks):
+        monkeypatch.setattr(module, "scans", lambda: permuted)
+    hidden = [replace(problem, answer="?") for problem in asked]
+    after = [think(p, SEARCHER, np.random.default_rng(i)) for i, p in enumerate(hidden)]  # type: ignore[operator]
+    assert after == before
+
+
+def test_wrong_and_endless_chains_are_rejected() -> None:
+    """Fails if a misreading that reaches the target by luck is taught."""
+    (problem,) = problems("operators", "normal", 1)
+    impossible = replace(problem, answer="0")
+    assert sample_search(impossible, SEARCHER, np.random.default_rng(0), 3) == (None, 3)
+    hopeless = replace(problem, target="99")
+    assert search_signs(hopeless, SEARCHER, np.random.default_rng(0)) is None
+
+
+def test_the_same_seed_writes_the_same_chains() -> None:
+    """Fails if two builds of a dataset differ."""
+    assert kept("operators", "hard") == kept("operators", "hard")
+
+
+def test_calculations_by_hand() -> None:
+    """3+5-1 is 8-1 is 7, and back: 7+1-5 is 8-5 is 3."""
+    assert calculation((3, 5, 1), "+-") == "3+5-1=8-1=7"
+    assert calculation((3, 9, 1), "-+") == "3-9+1=-6+1=-5"
+    assert calculation((2, 3, 4), "+x") == "2+3x4=5x4=20"
+    assert calculation_back((3, 5, 1), "+-", 7) == "7+1-5=8-5=3"
+
+
+def test_the_longest_chain_fits_the_evaluation_of_the_recipe() -> None:
+    """Fails if the cold start teaches what decoding would cut off, or words of many tokens."""
+    tokenizer = load_tokenizer(ROOT / "assets/tiny-internvl")
+    config = load(Evaluate, ROOT / "configs/search/eval.yaml")
+    longest = 0
+    for difficulty in DIFFICULTIES:
+        for _, chain in kept("operators", difficulty):
+            text = f"{chain.thought}\n</think>\n\n\\boxed{{{chain.answer}}}"
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert tokenizer.decode(ids) == text
+            longest = max(longest, len(ids))
+    assert 100 < longest < config.decoding.max_tokens
+    for word in (" Wait", " Alternatively", " Hmm", " not", " fits"):
+        assert len(tokenizer.encode(word, add_special_tokens=False)) == 1
