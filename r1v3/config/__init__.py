@@ -16,6 +16,7 @@ from r1v3.config.sections import (
     Optimizer,
     Parallel,
     Pictures,
+    Profile,
     Rewards,
     RolloutEngine,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "Optimizer",
     "Parallel",
     "Pictures",
+    "Profile",
     "PolicyLoss",
     "Rewards",
     "RolloutEngine",

@@ -86,6 +86,16 @@ class Monitor(Section):
     high_entropy_nats: Annotated[float, Field(gt=0)] = 6.8
 
 
+class Profile(Section):
+    """Traces of single steps, for performance work; docs/runs.md says what is written.
+
+    steps: of the stage, from 1. ranks: which ranks record theirs.
+    """
+
+    steps: tuple[Positive, ...] = ()
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+
+
 class Parallel(Section):
     """Layout of the Megatron engine over the ranks of `torchrun`; the rest is data parallelism.
 

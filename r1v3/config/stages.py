@@ -14,6 +14,7 @@ from r1v3.config.sections import (
     Optimizer,
     Parallel,
     Pictures,
+    Profile,
     Rewards,
     RolloutEngine,
 )
@@ -83,6 +84,7 @@ class Supervised(Stage):
     validate_every: Positive = 50
     checkpoint_every: Positive = 50
     keep: Positive = 2
+    profile: Profile = Profile()
     early_stopping: Positive | None = None
 
     @model_validator(mode="after")
@@ -173,6 +175,8 @@ class GRPO(Stage):
     micro_batch_prompts, micro_batch_tokens: most prompts and most tokens of a micro-batch. A group
     of more tokens is divided among several micro-batches, each with the prompt once, which changes
     memory and time and not the gradient; null sets no limit, so that groups stay whole.
+
+    dump_rollouts_every: steps after which the completions of a step are written as Parquet.
     """
 
     modules: Modules = Modules()
@@ -198,6 +202,8 @@ class GRPO(Stage):
     checkpoint_every: Positive = 20
     keep: Positive = 2
     keep_models: Annotated[int, Field(ge=0)] | None = None
+    profile: Profile = Profile()
+    dump_rollouts_every: Positive | None = None
 
     @property
     def longest_response(self) -> int:

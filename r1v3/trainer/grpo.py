@@ -28,7 +28,7 @@ from r1v3.kernels import group_advantages
 from r1v3.model.parts import PARTS
 from r1v3.rewards import LLMVerifier, score
 from r1v3.rollout.build import build_sampler
-from r1v3.rollout.contract import Request, Sampling, join
+from r1v3.rollout.contract import Request, Sampling, decode_texts, join
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.episode import Episode, Group, MicroBatch, has_signal
 from r1v3.trainer.loop import Skipped, run_steps
@@ -36,6 +36,7 @@ from r1v3.trainer.policy_loss import HIGH_WEIGHT, PolicyLossFn, Targets, combine
 from r1v3.trainer.questions import Questions
 from r1v3.trainer.randomness import torch_stream
 from r1v3.trainer.record import NothingToDo, write_finished
+from r1v3.trainer.rollout_file import write_rollouts
 from r1v3.trainer.schedule import learning_rate
 from r1v3.trainer.stage import open_stage, publish, resume
 from r1v3.trainer.stopwatch import Stopwatch
@@ -56,6 +57,7 @@ class GRPOTrainer:
         with self.sampling():
             groups = self.sample_groups()
         episode = self.with_advantages(groups)
+        self.dump_rollouts(groups, episode)
         with self.stopwatch.part("training"):
             metrics = self.update(episode)
         self.step += 1
@@ -116,6 +118,20 @@ class GRPOTrainer:
         )
         rollout = join([group.rollout for group in groups], self.engine.tokenizer.pad_token_id)
         return Episode([group.example for group in groups], rollout, rewards, advantages)
+
+    def dump_rollouts(self, groups: list[Group], episode: Episode) -> None:
+        """Write the completions of this step to <run>/rollouts/grpo, if it is the turn of one."""
+        every, step, indices = (
+            self.config.dump_rollouts_every,
+            self.step + 1,
+            [g.index for g in groups],
+        )
+        if every is None or step % every:
+            return
+        texts = decode_texts(self.engine.tokenizer, episode.rollout, self.policy.stop_id)
+        path = self.run / "rollouts" / self.name / f"step-{step:06d}.parquet"
+        samples = [self.samples[i] for i in indices]
+        self.engine.ranks.on_main(lambda: write_rollouts(path, episode, indices, samples, texts))
 
     def update(self, episode: Episode) -> dict[str, Any]:
         """Take the gradient steps of an episode, each on an equal part of its prompts.

@@ -6,14 +6,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from r1v3.config import Stage
+from r1v3.config import GRPO, Supervised
 from r1v3.engine.contract import Engine
 from r1v3.progress import ProgressBar, progress_bar, say
 from r1v3.trainer.checkpoint import PendingCheckpoint, remove_old, start_checkpoint
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.interrupt import StageInterrupted, StopRequest
 from r1v3.trainer.metrics import MetricsLogger
+from r1v3.trainer.profile import StepProfiler
 from r1v3.trainer.stopwatch import Stopwatch
+
+Trained = GRPO | Supervised
 
 
 class Steps(Protocol):
@@ -35,7 +38,7 @@ class Steps(Protocol):
     skipped: "Skipped"
 
     @property
-    def config(self) -> Stage: ...
+    def config(self) -> Trained: ...
 
     @property
     def total(self) -> int:
@@ -146,6 +149,7 @@ def run_steps(
     checkpoints = Checkpoints(
         trainer.run / "checkpoints" / name, trainer.engine, keep=keep, keep_models=keep_models
     )
+    profiler = StepProfiler(trainer.config, trainer.run / "profile" / name, ranks)
     if trainer.finished:
         say(f"{name}: no step is left after {trainer.step} of {total}", shown=ranks.is_main)
         # A kill may have come between the last checkpoint and the removal of older ones.
@@ -159,7 +163,8 @@ def run_steps(
             )
         )
         while not trainer.finished:
-            metrics = trainer.take_step()
+            with profiler.step(trainer.step + 1):
+                metrics = trainer.take_step()
             last = trainer.step == total
             if last or trainer.step % validate_every == 0:
                 with beside.part("validation"):

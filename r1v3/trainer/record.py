@@ -38,6 +38,8 @@ FREE = (
     "checkpoint_every",
     "keep",
     "keep_models",
+    "profile",
+    "dump_rollouts_every",
     "optimizer.max_skipped",
     "rewards.verifier_timeout_seconds",
     "rewards.verifier_retries",
