@@ -90,7 +90,7 @@ $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt setuptools wheel pybind11
 	$(PIP) install -c constraints.txt torch==2.13.0
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,serve,dev]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,distill,serve,dev]'
 	$(BIN)/python -c 'import r1v3._C'
 	@touch $(STAMP)
 

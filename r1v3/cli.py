@@ -23,6 +23,8 @@ EXTRAS = {
     "megatron": "megatron",
     "starlette": "serve",
     "uvicorn": "serve",
+    "py3langid": "distill",
+    "datasketch": "distill",
 }
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the stage.")]
@@ -239,6 +241,35 @@ def suite(
             return
         with local_job(loaded, run_suite, loaded):
             run_suite(loaded)
+
+
+@app.command(
+    epilog="Example: r1v3 distill configs/distill/demo.yaml limit=50 --estimate    "
+    "Interrupted? Start it again"
+)
+def distill(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Ask nothing; print what it would cost.")
+    ] = False,
+    build: Annotated[
+        bool, typer.Option("--build", help="Ask nothing; build from the answers that are there.")
+    ] = False,
+) -> None:
+    """Make cold-start data from a teacher's answers; started again, it asks what is missing."""
+    with _friendly():
+        from r1v3.config import Distill, load
+        from r1v3.distill.run import run_distill
+        from r1v3.trainer.interrupt import StageInterrupted
+
+        try:
+            run_distill(
+                load(Distill, config, overrides or []), estimate_only=estimate, build_only=build
+            )
+        except KeyboardInterrupt as stopped:
+            told = "interrupted; every answer that came is kept: start it again to go on"
+            raise StageInterrupted(told) from stopped
 
 
 @app.command(

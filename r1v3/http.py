@@ -6,6 +6,9 @@ environment are not used and redirects are not followed. httpx is an optional pa
 
 from __future__ import annotations
 
+import math
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -20,12 +23,27 @@ IDENTITY = {"Accept-Encoding": "identity"}
 
 
 class RequestFailed(Exception):
-    """One attempt failed; `retry` says whether another may succeed."""
+    """One attempt failed.
 
-    def __init__(self, reason: str, *, retry: bool) -> None:
+    Attributes:
+        retry: whether another attempt may succeed.
+        status: of the reply; None where there was none.
+        wait_seconds: how long the server asked to be left alone; None where it did not.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        retry: bool,
+        status: int | None = None,
+        wait_seconds: float | None = None,
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.retry = retry
+        self.status = status
+        self.wait_seconds = wait_seconds
 
 
 def require_httpx(what: str) -> None:
@@ -62,10 +80,36 @@ def backoff(attempt: int, seconds: float) -> float:
     return min(seconds * 2 ** min(attempt, 32), MAX_BACKOFF_SECONDS)
 
 
-def refused(status: int, detail: str = "") -> RequestFailed:
-    """The failure of a status other than 200; 408, 429 and 5xx are worth another try."""
-    again = status in (408, 429) or status >= 500
-    return RequestFailed(f"http {status}{': ' if detail else ''}{detail}", retry=again)
+def refused(status: int, detail: str = "", retry_after: str | None = None) -> RequestFailed:
+    """The failure of a status other than 200; 408, 429 and 5xx are worth another try.
+
+    Args:
+        retry_after: the header of that name.
+    """
+    return RequestFailed(
+        f"http {status}{': ' if detail else ''}{detail}",
+        retry=status in (408, 429) or status >= 500,
+        status=status,
+        wait_seconds=None if retry_after is None else seconds_to_wait(retry_after),
+    )
+
+
+def seconds_to_wait(retry_after: str) -> float | None:
+    """Seconds that a `Retry-After` header asks for, as a number or a date (RFC 9110, 10.2.3).
+
+    Never below 0; None for anything else.
+    """
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(retry_after)
+        except ValueError:
+            return None
+        if date.tzinfo is None:
+            date = date.replace(tzinfo=UTC)
+        seconds = (date - datetime.now(UTC)).total_seconds()
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 async def exchange(
@@ -103,7 +147,11 @@ async def exchange(
                     break
             if response.status_code != 200:
                 text = bytes(received[:4096]).decode("utf-8", "replace")
-                raise refused(response.status_code, " ".join(text.split())[:300])
+                raise refused(
+                    response.status_code,
+                    " ".join(text.split())[:300],
+                    response.headers.get("retry-after"),
+                )
             if len(received) > max_bytes:
                 raise RequestFailed(f"a reply of more than {max_bytes} bytes", retry=True)
     except TimeoutError as error:

@@ -6,6 +6,15 @@ the nearest valid one. The resolved configuration is written into the run folder
 
 from r1v3.config.base import ConfigError, Section
 from r1v3.config.data import Data, Search, Teacher
+from r1v3.config.distill import (
+    Choice,
+    Distill,
+    DistillTeacher,
+    Duplicates,
+    Endpoint,
+    Filters,
+    Scorer,
+)
 from r1v3.config.loading import load, to_yaml
 from r1v3.config.sections import (
     DEFAULT_PICTURES,
@@ -42,12 +51,18 @@ __all__ = [
     "SFT",
     "Advantage",
     "Architecture",
+    "Choice",
     "ConfigError",
     "Connector",
     "Data",
     "Decoding",
+    "Distill",
+    "DistillTeacher",
+    "Duplicates",
     "DynamicSampling",
+    "Endpoint",
     "Evaluate",
+    "Filters",
     "Judge",
     "LengthStep",
     "Modules",
@@ -59,6 +74,7 @@ __all__ = [
     "PolicyLoss",
     "Rewards",
     "RolloutEngine",
+    "Scorer",
     "Search",
     "Section",
     "Select",

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -36,34 +36,42 @@ _EXTRA_INFO: dict[str, pa.DataType] = {
 
 
 def load_samples(path: str | Path) -> list[Sample]:
-    """All samples of a `.parquet` or `.jsonl` file, in order.
+    """All samples of a `.parquet` or `.jsonl` file, in order; raises as `stream_samples`.
 
     What is not used of the file is printed, in one line, once in a process.
+    """
+    return list(stream_samples(path))
+
+
+def stream_samples(path: str | Path) -> Iterator[Sample]:
+    """Read the samples of a `.parquet` or `.jsonl` file one at a time, in order.
+
+    From the first wrong row on none is given, and all wrong rows are told at the end. What is not
+    used of the file is printed, in one line, once in a process.
 
     Raises:
         ValueError: the file is missing, empty, damaged or of another kind, or rows are wrong. The
             message names the file and the first 10 wrong rows (JSON lines: line number from 1;
             Parquet: row index from 0), each with key and reason, and how many more there are.
-            Nothing is returned then.
     """
-    samples: list[Sample] = []
     faults: list[str] = []
     ignored: Counter[str] = Counter()
+    empty = True
     for place, found in read_samples(path, ignored):
-        if isinstance(found, Sample):
-            samples.append(found)
-        else:
+        if not isinstance(found, Sample):
             faults.append(f"{place}: {found}")
+        elif not faults:
+            empty = False
+            yield found
     if faults:
         shown = "\n  ".join(faults[:SHOWN_FAULTS])
         more = len(faults) - SHOWN_FAULTS
         rest = f"\n  and {more} more" if more > 0 else ""
         raise ValueError(f"{path}: {len(faults)} wrong rows\n  {shown}{rest}")
-    if not samples:
+    if empty:
         raise ValueError(f"{path}: the file holds no samples")
     if ignored:
         _say_once(f"{path}: ignored: {'; '.join(ignored)}")
-    return samples
 
 
 @cache
@@ -135,8 +143,11 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         yield f"row {index}", read
 
 
-def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
+def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
     """Write samples to a `.parquet` or `.jsonl` file, which replaces `path` only when complete.
+
+    `samples` are gone through twice for Parquet, and never held: what reads them anew each time is
+    written in bounded memory.
 
     Missing parent folders are made.
 
@@ -149,21 +160,21 @@ def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
         OSError: the file cannot be written.
     """
     path = Path(path)
-    if not samples:
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{path}: the name must end in .parquet or .jsonl")
+    if not any(True for _ in samples):
         raise ValueError(f"{path}: there are no samples to write")
     if path.suffix == ".jsonl":
         with _replacing(path) as file:
             for sample in samples:
                 file.write(_json_line(sample))
-    elif path.suffix == ".parquet":
+    else:
         schema = _parquet_schema(path, samples)
         with _replacing(path) as file:
             try:
                 write_rows(file, schema, (sample.to_row() for sample in samples))
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
-    else:
-        raise ValueError(f"{path}: the name must end in .parquet or .jsonl")
 
 
 @contextmanager
@@ -188,32 +199,34 @@ def _json_line(sample: Sample) -> bytes:
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
 
 
-def _parquet_schema(path: Path, samples: Sequence[Sample]) -> pa.Schema:
+def _parquet_schema(path: Path, samples: Iterable[Sample]) -> pa.Schema:
     """Schema of verl's layout; types of further keys and columns are taken from their values."""
+    reward_model: dict[str, pa.DataType] = {"style": _TEXT, "ground_truth": _TEXT}
+    extra_info: dict[str, pa.DataType] = {"split": _TEXT, **_EXTRA_INFO}
+    rewards, extras, columns = [], [], []
+    for sample in samples:  # only what the types follow from is held, neither texts nor pictures
+        rewards.append({k: v for k, v in sample.reward_model.items() if k not in reward_model})
+        extras.append({k: v for k, v in sample.extra_info.items() if k not in extra_info})
+        columns.append(sample.columns)
 
-    def further(name: str, parts: Sequence[dict[str, Any]], known: Sequence[str]) -> dict[str, Any]:
-        keys = dict.fromkeys(key for part in parts for key in part if key not in known)
+    def further(name: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        keys = dict.fromkeys(key for part in parts for key in part)
         return {
             key: _exact_type(path, name.format(key), [part.get(key) for part in parts])
             for key in keys
         }
 
-    rewards = [dict(sample.reward_model) for sample in samples]
-    extras = [sample.extra_info for sample in samples]
-    index = _exact_type(path, "extra_info['index']", [extra["index"] for extra in extras])
-    reward_model = {"style": _TEXT, "ground_truth": _TEXT}
-    reward_model |= further("reward_model[{!r}]", rewards, list(reward_model))
+    index = _exact_type(path, "extra_info['index']", [extra.pop("index") for extra in extras])
     extra_info = {"split": _TEXT, "index": index, **_EXTRA_INFO}
-    extra_info |= further("extra_info[{!r}]", extras, list(extra_info))
     return pa.schema(
         {
             "data_source": _TEXT,
             "prompt": pa.list_(pa.struct({"role": _TEXT, "content": _TEXT})),
             "images": pa.list_(pa.struct({"bytes": pa.binary()})),
             "ability": _TEXT,
-            "reward_model": pa.struct(reward_model),
-            "extra_info": pa.struct(extra_info),
-            **further("column {!r}", [sample.columns for sample in samples], []),
+            "reward_model": pa.struct(reward_model | further("reward_model[{!r}]", rewards)),
+            "extra_info": pa.struct(extra_info | further("extra_info[{!r}]", extras)),
+            **further("column {!r}", columns),
         }
     )
 

@@ -8,7 +8,7 @@ average is only ever added on top of them.
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib import rc_context
@@ -20,7 +20,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from r1v3.evaluation.statistics import Score
 from r1v3.files import write_bytes
-from r1v3.report.run_folder import RunFolder
 
 INK = "#222222"
 MUTED = "#6b6b6b"
@@ -69,10 +68,10 @@ STYLE: dict[Any, Any] = {
 SIZE_INCHES = (10.0, 5.6)
 DPI = 200
 
-Draw = Callable[[RunFolder, Figure], bool]
+Shown = TypeVar("Shown")
 
 
-def draw_png(run: RunFolder, draw: Draw, file: Path) -> Path | None:
+def draw_png(run: Shown, draw: Callable[[Shown, Figure], bool], file: Path) -> Path | None:
     """Call `draw` on an empty figure and write it as PNG; None when it found nothing to draw."""
     with rc_context(STYLE):
         margins = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)

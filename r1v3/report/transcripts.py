@@ -78,14 +78,23 @@ def image_data_uri(run_dir: Path, name: object) -> tuple[str, str]:
             file = (folder / name).resolve()
             if not file.is_relative_to(root) or not file.is_file():
                 continue
-            picture = load_image(file, truncated="accept")
+            return picture_data_uri(file), ""
         except (OSError, ValueError):
             return "", "the image cannot be read"
-        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", ""
     return "", "the image is not in the run folder"
+
+
+def picture_data_uri(source: Path | bytes) -> str:
+    """A picture at most LARGEST_SIDE pixels wide and high, as a PNG data URI.
+
+    Raises:
+        ValueError: as `load_image`.
+    """
+    picture = load_image(source, truncated="accept")
+    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def select_cases(run: RunFolder, most: int = 6) -> list[list[tuple[str, Record]]]:

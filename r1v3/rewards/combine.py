@@ -106,7 +106,7 @@ def score(
         else:
             question, ground_truth, options = sample.question, sample.ground_truth, sample.options
         cases.append((answer, ground_truth, None if options is None else tuple(options)))
-        questions.append((_with_options(question, options), ground_truth))
+        questions.append((with_options(question, options), ground_truth))
     judgements = judge_all(cases)
 
     judged: dict[int, float | None] = {}
@@ -145,7 +145,8 @@ def _judge(case: Case) -> Judgement:
     return Judgement(False) if answer is None else judge(answer, ground_truth, options=options)
 
 
-def _with_options(question: str, options: Sequence[str] | None) -> str:
+def with_options(question: str, options: Sequence[str] | None) -> str:
+    """A question as a judge sees it, with its options below, a line each."""
     texts = option_texts(options or ())
     lines = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(texts)]
     return "\n".join([question, *lines])

@@ -1,17 +1,11 @@
-"""Answers on disk: one line of JSON per sample, appended and never rewritten.
+"""Answers on disk, see `r1v3.journal`: one line per sample."""
 
-The first line holds the settings that the answers depend on; other settings are another file.
-"""
-
-import hashlib
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from r1v3.files import fsync_directory, json_text
+from r1v3.journal import Journal, damaged
 
 Finish = Literal["stop", "length", "too long", "truncated picture"]
 
@@ -46,9 +40,8 @@ class AnswerFile:
     """The answers of one checkpoint to one benchmark in one mode."""
 
     def __init__(self, folder: Path, benchmark: str, mode: str, settings: dict[str, Any]) -> None:
-        self._header = json_text({"settings": settings}) + "\n"
-        digest = hashlib.sha256(self._header.encode()).hexdigest()[:10]
-        self.path = folder / f"{benchmark}.{mode}.{digest}.jsonl"
+        self._journal = Journal(folder, f"{benchmark}.{mode}", settings)
+        self.path = self._journal.path
 
     def read(self) -> Iterator[Answer]:
         """The answers so far, each row and sample once; a torn last line is left out.
@@ -56,27 +49,15 @@ class AnswerFile:
         Raises:
             ValueError: the file is damaged before its last line; names the line.
         """
-        if not self.path.exists():
-            return
         seen = set()
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file):
-                if not line.endswith(b"\n"):
-                    return
-                try:
-                    fields = json.loads(line)
-                    if number == 0:
-                        fields["settings"]
-                        continue
-                    answer = Answer(**fields)
-                except (ValueError, TypeError, KeyError) as error:
-                    raise ValueError(
-                        f"{self.path} line {number + 1} is damaged ({error}); remove that line to "
-                        "ask its question again"
-                    ) from error
-                if (answer.row, answer.sample) not in seen:
-                    seen.add((answer.row, answer.sample))
-                    yield answer
+        for number, _, fields in self._journal.read():
+            try:
+                answer = Answer(**fields)
+            except TypeError as error:
+                raise damaged(self.path, number, error) from error
+            if (answer.row, answer.sample) not in seen:
+                seen.add((answer.row, answer.sample))
+                yield answer
 
     def samples(self) -> dict[str, set[int]]:
         """The numbers of the samples that each row has."""
@@ -87,36 +68,11 @@ class AnswerFile:
 
     def append(self, answers: Sequence[Answer]) -> None:
         """Append answers in one write, on disk when this returns; a torn last line goes first."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            size = file.seek(0, os.SEEK_END)
-            whole = _end_of_last_line(file, size)
-            if whole < size:
-                file.truncate(whole)
-            text = "" if whole else self._header
-            text += "".join(_line(answer) for answer in answers)
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        if not whole:
-            fsync_directory(self.path.parent)
+        self._journal.append([_fields(answer) for answer in answers])
 
 
-def _line(answer: Answer) -> str:
+def _fields(answer: Answer) -> dict[str, Any]:
     fields = asdict(answer)
     if answer.ids is None:
         del fields["ids"]
-    return json_text(fields) + "\n"
-
-
-def _end_of_last_line(file: Any, size: int) -> int:
-    """Where the last whole line ends, looked for from the end of a file."""
-    position = size
-    while position:
-        start = max(0, position - (1 << 16))
-        file.seek(start)
-        found = file.read(position - start).rfind(b"\n")
-        if found >= 0:
-            return int(start + found + 1)
-        position = start
-    return 0
+    return fields

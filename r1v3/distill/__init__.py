@@ -1,0 +1,1 @@
+"""Cold-start data from a teacher: ask, verify, filter, score, select, balance, write."""

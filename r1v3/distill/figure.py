@@ -1,0 +1,70 @@
+"""The distribution of the data (report, figure 2): domains, difficulty, length."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from r1v3.distill.account import Account
+from r1v3.report.figure_style import MUTED, STAGE_COLORS, draw_png
+
+_MOST_DOMAINS = 12
+ASKED, WRITTEN = "#c9ced6", STAGE_COLORS["grpo"]
+
+
+def distribution_figure(account: Account, file: Path) -> Path | None:
+    """Draw domains and pass rates; None where nothing was answered."""
+    return draw_png(account, _draw, file)
+
+
+def _draw(account: Account, figure: Figure) -> bool:
+    if not account.pass_rates:
+        return False
+    grid = figure.add_gridspec(1, 2, width_ratios=(1.25, 1))
+    _draw_domains(account, figure.add_subplot(grid[0, 0]))
+    _draw_pass_rates(account, figure.add_subplot(grid[0, 1]))
+    return True
+
+
+def domain_rows(account: Account) -> list[tuple[str, int, int]]:
+    """Name, questions and rows written of the largest domains, the rest as one."""
+    counted = [(name, of["questions"], of["written"]) for name, of in account.domains.items()]
+    counted.sort(key=lambda row: (-row[1], row[0]))
+    if len(counted) > _MOST_DOMAINS:
+        rest = counted[_MOST_DOMAINS - 1 :]
+        name = f"{len(rest)} others"
+        counted = counted[: _MOST_DOMAINS - 1]
+        counted.append((name, sum(row[1] for row in rest), sum(row[2] for row in rest)))
+    return counted
+
+
+def _draw_domains(account: Account, axes: Axes) -> None:
+    rows = domain_rows(account)
+    places = np.arange(len(rows))[::-1]
+    asked, written = [row[1] for row in rows], [row[2] for row in rows]
+    axes.barh(places + 0.2, asked, 0.4, color=ASKED, label="questions")
+    axes.barh(places - 0.2, written, 0.4, color=WRITTEN, label="rows written")
+    most = max([*asked, *written, 1])
+    for place, count, kept in zip(places, asked, written, strict=True):
+        for at, value in ((place + 0.2, count), (place - 0.2, kept)):
+            axes.text(value + 0.012 * most, at, f"{value:,}", va="center", fontsize=9, color=MUTED)
+    names = [row[0] if len(row[0]) <= 24 else row[0][:23] + "…" for row in rows]
+    axes.set_yticks(places, names)
+    axes.set_xlim(0, 1.16 * most)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set(title="Domains", xlabel="Count")
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower right")
+
+
+def _draw_pass_rates(account: Account, axes: Axes) -> None:
+    rates = np.array(account.pass_rates)
+    bins = min(10, max(2, len(np.unique(rates))))
+    counts, edges = np.histogram(rates, bins=bins, range=(0, 1))
+    axes.bar((edges[:-1] + edges[1:]) / 2, counts, 0.9 / bins, color=WRITTEN)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set(
+        title="Pass rate of the questions", xlabel="Right answers / answers", ylabel="Questions"
+    )
+    axes.grid(axis="x", visible=False)
