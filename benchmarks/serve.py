@@ -29,7 +29,8 @@ import torch
 from benchmarks.machine import ROOT, header, warnings
 from r1v3.data.encoding import collate
 from r1v3.data.sample import make_sample
-from r1v3.data.tokenizer import TURN_END, token_id
+from r1v3.data.special_tokens import TURN_END
+from r1v3.data.tokenizer import token_id
 from r1v3.evaluation.policy import Policy, load_policy
 from r1v3.files import write_json
 from r1v3.model.internvl import load_model

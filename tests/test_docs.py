@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from r1v3.cli import app
-from r1v3.config import GRPO, SFT, Connector, Data, Evaluate, Section, Select, Suite, load
+from r1v3.config import GRPO, SFT, Connector, Data, Distill, Evaluate, Section, Select, Suite, load
 from r1v3.rewards import score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +23,7 @@ STAGES: dict[str, type[Section]] = {
     "select": Select,
     "eval": Evaluate,
     "suite": Suite,
+    "distill": Distill,
 }
 
 

@@ -51,6 +51,10 @@ FORBIDDEN = {
         "r1v3.model", "r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.plan", "r1v3.suite",
         "r1v3.serve",
     ),
+    "distill": (
+        "torch", "transformers", "r1v3.kernels", "r1v3.model", "r1v3.engine", "r1v3.rollout",
+        "r1v3.trainer", "r1v3.plan", "r1v3.serve",
+    ),
     "trainer": ("r1v3.plan", "r1v3.report", "r1v3.suite", "r1v3.serve"),
 }  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "r1v3"} | set(sys.stdlib_module_names)
@@ -151,6 +155,12 @@ def test_nobody_imports_integrations_but_the_command_line() -> None:
     assert offences(parts, ("r1v3.integrations",)) == []
 
 
+def test_nobody_imports_distill_but_the_command_line() -> None:
+    """Fails if another stage needs the pipeline that only prepares its data."""
+    parts = {part_of(path) for path in SOURCES} - {"distill", "cli"}
+    assert offences(parts, ("r1v3.distill",)) == []
+
+
 def test_adapters_load_little_of_the_rest() -> None:
     """Fails if an adapter needs packages that only r1v3's own trainers need."""
     found = [
@@ -194,6 +204,7 @@ def loaded_after(module: str) -> set[str]:
         ("r1v3.config", {"torch", "transformers", "megatron", "vllm"}),
         ("r1v3.rewards", {"torch", "transformers", "megatron", "vllm"}),
         ("r1v3.cli", {"torch", "transformers", "megatron", "vllm", "matplotlib"}),
+        ("r1v3.distill.run", {"torch", "transformers", "matplotlib", "scipy"}),
     ],
 )
 def test_an_import_loads_only_what_it_says(module: str, absent: set[str]) -> None:

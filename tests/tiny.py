@@ -16,9 +16,10 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFa
 from r1v3.data.builders import questions
 from r1v3.data.encoding import Example, model_image_shape
 from r1v3.data.sample import Sample
+from r1v3.data.special_tokens import IMAGE_CONTEXT
 from r1v3.data.thoughts import THINK_CLOSE
 from r1v3.data.tiles import ImageShape
-from r1v3.data.tokenizer import IMAGE_CONTEXT, render_prompt, train_tokenizer
+from r1v3.data.tokenizer import render_prompt, train_tokenizer
 from r1v3.engine.hf.decoder import HFDecoder
 from r1v3.engine.hf.engine import HFEngine
 from r1v3.evaluation.policy import Policy

@@ -15,7 +15,8 @@ from benchmarks.training_step.engines import MODULES, Data, loss_on_head
 from benchmarks.training_step.problem import FIRST_ID, REFERENCE, Workload
 from r1v3 import files
 from r1v3.data.batch import Batch
-from r1v3.data.tokenizer import IMAGE_CONTEXT, load_tokenizer, token_id, train_tokenizer
+from r1v3.data.special_tokens import IMAGE_CONTEXT
+from r1v3.data.tokenizer import load_tokenizer, token_id, train_tokenizer
 from r1v3.engine.hf.engine import HFEngine
 from r1v3.model.flops import Dimensions, train_flops, work_of
 from r1v3.model.internvl import build_model, internvl_config, load_model

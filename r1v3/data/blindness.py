@@ -19,6 +19,8 @@ _SEE = (
     r"(?:(?:actually|directly|really|physically|clearly|currently)\s+)*"
     r"(?:see|view|access|look at|open)"
 )
+# "I can't see the image of B under f", "... the graph crossing the axis" speak of what is in it.
+_ALL_OF_IT = r"(?!\s+(?:of|crossing|beyond|below|above|outside|inside|behind|at|where|that)\b)"
 # "I don't have the image." and not "I don't have the image's scale yet"; the clause ends there.
 _ENDS = r"(?=\s*(?:[.,;:!?)]|$|here|in front|available|attached|itself|provided|but|so|and\b|to\b))"
 _SHOWN = r"(?:provided|attached|visible|shown|available|included|displayed|given|here|there)"
@@ -32,7 +34,7 @@ _CANNOT_ZH = r"(?:无法|不能|没法|没办法|没有办法|不可能)(?:直�
 _SEE_ZH = r"(?:看到|看见|看清|看|查看|观看|观察到|访问|打开|识别|获取)"
 
 PHRASES = (
-    rf"\b{_CANNOT}\s+{_SEE}\s+{_PICTURE}",
+    rf"\b{_CANNOT}\s+{_SEE}\s+{_PICTURE}{_ALL_OF_IT}",
     rf"\bwithout\s+(?:being able to\s+{_SEE}|access to|seeing|viewing|looking at)\s+{_PICTURE}",
     rf"\b(?:no|{_NOT}\s+have)\s+access to\s+{_PICTURE}",
     rf"\b{_NOT}\s+(?:actually\s+)?(?:have|see|get)\s+{_PICTURE}{_ENDS}",
@@ -43,7 +45,8 @@ PHRASES = (
     rf"{_CANNOT_ZH}{_SEE_ZH}(?:到)?{_WHICH_ZH}{_PICTURE_ZH}",
     rf"(?:看不到|看不见|看不了){_WHICH_ZH}{_PICTURE_ZH}",
     rf"(?:没有|并未|未|没)(?:提供|附上|给出|上传|看到|收到|显示){_WHICH_ZH}{_PICTURE_ZH}",
-    rf"{_PICTURE_ZH}(?:并)?(?:没有|未|无法)(?:被)?(?:提供|附上|给出|显示|加载|上传|查看)",
+    rf"{_PICTURE_ZH}(?:并)?(?:没有|未|无法)(?:被)?(?:提供|附上|给出|显示|加载|上传|查看)(?:出来)?"
+    r"(?=[，。,.；;！!？?\s）)]|$)",
 )
 
 

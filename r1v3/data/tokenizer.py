@@ -13,16 +13,17 @@ from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from r1v3.data.special_tokens import (
+    END_OF_TEXT,
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+    SPECIAL_TOKENS,
+    TURN_END,
+)
 from r1v3.data.thoughts import THINK_OPEN
 from r1v3.files import read_json_object
 
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
-SPECIAL_TOKENS = (
-    *(END_OF_TEXT, TURN_START, TURN_END),
-    *(IMAGE_START, IMAGE_END, IMAGE_CONTEXT),
-    *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
-)
 SYSTEM_PROMPT = "You are a helpful assistant."
 
 # Qwen2's split: words with one leading mark, single digits, runs of punctuation, white space.

@@ -10,6 +10,7 @@ from r1v3.distill.choose import Candidate, Chosen, difficulty
 from r1v3.distill.estimate import Measured
 from r1v3.distill.survey import Survey
 
+_MOST_DOMAINS = 12
 LEFT_OUT = ("pass rate", "not selected", "balance", "no score")
 
 
@@ -120,3 +121,15 @@ class Account:
                 "completion": self.measured.tokens,
             },
         }
+
+
+def domain_rows(account: Account) -> list[tuple[str, int, int]]:
+    """Name, questions and rows written of the largest domains, the rest as one."""
+    counted = [(name, of["questions"], of["written"]) for name, of in account.domains.items()]
+    counted.sort(key=lambda row: (-row[1], row[0]))
+    if len(counted) > _MOST_DOMAINS:
+        rest = counted[_MOST_DOMAINS - 1 :]
+        name = f"{len(rest)} others"
+        counted = counted[: _MOST_DOMAINS - 1]
+        counted.append((name, sum(row[1] for row in rest), sum(row[2] for row in rest)))
+    return counted

@@ -3,8 +3,8 @@
 import re
 
 from r1v3.distill.text import sentences
+from r1v3.rewards.agreement import agrees
 from r1v3.rewards.extract import find_boxed, unwrap_boxed
-from r1v3.suite.rules import agrees
 
 _LETTER = r"\(?[A-J]\)?(?![A-Za-z])"
 _NUMBER = r"[-+−]?\d[\d,]*(?:\.\d+)?(?:/\d+)?"

@@ -6,10 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from r1v3.distill.account import Account
+from r1v3.distill.account import Account, domain_rows
 from r1v3.report.figure_style import MUTED, STAGE_COLORS, draw_png
 
-_MOST_DOMAINS = 12
 ASKED, WRITTEN = "#c9ced6", STAGE_COLORS["grpo"]
 
 
@@ -25,18 +24,6 @@ def _draw(account: Account, figure: Figure) -> bool:
     _draw_domains(account, figure.add_subplot(grid[0, 0]))
     _draw_pass_rates(account, figure.add_subplot(grid[0, 1]))
     return True
-
-
-def domain_rows(account: Account) -> list[tuple[str, int, int]]:
-    """Name, questions and rows written of the largest domains, the rest as one."""
-    counted = [(name, of["questions"], of["written"]) for name, of in account.domains.items()]
-    counted.sort(key=lambda row: (-row[1], row[0]))
-    if len(counted) > _MOST_DOMAINS:
-        rest = counted[_MOST_DOMAINS - 1 :]
-        name = f"{len(rest)} others"
-        counted = counted[: _MOST_DOMAINS - 1]
-        counted.append((name, sum(row[1] for row in rest), sum(row[2] for row in rest)))
-    return counted
 
 
 def _draw_domains(account: Account, axes: Axes) -> None:

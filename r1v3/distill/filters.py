@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from r1v3.config import Filters
 from r1v3.data.blindness import blind_phrase
-from r1v3.data.tokenizer import SPECIAL_TOKENS
+from r1v3.data.special_tokens import SPECIAL_TOKENS
 from r1v3.distill.chain import Chain
 from r1v3.distill.conclusion import contradicts
 from r1v3.distill.languages import is_mixed

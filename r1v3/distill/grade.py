@@ -15,10 +15,10 @@ from r1v3.distill.questions import Question
 from r1v3.distill.text import words
 from r1v3.distill.work import Entry
 from r1v3.journal import Journal
+from r1v3.rewards.agreement import agrees
 from r1v3.rewards.combine import with_options
 from r1v3.rewards.symbolic import cores
 from r1v3.suite.judge import Judge
-from r1v3.suite.rules import agrees
 
 QUESTIONS_PER_CHUNK = 64
 # Changes when rules or filters do, so that what was graded before is graded anew.

@@ -8,8 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from r1v3.config import Distill
-from r1v3.distill.account import LEFT_OUT, Account
-from r1v3.distill.figure import domain_rows
+from r1v3.distill.account import LEFT_OUT, Account, domain_rows
 from r1v3.distill.filters import FILTERS
 from r1v3.distill.samples import ShownChain
 from r1v3.files import write_bytes

@@ -14,11 +14,8 @@ from r1v3.distill.account import Account, Graded
 from r1v3.distill.ask import answers_journal, ask, read_index
 from r1v3.distill.choose import Candidate, Chosen, choose
 from r1v3.distill.estimate import Measured, estimate
-from r1v3.distill.figure import distribution_figure
 from r1v3.distill.grade import grade, grades_journal
-from r1v3.distill.page import write_page
 from r1v3.distill.questions import count_rows, stream_chosen
-from r1v3.distill.samples import show_samples
 from r1v3.distill.score import score, scores_journal
 from r1v3.distill.survey import Survey, survey
 from r1v3.distill.work import Entry
@@ -273,6 +270,11 @@ def _write(
     index: Index,
     answers: Journal,
 ) -> None:
+    # Figures load matplotlib and scipy, which an estimate need not wait for.
+    from r1v3.distill.figure import distribution_figure
+    from r1v3.distill.page import write_page
+    from r1v3.distill.samples import show_samples
+
     folder = config.run / "distill"
     for split, candidates in (("train", chosen.train), ("validation", chosen.validation)):
         places = {(one.row, one.sample): index[one.row][one.sample] for one in candidates}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from r1v3.config import Distill
-from r1v3.data.tokenizer import SPECIAL_TOKENS
+from r1v3.data.special_tokens import SPECIAL_TOKENS
 from r1v3.distill.duplicates import Pixels, Seen, Shown, read_evaluation
 from r1v3.distill.questions import Question, light, stream
 from r1v3.rewards.combine import with_options

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import GRPO, Architecture, Modules, Optimizer, Stage, Supervised
 from r1v3.data.encoding import model_image_shape
-from r1v3.data.tokenizer import IMAGE_CONTEXT, load_tokenizer, token_id
+from r1v3.data.special_tokens import IMAGE_CONTEXT
+from r1v3.data.tokenizer import load_tokenizer, token_id
 from r1v3.engine.contract import Engine
 from r1v3.engine.hf.engine import HFEngine
 from r1v3.model.conversion import load_config

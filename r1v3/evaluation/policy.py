@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from r1v3.config import DEFAULT_PICTURES, Decoding, Pictures
 from r1v3.data.encoding import Example, encode_sample, model_image_shape
 from r1v3.data.sample import Sample
+from r1v3.data.special_tokens import TURN_END
 from r1v3.data.tiles import ImageShape, TileCache
-from r1v3.data.tokenizer import TURN_END, load_tokenizer, token_id
+from r1v3.data.tokenizer import load_tokenizer, token_id
 from r1v3.data.words import expand_words
 from r1v3.engine.hf.decoder import HFDecoder
 from r1v3.model.internvl import load_model

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from r1v3.config import DEFAULT_PICTURES, Pictures
 from r1v3.data.encoding import Example
 from r1v3.data.sample import Sample
+from r1v3.data.special_tokens import SPECIAL_TOKENS, TURN_END
 from r1v3.data.thoughts import THINK_CLOSE
-from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END, token_id
+from r1v3.data.tokenizer import token_id
 
 
 @dataclass(frozen=True)

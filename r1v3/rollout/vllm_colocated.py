@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from r1v3.data.special_tokens import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from r1v3.data.tiles import decode_picture
-from r1v3.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, token_id
+from r1v3.data.tokenizer import token_id
 from r1v3.ranks import ALONE, Ranks, shard_range
 from r1v3.rollout.completions import (
     Completion,

@@ -36,8 +36,8 @@ from typing import Any
 
 from r1v3.config import Pictures
 from r1v3.data.sample import IMAGE_PLACEHOLDER
+from r1v3.data.special_tokens import IMAGE_CONTEXT
 from r1v3.data.tiles import decode_picture
-from r1v3.data.tokenizer import IMAGE_CONTEXT
 from r1v3.http import RequestFailed
 from r1v3.model.conversion.config import is_original, read_config
 from r1v3.rollout.completions import Completion, ban_list, check_completion, check_prompt

@@ -7,15 +7,11 @@ rest is for a judge, and without one has no verdict.
 
 import re
 
-from r1v3.rewards.choices import find_choice, find_choices, find_letter, find_letters
-from r1v3.rewards.extract import unwrap_boxed
-from r1v3.rewards.notation import tidy
-from r1v3.rewards.rules import judge
+from r1v3.rewards.agreement import agrees
+from r1v3.rewards.choices import find_letters
 from r1v3.suite.question import Question, Response
 
 _SHORT = 40
-_NUMBER = re.compile(r"[-+]?(?:\d{1,30}(?:,\d{3})*(?:\.\d{1,30})?|\.\d{1,30})%?")
-_ONE_LETTER = re.compile(r"\(?([A-Z])\)?\.?")
 _YES_OR_NO = re.compile(r"(?<![\w'])(yes|no)(?![\w'-])", re.IGNORECASE)
 _OPENING = re.compile(r"[^\w]*(yes|no)(?![\w'-])(.*)", re.IGNORECASE | re.DOTALL)
 _CLOSING = re.compile(
@@ -33,20 +29,6 @@ def answer_rule(question: Question, response: Response) -> bool | None:
     if answer is None:
         return None if response.final else False
     return agrees(answer, question.gold, question.options)
-
-
-def agrees(answer: str, gold: str, options: tuple[str, ...] = ()) -> bool | None:
-    """Verdict on an extracted answer."""
-    if judge(answer, gold, options=options or None).correct:
-        return True
-    plain, truth = unwrap_boxed(answer), unwrap_boxed(gold)
-    if options and (find_choice(plain, options) or find_choices(plain, options)):
-        return False
-    if _ONE_LETTER.fullmatch(truth) or find_letters(truth):
-        return False if find_letter(plain) or find_letters(plain) else None
-    if all(_NUMBER.fullmatch(tidy(text)) for text in (plain, truth)):
-        return False
-    return None
 
 
 def yes_or_no(response: Response) -> str | None:

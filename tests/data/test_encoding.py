@@ -21,8 +21,8 @@ from r1v3.data.encoding import (
 )
 from r1v3.data.images import load_image, normalize, pixel_values, tile_image
 from r1v3.data.sample import Sample, make_sample
+from r1v3.data.special_tokens import IMAGE_CONTEXT, TURN_END
 from r1v3.data.tiles import ImageShape
-from r1v3.data.tokenizer import IMAGE_CONTEXT, TURN_END
 from r1v3.model.conversion import load_config
 from tests import tiny
 

@@ -13,15 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from r1v3.data.encoding import encode_sample
 from r1v3.data.sample import make_sample
+from r1v3.data.special_tokens import SPECIAL_TOKENS, TURN_END
 from r1v3.data.tiles import ImageShape
-from r1v3.data.tokenizer import (
-    CHAT_TEMPLATE,
-    SPECIAL_TOKENS,
-    TURN_END,
-    load_tokenizer,
-    render_prompt,
-    train_tokenizer,
-)
+from r1v3.data.tokenizer import CHAT_TEMPLATE, load_tokenizer, render_prompt, train_tokenizer
 from tests import tiny
 
 TURNS = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"

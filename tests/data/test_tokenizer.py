@@ -7,15 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1v3.data.tokenizer import (
-    IMAGE_CONTEXT,
-    SPECIAL_TOKENS,
-    SYSTEM_PROMPT,
-    TURN_END,
-    load_tokenizer,
-    render_prompt,
-    train_tokenizer,
-)
+from r1v3.data.special_tokens import IMAGE_CONTEXT, SPECIAL_TOKENS, TURN_END
+from r1v3.data.tokenizer import SYSTEM_PROMPT, load_tokenizer, render_prompt, train_tokenizer
 from tests import tiny
 
 USER = [{"role": "user", "content": "How many?"}]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from r1v3.data.encoding import encode_sample
-from r1v3.data.tokenizer import SPECIAL_TOKENS
+from r1v3.data.special_tokens import SPECIAL_TOKENS
 from r1v3.evaluation.generate import answer_about_image, model_folder
 from r1v3.evaluation.policy import Answers, Policy
 from tests import tiny

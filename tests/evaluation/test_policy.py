@@ -5,8 +5,8 @@ import torch
 
 from r1v3.data.encoding import encode_sample
 from r1v3.data.sample import Sample
+from r1v3.data.special_tokens import SPECIAL_TOKENS, TURN_END
 from r1v3.data.tiles import ImageShape
-from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END
 from r1v3.evaluation.policy import Answers, Policy
 from r1v3.rewards import accuracy_reward
 from r1v3.rollout import local

@@ -16,7 +16,7 @@ from transformers import InternVLForConditionalGeneration
 
 from r1v3.data.encoding import Example, encode_sample
 from r1v3.data.sample import Sample, make_sample
-from r1v3.data.tokenizer import IMAGE_CONTEXT
+from r1v3.data.special_tokens import IMAGE_CONTEXT
 from r1v3.engine.hf.decoder import HFDecoder
 from r1v3.model.internvl import load_model
 from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules

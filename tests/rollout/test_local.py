@@ -10,7 +10,7 @@ from transformers import InternVLForConditionalGeneration
 
 from r1v3.data.batch import Batch
 from r1v3.data.encoding import Example, collate
-from r1v3.data.tokenizer import SPECIAL_TOKENS, TURN_END
+from r1v3.data.special_tokens import SPECIAL_TOKENS, TURN_END
 from r1v3.engine.hf.decoder import DecodeCache, HFDecoder, prefill
 from r1v3.engine.hf.engine import HFEngine, response_hidden
 from r1v3.rollout import local

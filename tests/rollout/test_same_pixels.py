@@ -13,8 +13,8 @@ from r1v3.config import Pictures
 from r1v3.data.encoding import encode_sample
 from r1v3.data.images import tile_image
 from r1v3.data.sample import make_sample
+from r1v3.data.special_tokens import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from r1v3.data.tiles import ImageShape
-from r1v3.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from r1v3.rollout.contract import Request, Sampling, TokenRules
 from r1v3.rollout.vllm_colocated import ColocatedVLLM
 from r1v3.rollout.vllm_protocol import chat_call, picture_name

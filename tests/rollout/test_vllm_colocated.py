@@ -19,7 +19,8 @@ from r1v3.config import RolloutEngine
 from r1v3.data.encoding import Example, encode_sample
 from r1v3.data.images import tile_image
 from r1v3.data.sample import make_sample
-from r1v3.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, token_id
+from r1v3.data.special_tokens import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
+from r1v3.data.tokenizer import token_id
 from r1v3.engine.hf.engine import HFEngine
 from r1v3.model.conversion import Checkpoint, convert, weights
 from r1v3.model.internvl import load_model

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from r1v3.config import ConfigError, Serve, load
-from r1v3.data.tokenizer import SPECIAL_TOKENS
+from r1v3.data.special_tokens import SPECIAL_TOKENS
 from r1v3.serve.run import load_endpoint
 from tests.serve.serving import (
     CHAT,
