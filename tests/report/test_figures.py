@@ -13,8 +13,10 @@ from PIL import Image
 from scipy import stats
 
 from r1v3.report import figures
-from r1v3.report.figure_style import DPI, SIZE_INCHES, STYLE, Draw, moving_average, smoothing_window
+from r1v3.report.figure_style import DPI, SIZE_INCHES, STYLE, moving_average, smoothing_window
 from r1v3.report.run_folder import RunFolder, read_run
+
+Draw = Callable[[RunFolder, Figure], bool]
 
 DRAW: dict[Callable[[RunFolder, Path], Path | None], Draw] = {
     figures.reward_figure: figures._draw_reward,
