@@ -133,7 +133,7 @@ class Duplicates(Section):
 
 
 class Choice(Section):
-    """What is written of the chains that passed.
+    """Choice of the chains that are written, among those that passed.
 
     per_question: chains of a question, the best score first, then as `prefer` says.
     least_pass_rate, most_pass_rate: of a question; others are left out. rows: most rows in all;

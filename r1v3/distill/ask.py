@@ -162,12 +162,17 @@ def read_reply(reply: Mapping[str, Any]) -> Entry:
         raise RequestFailed("an empty reply", retry=True)
     prompt_tokens, tokens = usage_of(reply)
     return {
-        "reasoning": reasoning or None,
-        "content": content,
+        "reasoning": _unicode(reasoning) or None,
+        "content": _unicode(content),
         "finish": finish,
         "prompt_tokens": prompt_tokens,
         "tokens": tokens,
     }
+
+
+def _unicode(text: str) -> str:
+    """A text that UTF-8 can carry: JSON can spell half of a surrogate pair, which it cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def teacher_messages(sample: Sample, teacher: DistillTeacher) -> list[dict[str, Any]]:

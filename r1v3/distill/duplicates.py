@@ -28,7 +28,7 @@ _LEAST_CHARACTERS = 24
 
 @dataclass(frozen=True)
 class Shown:
-    """What is compared of a question: its text, and digests of its pictures' pixels."""
+    """The text of a question, and digests of its pictures' pixels, to compare."""
 
     text: str
     pixels: tuple[str, ...]

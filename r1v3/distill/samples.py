@@ -35,7 +35,6 @@ class ShownChain:
     thought: str
     answer: str
     verdict: str
-    score: float | None
     pass_rate: str
     also: tuple[str, ...]
 
@@ -121,7 +120,6 @@ def _shown(
         thought=_short(chain.thought),
         answer=_short(chain.answer),
         verdict={True: "right", False: "wrong", None: "no verdict"}[of.right],
-        score=None,
         pass_rate=f"{right} of {len(asked)} right",
         also=tuple(name for name in of.caught if name != group),
     )

@@ -154,6 +154,7 @@ def test_the_instruction_is_asked_and_not_written() -> None:
         ({"content": "a", "reasoning": "t"}, None, ("t", "a", "stop")),
         ({"content": None, "reasoning_content": "t"}, "length", ("t", "", "length")),
         ({"content": [{"type": "text", "text": "a"}]}, "stop", (None, "a", "stop")),
+        ({"content": "a\ud83d", "reasoning": "\udc00t"}, "stop", ("?t", "a?", "stop")),
         ({"content": ""}, "content_filter", (None, "", "content_filter")),
     ],
 )
