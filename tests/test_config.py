@@ -13,6 +13,7 @@ from r1v3.config import (
     ConfigError,
     Connector,
     Data,
+    Distill,
     Evaluate,
     Pictures,
     Section,
@@ -31,14 +32,15 @@ KINDS: dict[str, type[Section]] = {
     "select": Select,
     "eval": Evaluate,
 }
+FOLDERS: dict[str, type[Section]] = {"suite": Suite, "distill": Distill}
 
 
 def kind_of(path: Path) -> type[Section]:
     """By name; a file of another name by what it holds."""
     if path.stem in KINDS:
         return KINDS[path.stem]
-    if path.parent.name == "suite":
-        return Suite
+    if path.parent.name in FOLDERS:
+        return FOLDERS[path.parent.name]
     keys = yaml.safe_load(path.read_text())
     if "train_data" not in keys:
         return Data
