@@ -273,6 +273,31 @@ def distill(
 
 
 @app.command(
+    epilog="Example: r1v3 study configs/studies/demo/modes.yaml --quick    "
+    "All, sharing their runs: r1v3 study configs/studies/demo/*.yaml"
+)
+def study(
+    files: Annotated[list[Path], typer.Argument(help="YAML files of studies.")],
+    out: Annotated[Path, typer.Option(help="Folder of runs and results.")] = Path("runs/studies"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The quick form: one seed, fewer steps.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; by default what the cores can hold.")
+    ] = None,
+    print_: Annotated[
+        bool, typer.Option("--print", help="Run nothing; print one command per run.")
+    ] = False,
+) -> None:
+    """Run experiments of the report and judge its findings; started again, it goes on."""
+    with _friendly():
+        from r1v3.study.run import run_studies
+
+        if not run_studies(files, out, quick=quick, jobs=jobs, printing=print_):
+            raise typer.Exit(1)
+
+
+@app.command(
     epilog="Example: r1v3 generate --checkpoint runs/demo-1 --image digits.png "
     '--question "Compute the result." --mode slow --budget 40'
 )

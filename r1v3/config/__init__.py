@@ -43,6 +43,14 @@ from r1v3.config.stages import (
     Stage,
     Supervised,
 )
+from r1v3.config.study import (
+    Comparison,
+    RankCorrelation,
+    Side,
+    Study,
+    StudyFigure,
+    StudyStage,
+)
 from r1v3.config.suite import Judge, Suite
 
 __all__ = [
@@ -53,6 +61,7 @@ __all__ = [
     "Architecture",
     "Choice",
     "ConfigError",
+    "Comparison",
     "Connector",
     "Data",
     "Decoding",
@@ -72,6 +81,7 @@ __all__ = [
     "Pictures",
     "Profile",
     "PolicyLoss",
+    "RankCorrelation",
     "Rewards",
     "RolloutEngine",
     "Scorer",
@@ -79,7 +89,11 @@ __all__ = [
     "Section",
     "Select",
     "Serve",
+    "Side",
     "Stage",
+    "Study",
+    "StudyFigure",
+    "StudyStage",
     "Suite",
     "Supervised",
     "Teacher",

@@ -27,22 +27,39 @@ def load(kind: type[ConfigT], path: Path | str | None, overrides: Sequence[str] 
         ConfigError: names the file, the key, what was given and what would be right.
     """
     name = str(path) if path is not None else "the command line"
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(shipped(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path} must hold a mapping of keys, not {type(tree).__name__}")
+    tree = read_tree(path) if path is not None else {}
     for override in overrides:
         _override(tree, override)
     if isinstance(tree.get("run"), str):
         tree = _substitute(tree, tree["run"])
     if isinstance(tree.get("model"), str):
         tree["model"] = str(shipped(tree["model"]))
+    return checked(kind, tree, name)
+
+
+def read_tree(path: Path | str) -> dict[str, Any]:
+    """Read the mapping that a YAML file holds; `path` may name what came with r1v3.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
+    try:
+        tree = yaml.safe_load(shipped(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys, not {type(tree).__name__}")
+    return tree
+
+
+def checked(kind: type[ConfigT], tree: dict[str, Any], name: str) -> ConfigT:
+    """Validate the mapping that `name` held.
+
+    Raises:
+        ConfigError: names `name`, the key, what was given and what would be right.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

@@ -21,6 +21,7 @@ from r1v3.data.tokenizer import load_tokenizer
 from r1v3.data.words import expand_words
 from r1v3.engine.build import build_engine, connect, resolve_max_tiles
 from r1v3.engine.contract import Decoder
+from r1v3.evaluation.measures import answer_measures, question_facts
 from r1v3.evaluation.policy import Answers, Policy, mode_sampling
 from r1v3.evaluation.statistics import score
 from r1v3.files import write_bytes, write_json
@@ -85,9 +86,10 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
     """Score a checkpoint in all configured modes; return what it writes.
 
     `<run>/evaluation/<name>.json` is written after every mode, so that an interrupted evaluation
-    goes on with the next one. It also holds the correctness of every slow-thinking answer
-    ([questions, samples]), for paired comparisons. Sample transcripts with their images go to
-    `<run>/transcripts`.
+    goes on with the next one. It also holds what was measured of every answer in every mode
+    (`answers`, see `answer_measures`) with domain and difficulty of the questions, for paired
+    comparisons, and the correctness of slow thinking once more as `correct`. Sample transcripts
+    with their images go to `<run>/transcripts`.
 
     Args:
         notify: called with the name and the scores of each mode.
@@ -103,7 +105,8 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
     config = resolve_max_tiles(config)
     policy, samples, dropped = _policy(config, ranks)
     record = ranks.on_main(lambda: _read(path, config))
-    record["dropped"] = dropped
+    record |= {"dropped": dropped, "questions": question_facts(samples)}
+    critical = expand_words(policy.tokenizer, config.monitor.words)
     modes = [*config.modes, *(f"budget-{n}" for n in config.budgets)]
     missing = [mode for mode in modes if mode not in record["modes"]]
     total = sum(len(samples) * _repeats(config, mode) for mode in missing)
@@ -111,6 +114,9 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
         for mode in missing:
             result, answers = run_mode(config, policy, samples, mode, bar.advance)
             record["modes"][mode] = result
+            record["answers"][mode] = answer_measures(
+                answers, critical, config.monitor.high_entropy_nats
+            )
             if mode == "slow":
                 record["correct"] = answers.correct.astype(int).tolist()
             if not ranks.is_main:
@@ -164,6 +170,7 @@ def _policy(config: Evaluate, ranks: Ranks) -> tuple[Policy, list[Sample], int]:
 def _read(path: Path, config: Evaluate) -> dict[str, Any]:
     """The record to go on with: the one in the file if it is of the same scoring, or a new one."""
     fresh = {"checkpoint": str(config.model), "scoring": _scoring(config), "modes": {}}
+    fresh["answers"] = {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -171,7 +178,8 @@ def _read(path: Path, config: Evaluate) -> dict[str, Any]:
     if isinstance(record, dict) and all(
         record.get(k) == fresh[k] for k in ("checkpoint", "scoring")
     ):
-        return record
+        # Records of an earlier version have no answers.
+        return {"answers": {}, **record}
     return fresh
 
 

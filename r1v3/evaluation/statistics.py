@@ -144,6 +144,63 @@ def paired_gain(a: ArrayLike, b: ArrayLike) -> Gain:
     return Gain(mean, max(mean - half, -1.0), min(mean + half, 1.0), questions, samples)
 
 
+def paired_difference(a: ArrayLike, b: ArrayLike) -> Gain:
+    """Return the mean over rows of (mean of b - mean of a), for measures of any size.
+
+    a, b: [Q, K_a] and [Q, K_b], row q of both being of the same question. Rows with a value that is
+    not finite are left out. The interval is that of `paired_gain` without its limits: Student's t
+    over the differences. It is unbounded for fewer than two rows, and where all differences are
+    equal but not zero, which say nothing about their scatter.
+
+    Raises ValueError for inputs that are not 2D, or different numbers of rows.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.ndim != 2 or second.ndim != 2 or len(first) != len(second):
+        raise ValueError(f"a {first.shape} and b {second.shape} must be [Q, K_a] and [Q, K_b]")
+    difference = second.mean(axis=1) - first.mean(axis=1)
+    difference = difference[np.isfinite(difference)]
+    rows, samples = len(difference), min(first.shape[1], second.shape[1])
+    if rows == 0:
+        return Gain(math.nan, -math.inf, math.inf, 0, samples)
+    mean = float(difference.mean())
+    if rows < 2 or (np.ptp(difference) == 0 and mean != 0):
+        return Gain(mean, -math.inf, math.inf, rows, samples)
+    half = _quantile(rows) * float(difference.std(ddof=1)) / math.sqrt(rows)
+    return Gain(mean, mean - half, mean + half, rows, samples)
+
+
+def pooled_spearman(
+    samples: Sequence[tuple[Sequence[float | None], Sequence[float | None]]],
+) -> tuple[float | None, float | None, float | None, int]:
+    """Return Spearman's rho of several samples of pairs together, its interval, and all their n.
+
+    Fisher's transforms of the samples' rhos are averaged with weights n - 3; the variance of one is
+    (1 + rho^2 / 2) / (n - 3) (D. Bonett, T. Wright, Psychometrika 65, 2000). A perfect order, whose
+    transform is infinite, counts as half a swap of neighbors away from it: then the interval of a
+    single sample excludes zero from n = 5 on, where the exact probability is below 5 % as well.
+    All are None where no sample has four pairs and a rho.
+    """
+    weights, transforms, variances, total = [], [], [], 0
+    for x, y in samples:
+        found = correlation(x, y)
+        if found.spearman is None or found.n < 4:
+            continue
+        most = 1 - 6 / (found.n * (found.n**2 - 1))
+        rho = min(max(found.spearman, -most), most)
+        weights.append(found.n - 3)
+        transforms.append(math.atanh(rho))
+        variances.append((1 + rho**2 / 2) / (found.n - 3))
+        total += found.n
+    if not weights:
+        return None, None, None, 0
+    share = np.array(weights) / sum(weights)
+    center = float(share @ np.array(transforms))
+    half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * math.sqrt(
+        float(share**2 @ np.array(variances))
+    )
+    return math.tanh(center), math.tanh(center - half), math.tanh(center + half), total
+
+
 def correlation(x: Sequence[float | None], y: Sequence[float | None]) -> Correlation:
     """Return Pearson's r and Spearman's rho of the pairs whose values are both finite.
 

@@ -37,6 +37,10 @@ MODE_COLORS = {
     "budget": "#44AA99",
     "other": "#6b6b6b",
 }
+# Variants of a study, in their order.
+ARM_COLORS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#6b6b6b",
+)  # fmt: skip
 PART_COLORS = {"vision": "#D55E00", "connector": "#009E73", "llm": "#0072B2"}
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",

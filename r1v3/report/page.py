@@ -108,20 +108,21 @@ def write_report(run_dir: str | Path) -> Path:
 
 def render_page(run: RunFolder, pictures: list[Picture], absent: list[str]) -> str:
     """The HTML of the report with these figures; `absent` names those that could not be drawn."""
-    return _template().render(_content(run, pictures, absent))
+    return page_template("report.html.j2").render(_content(run, pictures, absent))
 
 
 @cache
-def _template() -> Template:
+def page_template(name: str, folder: Path = Path(__file__).parent) -> Template:
+    """Return the template `name` of a folder, which may include `page.css.j2` of this one."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["unbroken"] = _unbroken
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _unbroken(text: str) -> str:

@@ -14,6 +14,7 @@ from r1v3.data.encoding import Example, collate
 from r1v3.ranks import shard_range
 from r1v3.rewards import Reward
 from r1v3.rollout.contract import Rollout
+from r1v3.rollout.repetition import repetition
 from r1v3.trainer.policy_loss import Targets
 
 MicroBatch = tuple[Batch, Targets]
@@ -157,7 +158,8 @@ class Episode:
         return batch, targets
 
     def metrics(self) -> dict[str, Any]:
-        """Return mean rewards, mean length in tokens, and the shares refused and cut short."""
+        """Return mean rewards, mean length in tokens, mean repetition, and the shares refused and
+        cut short."""
         rewards, g = self.rewards, self.group_size
         groups = [rewards[i : i + g] for i in range(0, len(rewards), g)]
         return {
@@ -166,6 +168,7 @@ class Episode:
             "format": sum(reward.format for reward in rewards) / len(rewards),
             "reward_refused": sum(reward.refused for reward in rewards) / len(rewards),
             "response_length": float(self.rollout.mask.sum(1).float().mean()),
+            "repetition": float(repetition(self.rollout.response_ids, self.rollout.mask).mean()),
             "truncated": float((~self.rollout.finished).float().mean()),
             "groups_kept": sum(has_signal(group) for group in groups),
         }

@@ -32,7 +32,14 @@ from r1v3.rollout.contract import Request, Sampling, decode_texts, join
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.episode import Episode, Group, MicroBatch, has_signal
 from r1v3.trainer.loop import Skipped, run_steps
-from r1v3.trainer.policy_loss import HIGH_WEIGHT, PolicyLossFn, Targets, combine, gap_metrics
+from r1v3.trainer.policy_loss import (
+    HIGH_WEIGHT,
+    PolicyLossFn,
+    Targets,
+    combine,
+    covariance,
+    gap_metrics,
+)
 from r1v3.trainer.questions import Questions
 from r1v3.trainer.randomness import torch_stream
 from r1v3.trainer.record import NothingToDo, write_finished
@@ -169,6 +176,7 @@ class GRPOTrainer:
             **{key: sum(metrics[key] for metrics, _ in steps) / n for key in steps[0][0]},
             **combine(targets, outputs, config.loss.importance_cap),
             **self.gap_metrics(targets, outputs),
+            "logprob_advantage_covariance": covariance(targets, outputs),
             "steps_skipped": self.skipped.count([metrics["grad_norm"] for metrics, _ in steps]),
             **self.monitor.result(),
             **machine,

@@ -129,6 +129,25 @@ def gap_metrics(
     }
 
 
+def covariance(targets: Sequence[Targets], outputs: Sequence[dict[str, Tensor]]) -> float:
+    """Return the covariance over tokens of log-prob and advantage.
+
+    Where it is high, the tokens that a step makes likelier are likely already, and the entropy
+    falls (G. Cui et al., "The entropy mechanism of RL for reasoning language models", 2025).
+    """
+    pairs = [
+        (output["token_logprobs"][one.loss_mask], one.advantages[:, None].expand_as(one.loss_mask))
+        for one, output in zip(targets, outputs, strict=True)
+    ]
+    logprobs = torch.cat([values.double().cpu() for values, _ in pairs])
+    advantages = torch.cat(
+        [a[one.loss_mask].double() for one, (_, a) in zip(targets, pairs, strict=True)]
+    )
+    if not len(logprobs):
+        return 0.0
+    return float(((logprobs - logprobs.mean()) * (advantages - advantages.mean())).mean())
+
+
 def normalizer(aggregation: str, targets: Sequence[Targets], max_tokens: int) -> float:
     """Return the divisor of the summed loss of a whole gradient step."""
     if aggregation == "token-mean":

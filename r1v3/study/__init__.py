@@ -1,0 +1,1 @@
+"""Studies: the report's experiments as files, run, compared by paired intervals, and drawn."""
