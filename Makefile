@@ -3,7 +3,8 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo base test test-all test-stacks lint bench device device-step device-rivals install clean
+.PHONY: demo studies base test test-all test-stacks lint bench device device-step device-rivals \
+	install clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,6 +19,10 @@ PYTHON ?= $(shell $(FIND_PYTHON))
 
 demo: $(STAMP)
 	$(BIN)/r1v3 demo
+
+# The report's experiments in their quick form; FULL=1 runs all seeds and steps, for hours.
+studies: $(STAMP)
+	$(BIN)/r1v3 study configs/studies/demo/*.yaml $(if $(FULL),,--quick)
 
 # One torch thread per worker: two workers use two cores without fighting for them. Where a test
 # asks for more threads, those that wait yield.

@@ -39,7 +39,7 @@ class Clock:
         return max(total / self.jobs, longest)
 
     def _factor(self, verb: str) -> float:
-        """How much longer than expected runs of a verb take; of any verb before one has ended."""
+        """The time of a verb over the expected one; of all verbs before one of it has ended."""
         for keys in ([k for k in self.spent if self.verbs[k] == verb], list(self.spent)):
             if planned := sum(self.expected[key] for key in keys):
                 return sum(self.spent[key] for key in keys) / planned

@@ -176,9 +176,9 @@ class _Painter:
         pairs = [(b, 100 * s.accuracy) for b, s in cut if s is not None]
         axes.plot(*zip(*pairs, strict=True), "s--", color=color, ms=5, alpha=0.7, label=name)
         for mode, dash, shown in (("slow", ":", "slow thinking"), ("nothink", "-.", "NoThink")):
-            if (s := mode_score(run, mode, self.figure.where)) is not None:
-                name = None if label is None else f"{label}, {shown} ({s.tokens:.0f} tokens)"
-                axes.axhline(100 * s.accuracy, color=color, lw=1.2, ls=dash, label=name)
+            if (found := mode_score(run, mode, self.figure.where)) is not None:
+                name = None if label is None else f"{label}, {shown} ({found.tokens:.0f} tokens)"
+                axes.axhline(100 * found.accuracy, color=color, lw=1.2, ls=dash, label=name)
         return True
 
     def _checkpoints(self, canvas: Figure) -> bool:

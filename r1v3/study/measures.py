@@ -100,7 +100,7 @@ def series(run: Run, of: str) -> tuple[list[float], list[float]]:
 def metric_lines(run: Run) -> list[dict[str, Any]]:
     """Return the metrics of a training run, step by step; none where it has not run."""
     try:
-        return _metric_lines(run.folder / "metrics" / f"{run.verb}.jsonl")
+        return _metric_lines(*_version(run.folder / "metrics" / f"{run.verb}.jsonl"))
     except FileNotFoundError:
         return []
 
@@ -108,7 +108,7 @@ def metric_lines(run: Run) -> list[dict[str, Any]]:
 def evaluation(run: Run) -> dict[str, Any]:
     """Return the record of an evaluation; empty where it has not run."""
     try:
-        return _record(run.folder / "evaluation" / f"{run.config.name}.json")
+        return _record(*_version(run.folder / "evaluation" / f"{run.config.name}.json"))
     except FileNotFoundError:
         return {}
 
@@ -118,7 +118,7 @@ def checkpoint_pairs(
 ) -> tuple[list[float | None], list[float | None]]:
     """Return a measure of the selection and the accuracy of each checkpoint that was scored."""
     try:
-        selection = _record(select.folder / "selection.json")
+        selection = _record(*_version(select.folder / "selection.json"))
     except FileNotFoundError:
         return [], []
     measured = {entry["step"]: entry.get(of) for entry in selection["checkpoints"]}
@@ -130,12 +130,17 @@ def _array(rows: list[list[float | None]]) -> np.ndarray:
     return np.array(rows, dtype=np.float64)
 
 
+def _version(file: Path) -> tuple[Path, int]:
+    """A file and when it was written, by which what was read of it is kept."""
+    return file.resolve(), file.stat().st_mtime_ns
+
+
 @functools.lru_cache(maxsize=64)
-def _metric_lines(file: Path) -> list[dict[str, Any]]:
+def _metric_lines(file: Path, written: int) -> list[dict[str, Any]]:
     return read_metrics(file)
 
 
 @functools.lru_cache(maxsize=64)
-def _record(file: Path) -> dict[str, Any]:
+def _record(file: Path, written: int) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found

@@ -76,22 +76,24 @@ def measured(one: dict[str, Any]) -> str:
     """A finding's difference with its interval, as text."""
     if one["mean"] is None:
         return ABSENT
-    if one["values"] is None:
-        ends = f"[{_signed(one['low'])}, {_signed(one['high'])}]"
-        return f"ρ = {_signed(one['mean'])} {ends}, {one['count']} checkpoints"
     scale, unit = (100, " points") if one["percent"] else (1, "")
-    than, this = (f"{scale * value:.4g}" for value in one["values"])
-    ends = [ABSENT if end is None else _signed(scale * end) for end in (one["low"], one["high"])]
-    return f"{this} against {than}: {_signed(scale * one['mean'])}{unit} [{', '.join(ends)}]"
+    low, high = (
+        ABSENT if end is None else _signed(scale * end) for end in (one["low"], one["high"])
+    )
+    if one["values"] is None:
+        return f"ρ = {_signed(one['mean'])} [{low}, {high}], {one['count']} checkpoints"
+    digits = ".1f" if unit else ".4g"
+    than, this = (f"{scale * value:{digits}}" for value in one["values"])
+    return f"{this} against {than}: {_signed(scale * one['mean'])}{unit} [{low}, {high}]"
 
 
 def _signed(value: float) -> str:
-    """Three digits with a sign, and no exponent where plain digits are as short."""
-    return f"{value:+.1f}" if abs(value) >= 10 else f"{value:+.3g}"
+    """About three digits with a sign, and no exponent for large numbers."""
+    return f"{value:+.1f}" if abs(value) >= 10 else f"{value + 0.0:+.2g}"
 
 
 def verdict_counts(findings: Sequence[dict[str, Any]]) -> str:
-    """How many findings have each verdict, in words."""
+    """The number of findings with each verdict, in words."""
     counts = {
         name: sum(one["verdict"] == name for one in findings) for name in (SEEN, NOT_SEEN, OPPOSITE)
     }

@@ -171,7 +171,7 @@ class _Planner:
         key = f"{stage.verb}-{self._hash(config)}"
         folder = self.out / "runs" / key
         if stage.verb == "select":
-            folder = Path(config.run)
+            folder = Path(getattr(config, "run", _OWN))
             if str(folder) == _OWN:
                 raise ConfigError(f"stage {name}: `run` must be the folder of a grpo stage")
             # One selection of a run; another rule would overwrite it.

@@ -135,6 +135,8 @@ def covariance(targets: Sequence[Targets], outputs: Sequence[dict[str, Tensor]])
     Where it is high, the tokens that a step makes likelier are likely already, and the entropy
     falls (G. Cui et al., "The entropy mechanism of RL for reasoning language models", 2025).
     """
+    if not targets:
+        return 0.0
     pairs = [
         (output["token_logprobs"][one.loss_mask], one.advantages[:, None].expand_as(one.loss_mask))
         for one, output in zip(targets, outputs, strict=True)

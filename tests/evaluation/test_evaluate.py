@@ -132,6 +132,17 @@ def test_a_record_has_every_mode_and_the_correctness_of_every_slow_answer(
     assert record == json.loads((tmp_path / "evaluation" / "mine.json").read_text())
     assert np.array(record["correct"]).shape == (6, 2)
     assert record["checkpoint"] == str(home / "model")
+    assert list(record["answers"]) == list(record["modes"])
+    for mode, measures in record["answers"].items():
+        assert {key: np.array(values).shape for key, values in measures.items()} == dict.fromkeys(
+            ("correct", "tokens", "entropy", "high_entropy_share", "critical_tokens", "repetition"),
+            (6, 2 if mode == "slow" else 1),
+        )
+        inside = np.array(record["questions"]["domain"]) != "counting"
+        score = record["modes"][mode]["in_domain"]
+        assert score["accuracy"] == pytest.approx(np.array(measures["correct"])[inside].mean())
+        assert score["tokens"] == pytest.approx(np.array(measures["tokens"])[inside].mean())
+    assert record["answers"]["slow"]["correct"] == record["correct"]
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(

@@ -9,7 +9,9 @@ from scipy import optimize, stats
 
 from r1v3.evaluation.statistics import (
     correlation,
+    paired_difference,
     paired_gain,
+    pooled_spearman,
     score,
     wilson_interval,
 )
@@ -211,3 +213,53 @@ def test_interval_holds_the_accuracy_and_stays_in_range(q: int, k: int, random: 
     seen = score(values, np.ones((q, k)))
     assert 0.0 <= seen.low <= seen.accuracy <= seen.high <= 1.0
     assert seen.low < seen.high
+
+
+def test_a_difference_of_any_size_has_students_interval() -> None:
+    """Fails if lengths or entropies are cut to [-1, 1] like accuracies, a question without a value
+    counts as zero, or two equal differences count as certain."""
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(50, 20, (40, 3)), rng.normal(30, 20, (40, 2))
+    found = paired_difference(a, b)
+    expected = stats.ttest_rel(b.mean(1), a.mean(1)).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    with_gap = np.vstack([a, [[math.nan] * 3]]), np.vstack([b, [[1.0, 2.0]]])
+    assert paired_difference(*with_gap) == found
+    shifted = paired_difference(a, a + 2)
+    assert shifted.mean == pytest.approx(2) and (shifted.high == math.inf or shifted.low > 1.9)
+    same = paired_difference(a, a)
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    alone = paired_difference(a[:1], b[:1])
+    assert (alone.low, alone.high) == (-math.inf, math.inf)
+    assert paired_difference([[math.nan]], [[1.0]]).questions == 0
+    with pytest.raises(ValueError, match="must be"):
+        paired_difference(a, b[:5])
+
+
+@pytest.mark.parametrize("n", [4, 5, 6, 7, 8])
+def test_a_rank_correlation_excludes_zero_about_where_its_exact_p_does(n: int) -> None:
+    """Fails if a verdict over checkpoints says `seen` for orders that chance gives, or never."""
+    rng = np.random.default_rng(n)
+    agree = 0
+    for _ in range(60):
+        x, y = rng.permutation(n).tolist(), rng.permutation(n).tolist()
+        rho, low, high, count = pooled_spearman([(x, y)])
+        exact = correlation(x, y).spearman_p
+        assert rho is not None and low is not None and high is not None and exact is not None
+        assert count == n and low <= rho <= high
+        agree += (low > 0 or high < 0) == (exact < 0.05)
+        if low > 0 or high < 0:
+            assert exact < 0.08
+    assert agree >= 57
+    perfect = pooled_spearman([(list(range(n)), list(range(n)))])[1]
+    assert perfect is not None and (perfect > 0) == (n >= 5)
+
+
+def test_seeds_narrow_a_rank_correlation() -> None:
+    """Fails if several seeds count as one, or a seed without pairs takes the others away."""
+    one = ([1.0, 2, 3, 4, 5, 6], [1.0, 2, 3, 4, 6, 5])
+    _, low, high, n = pooled_spearman([one])
+    _, low3, high3, n3 = pooled_spearman([one, one, one, ([1.0, 2], [1.0, 2]), ([], [])])
+    assert low is not None and high is not None and low3 is not None and high3 is not None
+    assert (n, n3) == (6, 18) and low < low3 and high3 < high
+    assert pooled_spearman([([1.0] * 5, [1.0, 2, 3, 4, 5])]) == (None, None, None, 0)

@@ -4,13 +4,14 @@ metrics that watch it."""
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from r1v3.config import PolicyLoss
 from r1v3.kernels import grpo_loss, reference
-from r1v3.trainer.policy_loss import PolicyLossFn, Targets, gap_metrics
+from r1v3.trainer.policy_loss import PolicyLossFn, Targets, covariance, gap_metrics
 
 KINDS = ("k1", "k2", "k3")
 PAGE = Path(__file__).resolve().parents[2] / "docs/runs.md"
@@ -102,3 +103,19 @@ def test_without_a_reference_nothing_is_said() -> None:
     loss = PolicyLossFn(PolicyLoss(), targets, 4)
     outputs = [loss.metrics(torch.zeros(1, 2), torch.zeros(1, 2), 0)]
     assert gap_metrics(targets, outputs, "k3") == {}
+
+
+def test_the_covariance_of_log_prob_and_advantage_is_over_all_tokens() -> None:
+    """Fails if masked tokens count, or micro-batches are averaged and not joined."""
+    rng = np.random.default_rng(0)
+    targets, outputs, pairs = [], [], []
+    for rows, width in ((3, 5), (2, 7)):
+        logprobs, advantages = rng.normal(size=(rows, width)), rng.normal(size=rows)
+        mask = rng.random((rows, width)) < 0.6
+        fields = torch.tensor(mask), torch.tensor(advantages)
+        targets.append(Targets(*fields, torch.zeros(rows, width), fields[0]))
+        outputs.append({"token_logprobs": torch.tensor(logprobs)})
+        pairs += [(logprobs[n, t], advantages[n]) for n, t in zip(*mask.nonzero(), strict=True)]
+    expected = np.cov(np.array(pairs).T, ddof=0)[0, 1]
+    assert covariance(targets, outputs) == pytest.approx(expected)
+    assert covariance([], []) == 0.0
