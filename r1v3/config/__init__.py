@@ -5,6 +5,7 @@ the nearest valid one. The resolved configuration is written into the run folder
 """
 
 from r1v3.config.base import ConfigError, Section
+from r1v3.config.curriculum import Curriculum, CurriculumStage, Range
 from r1v3.config.data import Data, Search, Teacher
 from r1v3.config.distill import (
     Choice,
@@ -63,6 +64,8 @@ __all__ = [
     "ConfigError",
     "Comparison",
     "Connector",
+    "Curriculum",
+    "CurriculumStage",
     "Data",
     "Decoding",
     "Distill",
@@ -81,6 +84,7 @@ __all__ = [
     "Pictures",
     "Profile",
     "PolicyLoss",
+    "Range",
     "RankCorrelation",
     "Rewards",
     "RolloutEngine",

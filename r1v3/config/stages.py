@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from r1v3.config.base import Positive, Section
+from r1v3.config.curriculum import Curriculum
 from r1v3.config.sections import (
     Architecture,
     Decoding,
@@ -190,6 +191,7 @@ class GRPO(Stage):
     micro_batch_tokens: Positive | None = None
     decoding: Decoding = Decoding()
     lengths: tuple[LengthStep, ...] = ()
+    curriculum: Curriculum = Curriculum()
     dynamic_sampling: DynamicSampling = DynamicSampling()
     advantage: Advantage = Advantage()
     loss: PolicyLoss = PolicyLoss()
@@ -208,7 +210,9 @@ class GRPO(Stage):
     @property
     def longest_response(self) -> int:
         """Tokens of the longest response of any step."""
-        return max([self.decoding.max_tokens, *(change.max_tokens for change in self.lengths)])
+        later = [change.max_tokens for change in self.lengths]
+        later += [stage.max_tokens or 0 for stage in self.curriculum.stages]
+        return max([self.decoding.max_tokens, *later])
 
     @model_validator(mode="after")
     def _check(self) -> "GRPO":

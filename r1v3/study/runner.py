@@ -220,11 +220,14 @@ def _locked(out: Path, key: str) -> int | None:
 
 
 def _reason(log: Path, code: int) -> str:
-    """The last error line of a run's log, or how its process ended."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    errors = [line for line in lines if line.startswith("error: ")]
+    """The last error of a run's log, or its last line, or how its process ended."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     ending = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return f"{errors[-1].removeprefix('error: ') if errors else ending}; see {log}"
+    if code > 0 and lines:
+        ending = errors[-1] if errors else lines[-1]
+    return f"{ending}; see {log}"
 
 
 def _progress(run: Run) -> str:

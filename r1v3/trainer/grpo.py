@@ -26,10 +26,12 @@ from r1v3.evaluation.policy import Policy
 from r1v3.evaluation.statistics import score as score_interval
 from r1v3.kernels import group_advantages
 from r1v3.model.parts import PARTS
+from r1v3.progress import say
 from r1v3.rewards import LLMVerifier, score
 from r1v3.rollout.build import build_sampler
 from r1v3.rollout.contract import Request, Sampling, decode_texts, join
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
+from r1v3.trainer.curriculum import Course, facts_of, grouped_accuracy
 from r1v3.trainer.episode import Episode, Group, MicroBatch, has_signal
 from r1v3.trainer.loop import Skipped, run_steps
 from r1v3.trainer.policy_loss import (
@@ -40,12 +42,11 @@ from r1v3.trainer.policy_loss import (
     covariance,
     gap_metrics,
 )
-from r1v3.trainer.questions import Questions
 from r1v3.trainer.randomness import torch_stream
 from r1v3.trainer.record import NothingToDo, write_finished
 from r1v3.trainer.rollout_file import write_rollouts
 from r1v3.trainer.schedule import learning_rate
-from r1v3.trainer.stage import open_stage, publish, resume
+from r1v3.trainer.stage import OpenStage, open_stage, publish, resume
 from r1v3.trainer.stopwatch import Stopwatch
 from r1v3.trainer.telemetry import Telemetry
 
@@ -61,6 +62,13 @@ class GRPOTrainer:
     def take_step(self) -> dict[str, Any]:
         """Sample, reward and update once; return the metrics of the step."""
         started, failures = time.perf_counter(), self.verifier_failures()
+        if self.course.advance(self.step):
+            self.questions = self.course.questions()
+            say(
+                f"grpo: stage {self.course.number + 1} of {len(self.course.stages)} of the "
+                f"curriculum begins after step {self.step}",
+                shown=self.engine.ranks.is_main,
+            )
         with self.sampling():
             groups = self.sample_groups()
         episode = self.with_advantages(groups)
@@ -68,8 +76,10 @@ class GRPOTrainer:
         with self.stopwatch.part("training"):
             metrics = self.update(episode)
         self.step += 1
+        several = len(self.course.stages) > 1
         return {
             **episode.metrics(),
+            **({"curriculum_stage": self.course.number + 1} if several else {}),
             "rows_dropped": self.dropped,
             "verifier_failures": self.verifier_failures() - failures,
             **metrics,
@@ -148,6 +158,7 @@ class GRPOTrainer:
             found; the loss, the learning rate and the gradient norms are means over the steps.
         """
         config, n = self.config, self.config.gradient_steps
+        optimizer = self.course.optimizer(config.optimizer)
         parts = episode.micro_batches(
             n,
             config.micro_batch_prompts,
@@ -161,7 +172,7 @@ class GRPOTrainer:
         steps = [
             self.gradient_step(
                 micro_batches,
-                learning_rate(self.step * n + i, self.total * n, config.optimizer),
+                learning_rate(self.step * n + i, self.total * n, optimizer),
             )
             for i, micro_batches in enumerate(parts)
         ]
@@ -267,7 +278,13 @@ class GRPOTrainer:
                 batch_prompts=max(1, together // config.validation_samples),
             )
         result = score_interval(answers.correct, answers.tokens)
+        correct = answers.correct.mean(axis=1).tolist()
+        self.course.validated(correct)
+        apart: dict[str, float] = {}
+        if (key := config.curriculum.validate_by) is not None:
+            apart = grouped_accuracy(correct, self.validation_facts, key)
         return {
+            **{f"validation_accuracy_{name}": value for name, value in apart.items()},
             "validation_accuracy": result.accuracy,
             "validation_low": result.low,
             "validation_high": result.high,
@@ -285,7 +302,9 @@ class GRPOTrainer:
             self.sampler.sleep()
 
     def max_tokens(self) -> int:
-        """Return the longest response allowed at this step (progressive length)."""
+        """Return the longest response allowed at this step (curriculum, or progressive length)."""
+        if self.course.current.max_tokens is not None:
+            return self.course.current.max_tokens
         allowed = self.config.decoding.max_tokens
         for change in self.config.lengths:
             if self.step >= change.step:
@@ -303,7 +322,7 @@ class GRPOTrainer:
 
     def state(self) -> dict[str, Any]:
         """See `loop.Steps.state`."""
-        return {"questions": self.questions.state()}
+        return {"questions": self.questions.state(), "curriculum": self.course.state()}
 
     def loop(self) -> None:
         """Train to the last step; keep models of checkpoints, to select from."""
@@ -336,17 +355,12 @@ class GRPOTrainer:
         record_max_tiles(self.engine.config, shape.max_tiles)
         longest = config.longest_response
         limit = PositionLimit.of(self.engine.config, config.too_long, longest)
-        self.samples, self.examples, self.dropped = self.encode(
-            config.train_data, stage.train, shape, limit
-        )
         self.validation, asked, _ = self.encode(
             config.validation_data, stage.validation, shape, limit
         )
-        check_micro_batch_tokens(
-            config.micro_batch_tokens, config.train_data, self.examples, longest
-        )
+        self.course = self.encode_questions(stage, shape, limit)
+        self.questions = self.course.questions()
         longest_prompt = max(len(example.prompt_ids) for example in [*self.examples, *asked])
-        self.questions = Questions(len(self.samples), config.seed)
         self.sampler = build_sampler(
             config.rollout,
             config,
@@ -372,8 +386,29 @@ class GRPOTrainer:
         loaded = resume(self.name, self.run, self.engine, resuming)
         if loaded is not None:
             self.step = loaded.step
+            # Checkpoints of an earlier version have no curriculum.
+            self.course.restore(loaded.state.get("curriculum", self.course.state()))
+            self.questions = self.course.questions()
             self.questions.restore(loaded.state["questions"])
         self.resume_after = self.step if resuming else None
+
+    def encode_questions(self, stage: OpenStage, shape: ImageShape, limit: PositionLimit) -> Course:
+        """Encode the questions of all stages of the curriculum; return the course through them."""
+        config, rates = self.config, self.config.curriculum.pass_rates
+        self.samples: list[Sample] = []
+        self.examples: list[Example] = []
+        self.dropped, facts = 0, {}
+        for file, given in {config.train_data: stage.train, **stage.further}.items():
+            samples, examples, dropped = self.encode(file, given, shape, limit)
+            check_micro_batch_tokens(
+                config.micro_batch_tokens, file, examples, config.longest_response
+            )
+            facts[file] = facts_of(samples, rates)
+            self.samples += samples
+            self.examples += examples
+            self.dropped += dropped
+        self.validation_facts = facts_of(self.validation, rates)
+        return Course(config, facts, self.validation_facts)
 
     def encode(
         self, path: Path, samples: list[Sample], shape: ImageShape, limit: PositionLimit

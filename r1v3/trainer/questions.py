@@ -12,14 +12,20 @@ class Questions:
     Args:
         count: of questions.
         seed: of the passes.
+        positions: of the questions in the data; None where they are all there is.
+        stage: of a curriculum; each has passes of its own.
 
     Attributes:
         drawn: questions taken from the passes so far.
         waiting: positions of the questions that were put back.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed = count, seed
+    def __init__(
+        self, count: int, seed: int, *, positions: Sequence[int] | None = None, stage: int = 0
+    ) -> None:
+        self._count = count
+        self._key: tuple[int | str, ...] = (seed, "grpo", stage) if stage else (seed, "grpo")
+        self._positions = range(count) if positions is None else positions
         self.drawn = 0
         self.waiting: list[int] = []
 
@@ -27,7 +33,8 @@ class Questions:
         """Return the positions of the next questions."""
         taken, self.waiting = self.waiting[:size], self.waiting[size:]
         new = size - len(taken)
-        taken += order(self._count, self.drawn, new, self._seed, "grpo")
+        drawn = order(self._count, self.drawn, new, *self._key)
+        taken += [self._positions[i] for i in drawn]
         self.drawn += new
         return taken
 

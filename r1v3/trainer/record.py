@@ -32,6 +32,7 @@ FREE = (
     "validation_data",
     "architecture.tokenizer_data",
     "too_long",
+    "curriculum.pass_rates",
     "micro_batch_size",
     "micro_batch_prompts",
     "micro_batch_tokens",
@@ -67,11 +68,14 @@ def digests(config: Stage, data: Mapping[str, Sequence[Sample]]) -> dict[str, st
     """Return what a stage learns from, by the setting that names it.
 
     Args:
-        data: the samples of `train_data` and `validation_data`.
+        data: the samples of `train_data`, `validation_data` and the files of a curriculum.
     """
     found = {key: data_digest(samples) for key, samples in data.items()}
     if config.model is not None:
         found["model"] = folder_digest(config.model)
+    if isinstance(config, GRPO) and (rates := config.curriculum.pass_rates) is not None:
+        content = hashlib.sha256(rates.read_bytes())
+        found["curriculum.pass_rates"] = f"sha256 {content.hexdigest()[:16]}"
     if isinstance(config, Supervised) and config.architecture is not None:
         for i, file in enumerate(config.architecture.tokenizer_data):
             found[f"architecture.tokenizer_data[{i}]"] = data_digest(load_samples(file))
@@ -192,6 +196,12 @@ def _settings(config: Stage) -> dict[str, Any]:
         for key, value in flat(config.model_dump(mode="json")).items()
         if not any(key == free or key.startswith(f"{free}.") for free in (*FREE, *LENGTHS))
     }
+    if "curriculum.stages" in settings:
+        # The content of its files is compared.
+        settings["curriculum.stages"] = [
+            {**stage, "train_data": stage["train_data"] is not None}
+            for stage in settings["curriculum.stages"]
+        ]
     if "rewards.verifier_url" in settings:
         # A judge may move, but not come or go.
         settings["rewards.verifier_url"] = settings["rewards.verifier_url"] is not None

@@ -61,11 +61,16 @@ def begin(name: str, config: Section, run: Path) -> None:
 
 @dataclass(frozen=True)
 class OpenStage:
-    """A stage whose run folder is begun: its processes and its samples."""
+    """A stage whose run folder is begun: its processes and its samples.
+
+    Attributes:
+        further: samples of the files that only stages of a curriculum name.
+    """
 
     ranks: Ranks
     train: list[Sample]
     validation: list[Sample]
+    further: dict[Path, list[Sample]]
 
 
 def open_stage(name: str, config: Supervised | GRPO, *, resuming: bool) -> OpenStage:
@@ -78,9 +83,16 @@ def open_stage(name: str, config: Supervised | GRPO, *, resuming: bool) -> OpenS
     ranks, run = connect(config), Path(config.run)
     ranks.on_main(lambda: require_fresh(name, run, resuming))
     train, validation = load_samples(config.train_data), load_samples(config.validation_data)
+    stages = config.curriculum.stages if isinstance(config, GRPO) else ()
+    files = {one.train_data for one in stages} - {None, config.train_data}
+    further = {file: load_samples(file) for file in sorted(file for file in files if file)}
 
     def first() -> None:
-        inputs = digests(config, {"train_data": train, "validation_data": validation})
+        data = {"train_data": train, "validation_data": validation}
+        for i, one in enumerate(stages):
+            if one.train_data in further:
+                data[f"curriculum.stages[{i}].train_data"] = further[one.train_data]
+        inputs = digests(config, data)
         if resuming:
             try:
                 check_resume(name, config, inputs)
@@ -91,7 +103,7 @@ def open_stage(name: str, config: Supervised | GRPO, *, resuming: bool) -> OpenS
         write_start(name, run, inputs)
 
     ranks.on_main(first)
-    return OpenStage(ranks, train, validation)
+    return OpenStage(ranks, train, validation, further)
 
 
 def resume(name: str, run: Path, engine: Engine, wanted: bool) -> Loaded | None:

@@ -37,6 +37,7 @@ class Asking(GRPOTrainer):
         dynamic = DynamicSampling(enabled=True, rounds=rounds)
         self.config: Any = SimpleNamespace(dynamic_sampling=dynamic, prompts_per_step=size)
         self.questions = Questions(count, 5)
+        self.course: Any = SimpleNamespace(state=dict)  # no curriculum
         self.signal = np.random.default_rng(count).integers(0, 100, count) < share
         self.asked: list[int] = []
 
