@@ -20,15 +20,17 @@ class Teacher(Section):
 class Search(Section):
     """The teacher of `tasks: search`; see `r1v3.data.search_chains.Searcher`.
 
-    bare: share of the cold start that is answered without a thought, in the NoThink template.
+    signs, largest: what questions are made of. bare, drill: see `r1v3.data.search_rows.Mix`.
     """
 
     signs: Annotated[str, Field(pattern=r"^(\+-x?|\+x|-x)$")] = "+-"
+    largest: Annotated[int, Field(ge=3, le=9)] = 9
     noise: Annotated[float, Field(ge=0)] = 4.0
     sharpness: Annotated[float, Field(gt=0)] = 2.0
     check: Fraction = 0.2
     most_trials: Positive = 8
     bare: Fraction = 0.15
+    drill: Fraction = 0.25
 
 
 class Data(Section):

@@ -23,10 +23,12 @@ from r1v3.data.search_chains import Searcher
 from r1v3.data.search_rows import (
     IN_DOMAIN_KINDS,
     OUT_OF_DOMAIN_KINDS,
+    Mix,
     search_cold_start,
     search_connector_mix,
     search_questions,
 )
+from r1v3.data.search_tasks import Range
 from r1v3.data.tasks import IN_DOMAIN, OUT_OF_DOMAIN
 from r1v3.files import read_json_object, write_json
 from r1v3.progress import progress_bar
@@ -100,17 +102,21 @@ def _makers(config: Data) -> dict[str, Maker]:
 
 
 def _search_makers(config: Data) -> dict[str, Maker]:
-    seed, tries, bare = config.seed, config.tries, config.search.bare
-    searcher = Searcher(**config.search.model_dump(exclude={"bare"}))
+    seed, tries, teacher = config.seed, config.tries, config.search
+    searcher = Searcher(
+        Range(teacher.signs, teacher.largest),
+        **teacher.model_dump(include={"noise", "sharpness", "check", "most_trials"}),
+    )
+    mix = Mix(teacher.bare, teacher.drill)
 
     def chains(split: str, count: int) -> tuple[list[Sample], dict[str, object]]:
-        result = search_cold_start(split, count, seed, searcher, bare=bare, tries=tries)
+        result = search_cold_start(split, count, seed, searcher, mix, tries=tries)
         return result.samples, {f"chains_{split}": _rejection(result)}
 
     def asked(split: str, kinds: tuple[tuple[str, str], ...], seed: int) -> Maker:
         return _plain(lambda n: search_questions(split, kinds, n, seed, searcher))
 
-    def mix(split: str) -> Maker:
+    def connector(split: str) -> Maker:
         return _plain(lambda n: search_connector_mix(split, n, seed, searcher, tries=tries))
 
     return {
@@ -118,8 +124,8 @@ def _search_makers(config: Data) -> dict[str, Maker]:
         "sft_validation": lambda n: chains("validation", n),
         "grpo": asked("rl", IN_DOMAIN_KINDS, seed),
         "grpo_validation": asked("validation", IN_DOMAIN_KINDS, seed),
-        "connector": mix("train"),
-        "connector_validation": mix("validation"),
+        "connector": connector("train"),
+        "connector_validation": connector("validation"),
         "test_in_domain": asked("test", IN_DOMAIN_KINDS, seed),
         "test_out_of_domain": asked("test", OUT_OF_DOMAIN_KINDS, seed + 1),
     }

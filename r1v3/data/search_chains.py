@@ -14,9 +14,9 @@ import numpy as np
 
 from r1v3.data.chains import CAREFUL_STRENGTH, GLANCE_STRENGTH, Chain
 from r1v3.data.digits import reading_probabilities
-from r1v3.data.search_tasks import all_signs
+from r1v3.data.search_tasks import Range, all_signs
 from r1v3.data.tasks import Problem
-from r1v3.rewards.operators import from_left, write_line
+from r1v3.rewards.operators import from_left
 from r1v3.rewards.rules import answers_match
 
 
@@ -24,14 +24,14 @@ from r1v3.rewards.rules import answers_match
 class Searcher:
     """Settings of the teacher that searches.
 
-    signs: what may stand between digits, of "+-x".
+    allowed: the signs and digits of the questions.
     noise: standard deviation of a hunch, in units of the value that it is about.
     sharpness: exponent on the probabilities of a first look.
     check: chance to verify what fits by calculating back to the first digit.
     most_trials: a search of more trials is given up.
     """
 
-    signs: str = "+-"
+    allowed: Range = Range()
     noise: float = 4.0
     sharpness: float = 2.0
     check: float = 0.2
@@ -42,23 +42,24 @@ def hunches(
     digits: Sequence[int], target: int, searcher: Searcher, rng: np.random.Generator
 ) -> list[str]:
     """Every way to fill in signs, in the order in which the teacher tries them."""
-    ways = all_signs(digits, searcher.signs)
+    ways = all_signs(digits, searcher.allowed.signs)
     misses = np.array([abs(value - target) for value in ways.values()], dtype=np.float64)
     felt = misses + rng.normal(0.0, searcher.noise, len(misses))
     return [list(ways)[i] for i in np.argsort(felt)]
 
 
 def calculation(digits: Sequence[int], signs: str) -> str:
-    """A line calculated sign by sign from the left: `3+5-1=8-1=7`."""
-    parts = [
-        write_line([from_left(digits[: i + 1], signs[:i]), *digits[i + 1 :]], signs[i:])
-        for i in range(len(digits))
-    ]
-    return "=".join(parts)
+    """A line calculated sign by sign from the left: `3+5=8, 8-1=7`."""
+    value, steps = digits[0], []
+    for sign, digit in zip(signs, digits[1:], strict=True):
+        reached = from_left((value, digit), sign)
+        steps.append(f"{value}{sign}{digit}={reached}")
+        value = reached
+    return ", ".join(steps)
 
 
 def calculation_back(digits: Sequence[int], signs: str, target: int) -> str:
-    """From the target back to the first digit, for + and -: `7+1-5=8-5=3`."""
+    """From the target back to the first digit, for + and -: `7+1=8, 8-5=3`."""
     undone = "".join("-" if sign == "+" else "+" for sign in reversed(signs))
     return calculation([target, *reversed(digits[1:])], undone)
 

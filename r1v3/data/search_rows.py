@@ -1,12 +1,13 @@
 """Builds the datasets of the search recipe: questions, cold-start chains, connector data."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from r1v3.data.builders import ColdStart, base_corpus, question_text, row_of
 from r1v3.data.sample import Sample
-from r1v3.data.search_chains import Searcher, sample_search
+from r1v3.data.search_chains import Searcher, calculation, sample_search
 from r1v3.data.search_tasks import (
     DIFFICULTIES,
     SEARCH_BUILDERS,
@@ -15,27 +16,43 @@ from r1v3.data.search_tasks import (
 )
 from r1v3.data.tasks import OUT_OF_DOMAIN, Problem
 from r1v3.data.thoughts import THINK_CLOSE
-from r1v3.rewards.operators import read_puzzle
+from r1v3.rewards.operators import from_left, read_puzzle, write_line
 
-# Domain and difficulty of the rows, in a cycle: twice as many searches as second looks.
+# Domain and difficulty of the rows, in a cycle: three times as many searches as second looks.
 IN_DOMAIN_KINDS = (
     ("operators", "normal"),
     ("operators", "hard"),
+    ("operators", "normal"),
     ("two_hands", "normal"),
+    ("operators", "hard"),
     ("operators", "normal"),
     ("operators", "hard"),
     ("two_hands", "hard"),
 )
+DRILL_LINES = 5
 OUT_OF_DOMAIN_KINDS = tuple(
     (domain, difficulty) for difficulty in DIFFICULTIES for domain in SEARCH_OUT_OF_DOMAIN
 )
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shares of the cold start, in [0, 1], that are not chains of thought.
+
+    bare: of the questions, those that are answered without a thought, in the NoThink template, so
+        that NoThink is a way of answering that the model was taught too.
+    drill: text-only sums among all rows, the arithmetic that searches need.
+    """
+
+    bare: float = 0.0
+    drill: float = 0.0
 
 
 def _problem(
     kind: tuple[str, str], split: str, searcher: Searcher, rng: np.random.Generator
 ) -> Problem:
     domain, difficulty = kind
-    return SEARCH_BUILDERS[domain](split, rng, difficulty, searcher.signs)
+    return SEARCH_BUILDERS[domain](split, rng, difficulty, searcher.allowed)
 
 
 def _grading(problem: Problem, searcher: Searcher) -> dict[str, object]:
@@ -43,7 +60,7 @@ def _grading(problem: Problem, searcher: Searcher) -> dict[str, object]:
     puzzle = read_puzzle(problem.answer)
     if puzzle is None:
         return {"difficulty": problem.difficulty}
-    trials = expected_trials(puzzle.digits, searcher.signs, puzzle.target, searcher.noise)
+    trials = expected_trials(puzzle.digits, searcher.allowed.signs, puzzle.target, searcher.noise)
     return {"difficulty": problem.difficulty, "trials": round(trials, 3)}
 
 
@@ -60,28 +77,50 @@ def search_questions(
     return rows
 
 
+def _drill(split: str, index: int, searcher: Searcher, rng: np.random.Generator) -> Sample:
+    """Lines to calculate, given as text: no picture, no thought."""
+    lines = []
+    for _ in range(DRILL_LINES):
+        digits = searcher.allowed.digits(int(rng.integers(3, 5)), rng)
+        signs = "".join(rng.choice(list(searcher.allowed.signs), len(digits) - 1))
+        lines.append((digits, signs))
+    asked = ", ".join(write_line(*line) for line in lines)
+    worked = " ".join(f"{calculation(*line)}." for line in lines)
+    answer = str(from_left(*lines[-1]))
+    problem = Problem("sums", f"Compute {asked}.", answer, (), ())
+    return row_of(
+        problem,
+        problem.question,
+        split,
+        index,
+        rng,
+        picture=False,
+        response=f"{worked}\n\n\\boxed{{{answer}}}",
+        thinking=False,
+    )
+
+
 def search_cold_start(
-    split: str, count: int, seed: int, searcher: Searcher, *, bare: float = 0.0, tries: int = 4
+    split: str, count: int, seed: int, searcher: Searcher, mix: Mix = Mix(), *, tries: int = 4
 ) -> ColdStart:
-    """`count` cold-start samples: chains that end in the right answer, and some bare answers.
+    """`count` cold-start samples: chains that end in the right answer, bare answers and sums.
 
     A question whose `tries` chains all fail is given up and another of its kind takes its place.
-
-    Args:
-        bare: chance that a question is answered without a thought, in the NoThink template, so
-            that NoThink is a way of answering that the model was taught too.
     """
     rng = np.random.default_rng([seed, 12, *map(ord, split)])
     result = ColdStart()
     while len(result.samples) < count:
         index = len(result.samples)
+        if rng.random() < mix.drill:
+            result.samples.append(_drill(split, index, searcher, rng))
+            continue
         problem = _problem(IN_DOMAIN_KINDS[index % len(IN_DOMAIN_KINDS)], split, searcher, rng)
         chain, written = sample_search(problem, searcher, rng, tries)
         result.written += written
         if chain is None:
             result.abandoned += 1
             continue
-        thinking = bool(rng.random() >= bare)
+        thinking = bool(rng.random() >= mix.bare)
         response = f"\\boxed{{{chain.answer}}}"
         if thinking:
             result.rechecks += chain.rechecks > 0

@@ -9,6 +9,7 @@ printed product or sum). Every question has one solution, found by trying all; i
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, product
 
@@ -48,11 +49,25 @@ def expected_trials(digits: Sequence[int], signs: str, target: int, noise: float
     return 1 + sum(before)
 
 
-def _puzzle(signs: str, difficulty: str, rng: np.random.Generator) -> tuple[tuple[int, ...], str]:
+@dataclass(frozen=True)
+class Range:
+    """What questions about signs are made of: the signs, of "+-x", and the largest digit."""
+
+    signs: str = "+-"
+    largest: int = 9
+
+    def digits(self, count: int, rng: np.random.Generator) -> tuple[int, ...]:
+        """Digits from 1 up: a zero would often leave two ways to reach the same value."""
+        return tuple(int(d) for d in rng.integers(1, self.largest + 1, count))
+
+
+def _puzzle(
+    allowed: Range, difficulty: str, rng: np.random.Generator
+) -> tuple[tuple[int, ...], str]:
     """Digits and the one way to fill in signs that gives its value, which is in SEARCH_TARGETS."""
     while True:
-        digits = tuple(int(d) for d in rng.integers(1, 10, _DIGITS[difficulty]))
-        ways = all_signs(digits, signs)
+        digits = allowed.digits(_DIGITS[difficulty], rng)
+        ways = all_signs(digits, allowed.signs)
         way = str(rng.choice(list(ways)))
         values = list(ways.values())
         if ways[way] in SEARCH_TARGETS and values.count(ways[way]) == 1:
@@ -64,10 +79,10 @@ def _listed(signs: str) -> str:
 
 
 def operators(
-    split: str, rng: np.random.Generator, difficulty: str, signs: str, *, column: bool = False
+    split: str, rng: np.random.Generator, difficulty: str, allowed: Range, *, column: bool = False
 ) -> Problem:
     """Which signs between the digits of a row, or of a column, give the printed number."""
-    digits, way = _puzzle(signs, difficulty, rng)
+    digits, way = _puzzle(allowed, difficulty, rng)
     target = from_left(digits, way)
     sheet = Sheet(split, rng)
     if column:
@@ -76,7 +91,7 @@ def operators(
             sheet.write(str(digit), top + row, GRID - 1)
     else:
         sheet.write("".join(map(str, digits)), int(rng.integers(0, GRID)), GRID - 1)
-    question = f"Fill in {_listed(signs)} from left to right to get {target}."
+    question = f"Fill in {_listed(allowed.signs)} from left to right to get {target}."
     if column:
         question = question.replace("from left to right", "from top to bottom")
     return sheet.problem(
@@ -88,7 +103,7 @@ def operators(
     )
 
 
-def two_hands(split: str, rng: np.random.Generator, difficulty: str, signs: str) -> Problem:
+def two_hands(split: str, rng: np.random.Generator, difficulty: str, allowed: Range) -> Problem:
     """Which number stands in both rows, each in its own hand: no scan comes twice."""
     length = _DIGITS[difficulty] - 1
     number = "".join(str(d) for d in rng.integers(0, 10, length))
@@ -103,11 +118,11 @@ def two_hands(split: str, rng: np.random.Generator, difficulty: str, signs: str)
     return sheet.problem("two_hands", question, number, difficulty=difficulty)
 
 
-def factors(split: str, rng: np.random.Generator, difficulty: str, signs: str) -> Problem:
+def factors(split: str, rng: np.random.Generator, difficulty: str, allowed: Range) -> Problem:
     """Out of domain: which two digits of a row have the printed product or sum."""
     kind = str(rng.choice(["product", "sum"]))
     while True:
-        digits = tuple(int(d) for d in rng.integers(1, 10, _DIGITS[difficulty]))
+        digits = allowed.digits(_DIGITS[difficulty], rng)
         pairs = list(combinations(digits, 2))
         values = [a * b if kind == "product" else a + b for a, b in pairs]
         chosen = int(rng.integers(0, len(pairs)))
@@ -122,7 +137,7 @@ def factors(split: str, rng: np.random.Generator, difficulty: str, signs: str) -
     )
 
 
-SEARCH_BUILDERS: dict[str, Callable[[str, np.random.Generator, str, str], Problem]] = {
+SEARCH_BUILDERS: dict[str, Callable[[str, np.random.Generator, str, Range], Problem]] = {
     "operators": operators,
     "two_hands": two_hands,
     "column": partial(operators, column=True),

@@ -19,19 +19,20 @@ from r1v3.data.search_chains import (
     sample_search,
     search_signs,
 )
-from r1v3.data.search_tasks import DIFFICULTIES, SEARCH_BUILDERS
+from r1v3.data.search_tasks import DIFFICULTIES, SEARCH_BUILDERS, Range
 from r1v3.data.tasks import Problem
 from r1v3.data.tokenizer import load_tokenizer
 from r1v3.rewards.rules import answers_match
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SEARCHER = Searcher(noise=6.0, check=0.5)
-EQUATION = re.compile(r"[-+x=\d]*=[-+x=\d]*")
+TRIAL = re.compile(r"(Hmm, )?((?:-?\d+[-+x]\d=-?\d+, )+)(it fits|not (\d+))")
+STEP = re.compile(r"(-?\d+)([-+x])(\d)=(-?\d+)")
 
 
 def problems(domain: str, difficulty: str, count: int = 60, seed: int = 0) -> list[Problem]:
     rng = np.random.default_rng(seed)
-    return [SEARCH_BUILDERS[domain]("train", rng, difficulty, "+-") for _ in range(count)]
+    return [SEARCH_BUILDERS[domain]("train", rng, difficulty, Range()) for _ in range(count)]
 
 
 def kept(
@@ -42,14 +43,15 @@ def kept(
     return [(problem, chain) for problem, chain in pairs if chain is not None]
 
 
-def value(side: str) -> int:
-    """A side of an equation from left to right, by another way than the code's."""
-    first = re.match(r"-?\d+", side)
-    assert first is not None, side
-    total = int(first[0])
-    for sign, digit in re.findall(r"([-+x])(\d)", side[first.end() :]):
-        total = {"+": total + int(digit), "-": total - int(digit), "x": total * int(digit)}[sign]
-    return total
+def follow(line: str, first: str) -> tuple[str, str, str]:
+    """Further digits, signs and last value of a calculation from `first`; checks every step."""
+    digits, signs, value = "", "", first
+    for before, sign, digit, after in STEP.findall(line):
+        assert before == value
+        a, b = int(before), int(digit)
+        assert int(after) == {"+": a + b, "-": a - b, "x": a * b}[sign]
+        digits, signs, value = digits + digit, signs + sign, after
+    return digits, signs, value
 
 
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
@@ -57,16 +59,19 @@ def test_every_calculation_is_true_and_every_verdict_honest(difficulty: str) -> 
     """Fails if the cold start teaches wrong sums, or to accept or refuse what it should not."""
     checks = 0
     for problem, chain in kept("operators", difficulty):
-        trials = re.findall(r"(Hmm, )?([-+x=\d]+), (it fits|not (\d+))", chain.thought)
-        assert trials and len(trials) == len(EQUATION.findall(chain.thought))
-        read = re.findall(r"(?:I see|it is) (\d)\d+\.", chain.thought)[-1]
-        for back, line, verdict, refused in trials:
-            reached = {value(side) for side in line.split("=")}
-            wanted = read if back else problem.target
-            assert len(reached) == 1 and refused in ("", problem.target)
-            assert (reached == {int(wanted)}) == (verdict == "it fits")
-            assert not back or line.startswith(problem.target)
-            checks += bool(back)
+        readings = re.split(r"I see (\d+)\.|Hmm, it is (\d+)\.", chain.thought)[1:]
+        found = []
+        for first, again, text in zip(*[iter(readings)] * 3, strict=True):
+            read = first or again
+            for back, line, verdict, refused in TRIAL.findall(text):
+                digits, _, value = follow(line, problem.target if back else read[0])
+                wanted = read[0] if back else problem.target
+                assert digits == (read[:0:-1] if back else read[1:])
+                assert (value == wanted) == (verdict == "it fits")
+                assert refused in ("", problem.target)
+                checks += bool(back)
+                found += STEP.findall(line)
+        assert found == STEP.findall(chain.thought)
     assert checks > 3
 
 
@@ -75,14 +80,14 @@ def test_a_search_ends_with_what_fits_and_tries_nothing_twice(difficulty: str) -
     """Fails if dead ends are decoration: repeated, or behind the solution."""
     lengths = []
     for problem, chain in kept("operators", difficulty, replace(SEARCHER, check=0.0)):
-        last = chain.thought.split("Hmm, it is ")[-1]
-        lines = [line.split("=")[0] for line in EQUATION.findall(last)]
-        assert len(set(lines)) == len(lines) and last.endswith(", it fits.")
-        assert last.count("it fits") == 1 and answers_match(lines[-1], problem.answer)
+        read, _, last = re.split(r"(?:I see|Hmm, it is) ", chain.thought)[-1].partition(". ")
+        tried = [follow(line, read[0])[1] for _, line, _, _ in TRIAL.findall(last)]
+        assert len(set(tried)) == len(tried) and last.endswith(", it fits.")
+        assert last.count("it fits") == 1 and tried[-1] == chain.answer
         assert answers_match(chain.answer, problem.answer)
         words = len(re.findall("Wait|Alternatively|Hmm", chain.thought))
         assert words == chain.rechecks <= SEARCHER.most_trials
-        lengths.append(len(lines))
+        lengths.append(len(tried))
     assert set(lengths) >= {1, 2, 3}
 
 
@@ -156,11 +161,11 @@ def test_the_same_seed_writes_the_same_chains() -> None:
 
 
 def test_calculations_by_hand() -> None:
-    """3+5-1 is 8-1 is 7, and back: 7+1-5 is 8-5 is 3."""
-    assert calculation((3, 5, 1), "+-") == "3+5-1=8-1=7"
-    assert calculation((3, 9, 1), "-+") == "3-9+1=-6+1=-5"
-    assert calculation((2, 3, 4), "+x") == "2+3x4=5x4=20"
-    assert calculation_back((3, 5, 1), "+-", 7) == "7+1-5=8-5=3"
+    """3+5 is 8 and 8-1 is 7; back, 7+1 is 8 and 8-5 is 3."""
+    assert calculation((3, 5, 1), "+-") == "3+5=8, 8-1=7"
+    assert calculation((3, 9, 1), "-+") == "3-9=-6, -6+1=-5"
+    assert calculation((2, 3, 4), "+x") == "2+3=5, 5x4=20"
+    assert calculation_back((3, 5, 1), "+-", 7) == "7+1=8, 8-5=3"
 
 
 def test_the_longest_chain_fits_the_evaluation_of_the_recipe() -> None:

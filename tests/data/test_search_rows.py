@@ -1,6 +1,7 @@
 """The datasets of the search recipe."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from r1v3.data.search_chains import Searcher
 from r1v3.data.search_rows import (
     IN_DOMAIN_KINDS,
     OUT_OF_DOMAIN_KINDS,
+    Mix,
     search_cold_start,
     search_questions,
 )
@@ -51,32 +53,48 @@ def test_every_dataset_has_its_count_split_and_domains(tmp_path: Path) -> None:
             assert domains & set(SEARCH_IN_DOMAIN)
             continue
         held_out = name == "test_out_of_domain"
+        if name.startswith("sft"):
+            samples = [s for s in samples if s.domain != "sums"]
+            domains -= {"sums"}
         assert domains == set(SEARCH_OUT_OF_DOMAIN if held_out else SEARCH_IN_DOMAIN)
         assert {s.extra_info["difficulty"] for s in samples} == {"normal", "hard"}
         for sample in samples:
             assert ("trials" in sample.extra_info) == (sample.domain in ("operators", "column"))
     account = json.loads((tmp_path / "data" / "statistics.json").read_text())
     assert account["chains_train"]["questions_kept"] == COUNTS["sft"]
-    assert account["test_in_domain"]["domains"] == {"operators": 8, "two_hands": 4}
+    assert account["test_in_domain"]["domains"] == {"operators": 9, "two_hands": 3}
 
 
 def test_every_response_earns_the_whole_reward() -> None:
     """Fails if the cold start teaches a form, or an answer, that GRPO then punishes."""
-    samples = search_cold_start("train", 60, 0, Searcher(noise=8.0), bare=0.3).samples
+    mix = Mix(bare=0.3, drill=0.3)
+    samples = search_cold_start("train", 60, 0, Searcher(noise=8.0), mix).samples
+    assert {str(s.domain) for s in samples} == {*SEARCH_IN_DOMAIN, "sums"}
     for thinking in (True, False):
         rows = [s for s in samples if s.thinking == thinking]
         rewards = score([str(s.response) for s in rows], rows, thinking=thinking)
         assert len(rows) > 8 and {reward.total for reward in rewards} == {1.0}
 
 
-def test_bare_answers_are_as_many_as_asked() -> None:
-    """Fails if NoThink is a mode that the model was never shown, or the only one."""
+@pytest.mark.parametrize("name", ["bare", "drill"])
+def test_bare_answers_and_sums_are_as_many_as_asked(name: str) -> None:
+    """Fails if NoThink is a mode that the model was never shown, or if sums crowd out questions."""
 
-    def share(bare: float) -> float:
-        samples = search_cold_start("train", 60, 0, Searcher(), bare=bare).samples
+    def share(part: float) -> float:
+        samples = search_cold_start("train", 40, 0, Searcher(), Mix(**{name: part})).samples
         return float(np.mean([not s.thinking for s in samples]))
 
-    assert share(0.0) == 0.0 and share(1.0) == 1.0 and 0.1 < share(0.25) < 0.45
+    assert share(0.0) == 0.0 and share(1.0) == 1.0 and 0.1 < share(0.3) < 0.5
+
+
+def test_drills_are_true_and_have_no_picture() -> None:
+    """Fails if the arithmetic that searches rest on is taught wrong."""
+    samples = search_cold_start("train", 30, 0, Searcher(), Mix(drill=1.0)).samples
+    for sample in samples:
+        steps = re.findall(r"(-?\d+)([-+])(\d)=(-?\d+)", str(sample.response))
+        assert len(steps) > 8 and not sample.images
+        for a, sign, b, c in steps:
+            assert int(c) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
 
 
 def test_a_shorter_dataset_is_the_beginning_of_a_longer_one() -> None:

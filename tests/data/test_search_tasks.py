@@ -14,6 +14,7 @@ from r1v3.data.search_tasks import (
     SEARCH_BUILDERS,
     SEARCH_IN_DOMAIN,
     SEARCH_OUT_OF_DOMAIN,
+    Range,
     all_signs,
     expected_trials,
 )
@@ -23,6 +24,7 @@ from r1v3.rewards.operators import read_puzzle
 
 KINDS = list(product(SEARCH_BUILDERS, DIFFICULTIES))
 COUNT = {"normal": 3, "hard": 4}
+ALL = Range()
 
 
 def problems(
@@ -32,10 +34,10 @@ def problems(
     split: str = "test",
     seed: int = 0,
     count: int = 40,
-    signs: str = "+-",
+    allowed: Range = ALL,
 ) -> list[Problem]:
     rng = np.random.default_rng(seed)
-    return [SEARCH_BUILDERS[domain](split, rng, difficulty, signs) for _ in range(count)]
+    return [SEARCH_BUILDERS[domain](split, rng, difficulty, allowed) for _ in range(count)]
 
 
 def drawn(problem: Problem) -> list[int]:
@@ -62,7 +64,7 @@ def test_the_domains_are_those_that_have_a_builder() -> None:
 @pytest.mark.parametrize("domain", ["operators", "column"])
 def test_signs_have_exactly_one_solution(domain: str, difficulty: str, signs: str) -> None:
     """Fails if a right answer would be judged wrong because there is another, or there is none."""
-    for problem in problems(domain, difficulty, signs=signs):
+    for problem in problems(domain, difficulty, allowed=Range(signs)):
         digits, asked = drawn(problem), int(re.findall(r"to get (\d+)", problem.question)[0])
         assert len(digits) == COUNT[difficulty] and str(asked) == problem.target
         right = [
@@ -153,3 +155,10 @@ def test_expected_trials_are_those_that_a_search_takes() -> None:
     taken = [1 + hunches(digits, target, searcher, rng).index(way) for _ in range(3000)]
     error = 4 * np.std(taken) / len(taken) ** 0.5
     assert abs(np.mean(taken) - expected_trials(digits, "+-", target, 5.0)) < error
+
+
+@pytest.mark.parametrize("domain", ["operators", "column", "factors"])
+def test_digits_stay_in_their_range(domain: str) -> None:
+    """Fails if a setting that keeps the arithmetic small does not."""
+    seen = {d for p in problems(domain, "hard", allowed=Range("+-", 5)) for d in drawn(p)}
+    assert seen == {1, 2, 3, 4, 5}
