@@ -126,17 +126,19 @@ def look_twice(problem: Problem, searcher: Searcher, rng: np.random.Generator) -
         "".join(map(str, _read(row, GLANCE_STRENGTH, searcher.sharpness, rng)))
         for row in problem.rows
     )
-    sentences = [f"I see {first}."]
+    chosen, sentences = first, [f"I see {first}."]
     if first == second:
-        return Chain(f"{sentences[0]} Hmm, the second is {second}, it fits.", first, 1)
-    sentences.append(f"Wait, the second is {second}.")
-    p = reading_probabilities(CAREFUL_STRENGTH)
-    chosen = ""
-    for a, b, one, other in zip(first, second, *problem.rows, strict=True):
-        evidence = p[one] * p[other]
-        chosen += a if evidence[int(a)] >= evidence[int(b)] else b
-    sentences.append(f"Hmm, {first} or {second}. It is {chosen}.")
-    return Chain(" ".join(sentences), chosen, 2)
+        sentences.append(f"Hmm, the second is {second}, it fits.")
+    else:
+        p = reading_probabilities(CAREFUL_STRENGTH)
+        chosen = ""
+        for a, b, one, other in zip(first, second, *problem.rows, strict=True):
+            evidence = p[one] * p[other]
+            chosen += a if evidence[int(a)] >= evidence[int(b)] else b
+        sentences.append(f"Wait, the second is {second}. Hmm, {first} or {second}. It is {chosen}.")
+    digits = [int(digit) for digit in chosen]
+    sentences.append(f"{calculation(digits, '+' * (len(digits) - 1))}.")
+    return Chain(" ".join(sentences), str(sum(digits)), 1 + (first != second))
 
 
 def sample_search(

@@ -104,9 +104,13 @@ def operators(
 
 
 def two_hands(split: str, rng: np.random.Generator, difficulty: str, allowed: Range) -> Problem:
-    """Which number stands in both rows, each in its own hand: no scan comes twice."""
+    """The sum of the digits of a number that both rows show, each in its own hand.
+
+    No scan comes twice. (The number itself is read as well without a thought: it was measured.)
+    """
     length = _DIGITS[difficulty] - 1
-    number = "".join(str(d) for d in rng.integers(0, 10, length))
+    digits = allowed.digits(length, rng)
+    number = "".join(map(str, digits))
     while True:
         sheet = Sheet(split, rng)
         top = int(rng.integers(0, GRID - 1))
@@ -114,8 +118,8 @@ def two_hands(split: str, rng: np.random.Generator, difficulty: str, allowed: Ra
         sheet.write(number, top + 1, GRID - 1)
         if len({scan for row in sheet.rows for scan in row}) == 2 * length:
             break
-    question = "Both rows show the same number. Which number?"
-    return sheet.problem("two_hands", question, number, difficulty=difficulty)
+    question = "Both rows show one number. Compute the sum of its digits."
+    return sheet.problem("two_hands", question, str(sum(digits)), difficulty=difficulty)
 
 
 def factors(split: str, rng: np.random.Generator, difficulty: str, allowed: Range) -> Problem:
