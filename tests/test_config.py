@@ -47,7 +47,9 @@ def kind_of(path: Path) -> type[Section]:
     return GRPO if "group_size" in keys else SFT
 
 
-FILES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+# Studies are no stages: tests/study plans each of them.
+FILES = sorted(set(CONFIGS.rglob("*.yaml")) - set((CONFIGS / "studies").rglob("*.yaml")))
 STAGE: dict[str, Any] = {
     "run": "runs/x",
     "model": "m",
