@@ -1,12 +1,14 @@
 """The `distill` stage."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from r1v3.config.base import Fraction, Positive, Section
 from r1v3.config.suite import Judge
+from r1v3.http import check_address
 
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
 Rate = Annotated[float, Field(gt=0)] | None
@@ -54,6 +56,13 @@ class Endpoint(Section):
     retries: Annotated[int, Field(ge=0)] = 6
     backoff_seconds: Annotated[float, Field(ge=0)] = 1.0
     body: dict[str, Any] = {}
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str | None) -> str | None:
+        if url is not None:
+            check_address("the address", url)
+        return url
 
 
 class DistillTeacher(Endpoint):
@@ -104,6 +113,16 @@ class Filters(Section):
     repeated_phrases: Fraction = 0.3
     hesitations: Fraction = 0.4
     blind_phrases: tuple[str, ...] = ()
+
+    @field_validator("blind_phrases")
+    @classmethod
+    def _check_phrases(cls, phrases: tuple[str, ...]) -> tuple[str, ...]:
+        for phrase in phrases:
+            try:
+                re.compile(phrase)
+            except re.error as error:
+                raise ValueError(f"{phrase!r} is no regular expression: {error}") from error
+        return phrases
 
 
 class Scorer(Endpoint):

@@ -36,6 +36,7 @@ class Account:
     """Counts of a run.
 
     Attributes:
+        answers_each: answers asked of each question.
         caught: answers that each filter caught; alone: those that no other active one did.
         left_out: passed every filter, and are not written.
         by: verdicts by rule and by judge.
@@ -46,6 +47,7 @@ class Account:
 
     survey: Survey
     measured: Measured
+    answers_each: int
     answers: int = 0
     right: int = 0
     passed: int = 0

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from r1v3.distill.account import Account, domain_rows
 from r1v3.report.figure_style import MUTED, STAGE_COLORS, draw_png
 
+_MOST_BARS = 16
 ASKED, WRITTEN = "#c9ced6", STAGE_COLORS["grpo"]
 
 
@@ -46,12 +47,11 @@ def _draw_domains(account: Account, axes: Axes) -> None:
 
 
 def _draw_pass_rates(account: Account, axes: Axes) -> None:
-    rates = np.array(account.pass_rates)
-    bins = min(10, max(2, len(np.unique(rates))))
-    counts, edges = np.histogram(rates, bins=bins, range=(0, 1))
-    axes.bar((edges[:-1] + edges[1:]) / 2, counts, 0.9 / bins, color=WRITTEN)
-    axes.set_xlim(-0.02, 1.02)
-    axes.set(
-        title="Pass rate of the questions", xlabel="Right answers / answers", ylabel="Questions"
-    )
+    parts = min(account.answers_each, _MOST_BARS)
+    places = np.round(np.array(account.pass_rates) * parts).astype(int)
+    counts = np.bincount(places, minlength=parts + 1)
+    axes.bar(np.arange(parts + 1) / parts, counts, 0.8 / parts, color=WRITTEN)
+    axes.set_xlim(-0.6 / parts, 1 + 0.6 / parts)
+    axes.set(title="Pass rate of the questions", xlabel="Right answers / answers")
+    axes.set_ylabel("Questions")
     axes.grid(axis="x", visible=False)

@@ -54,6 +54,11 @@ def is_mixed(text: str, expected: Sequence[str], most_other: float) -> bool:
     return main not in expected or 1 - letters / found.total() > most_other
 
 
+def require_identifier() -> None:
+    """Load the identifier; raises ImportError as `is_mixed` where it is not installed."""
+    _identifier()
+
+
 def _identify(run: str, expected: tuple[str, ...]) -> str:
     best, sure = _identifier().classify(run)
     if best in expected or sure >= _SURE:

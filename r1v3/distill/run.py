@@ -13,8 +13,11 @@ from r1v3.config import Distill, to_yaml
 from r1v3.distill.account import Account, Graded
 from r1v3.distill.ask import answers_journal, ask, read_index
 from r1v3.distill.choose import Candidate, Chosen, choose
+from r1v3.distill.duplicates import Pixels, read_evaluation
+from r1v3.distill.endpoint import api_key
 from r1v3.distill.estimate import Measured, estimate
 from r1v3.distill.grade import grade, grades_journal
+from r1v3.distill.languages import require_identifier
 from r1v3.distill.questions import count_rows, stream_chosen
 from r1v3.distill.score import score, scores_journal
 from r1v3.distill.survey import Survey, survey
@@ -61,6 +64,8 @@ def run_distill(
     with _alone(folder):
         if not estimate_only:
             write_text(config.run / "config" / "distill.yaml", to_yaml(config))
+        if not (estimate_only or build_only):
+            _require(config)
         surveyed = _survey(config)
         answers = answers_journal(config)
         measured = Measured()
@@ -74,7 +79,7 @@ def run_distill(
         if missing and not build_only:
             index, measured = _ask(config, surveyed, missing, answers)
             missing = _missing(config, surveyed, index)
-        account = Account(surveyed, measured, off=config.filters.off)
+        account = Account(surveyed, measured, config.teacher.answers, off=config.filters.off)
         account.missing = sum(len(numbers) for numbers in missing.values())
         verdicts = _grade(config, surveyed, index, answers)
         scores = _score(config, surveyed, index, answers, verdicts, ask_more=not build_only)
@@ -101,10 +106,26 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _require(config: Distill) -> None:
+    """Check what would otherwise be missing only once the teacher has been asked.
+
+    Raises:
+        ValueError: an environment variable that should hold a key is not set.
+        ImportError: an active filter lacks its library.
+    """
+    for endpoint in (config.teacher, config.scorer):
+        if endpoint.url is not None:
+            api_key(endpoint)
+    if "mixed languages" not in config.filters.off:
+        require_identifier()
+
+
 def _survey(config: Distill) -> Survey:
+    pixels = Pixels(config.run / "distill")
+    evaluation = read_evaluation(config.duplicates, pixels)
     rows = count_rows(config.questions, config.limit)
     with progress_bar("questions", rows) as bar:
-        found = survey(config, bar.update)
+        found = survey(config, pixels, evaluation, bar.update)
     dropped = "".join(f"; {count:,} {why}" for why, count in sorted(found.dropped.items()))
     say(f"{found.rows:,} rows: {len(found.questions):,} questions to ask{dropped}")
     return found

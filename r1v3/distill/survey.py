@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from r1v3.config import Distill
 from r1v3.data.special_tokens import SPECIAL_TOKENS
-from r1v3.distill.duplicates import Pixels, Seen, Shown, read_evaluation
+from r1v3.distill.duplicates import Pixels, Seen, Shown
 from r1v3.distill.questions import Question, light, stream
 from r1v3.rewards.combine import with_options
 
@@ -46,17 +46,18 @@ class Survey:
             shown.append((text, other))
 
 
-def survey(config: Distill, notify: Callable[[int], None]) -> Survey:
+def survey(
+    config: Distill, pixels: Pixels, evaluation: Seen, notify: Callable[[int], None]
+) -> Survey:
     """Read all rows once.
 
     Args:
+        evaluation: the questions that must not be asked.
         notify: told the number of rows read so far.
 
     Raises:
         ValueError: a file cannot be read, holds wrong rows, or no question is left.
     """
-    pixels = Pixels(config.run / "distill")
-    evaluation = read_evaluation(config.duplicates, pixels)
     seen = Seen(config.duplicates.similarity)
     ids: set[str] = set()
     found = Survey()

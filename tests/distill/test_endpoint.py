@@ -180,6 +180,8 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         ("filters.off=[loops]", "loop"),
         ("choice.rows=5", "validation"),
         ("teacher.answers=0", "answers"),
+        ("teacher.url=localhost:8000", "must be an http:// or https:// address"),
+        ("filters.blind_phrases=['(']", "no regular expression"),
         ("questions=[]", "questions"),
     ]:
         with pytest.raises(ConfigError, match=message):

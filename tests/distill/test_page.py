@@ -79,7 +79,7 @@ def test_the_figure_shows_domains_and_pass_rates(
     assert file is not None and file.read_bytes().startswith(b"\x89PNG")
     assert domain_rows(account) == [("addition", 8, account.domains["addition"]["written"]),
                                     ("sums", 4, account.domains["sums"]["written"])]  # fmt: skip
-    many = Account(account.survey, account.measured)
+    many = Account(account.survey, account.measured, 2)
     for n in range(30):
         many.domains[f"domain {n}"] = type(account.caught)({"questions": n, "written": 1})
     rows = domain_rows(many)

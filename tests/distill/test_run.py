@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from r1v3.data.compose import to_png
 from r1v3.data.sample import make_sample
-from r1v3.data.schema import load_samples, write_samples
+from r1v3.data.schema import _json_line, load_samples, write_samples
+from r1v3.distill.languages import _identifier
 from r1v3.distill.run import Unfinished, run_distill
 from r1v3.distill.work import Unusable
 from tests.distill.teacher import (
@@ -270,6 +273,23 @@ def test_a_refused_question_is_kept_and_a_refusing_teacher_is_not_believed(
     assert not list((tmp_path / "other" / "distill").glob("answers.*"))
 
 
+def test_what_is_missing_is_said_before_the_teacher_is_asked(
+    healthy: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a missing key of the scorer, or a missing library, is found after the money is
+    spent."""
+    questions, _ = healthy
+    with teaching() as teacher:
+        scorer = {"url": teacher.url, "api_key_env": "NO_SUCH_KEY"}
+        with pytest.raises(ValueError, match="NO_SUCH_KEY"):
+            run_distill(config(tmp_path / "run", teacher.url, questions, scorer=scorer))
+        monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+        _identifier.cache_clear()
+        with pytest.raises(ImportError, match=r"r1v3\[distill\]"):
+            run_distill(config(tmp_path / "run", teacher.url, questions))
+        assert teacher.asked.total() == 0
+
+
 def test_two_runs_do_not_share_a_folder(healthy: tuple[Path, Path], tmp_path: Path) -> None:
     """Fails if two processes ask, and pay for, the same questions."""
     questions, _ = healthy
@@ -390,3 +410,50 @@ def test_a_picture_that_cannot_be_decoded_is_left_out(tmp_path: Path) -> None:
         account = run_distill(config(tmp_path / "run", teacher.url, tmp_path / "questions.parquet"))
     assert account is not None and account.survey.dropped["unreadable picture"] == 1
     assert teacher.asked.total() == 2
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process that no file backs; a mapped file's pages can be dropped at any time."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    lines = [line for line in text.splitlines() if line.startswith("RssAnon")]
+    return int(lines[0].split()[1]) << 10 if lines else 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_twenty_thousand_questions_take_bounded_memory(tmp_path: Path) -> None:
+    """Fails if pictures are held: 500 MB of them, which are 670 MB as requests."""
+    count, largest = 20_000, 400 << 20
+    noise = np.random.default_rng(0)
+    rows = (
+        make_sample(
+            question=f"Picture {n} shows a sum. What is {n} + {n % 89}?",
+            ground_truth=str(n + n % 89), data_source="tests/sums", index=n, domain=f"{n % 7}",
+            images=[to_png(noise.integers(0, 255, (91, 91, 3), dtype=np.uint8))],
+        )
+        for n in range(count)
+    )  # fmt: skip
+    # Written from a file of its own: the rows are gone through twice.
+    pictures = tmp_path / "rows.jsonl"
+    write_samples(pictures, [next(rows)])
+    with pictures.open("ab") as file:
+        for sample in rows:
+            file.write(_json_line(sample))
+    assert pictures.stat().st_size > 600 << 20
+    with teaching() as teacher:
+        tree = settings(
+            tmp_path / "run", teacher.url, pictures, teacher={"answers": 1, "timeout_seconds": 60}
+        )
+        process = start(tmp_path, **tree)
+        most = 0
+        while process.poll() is None:
+            most = max(most, anonymous_bytes(process.pid))
+            time.sleep(0.05)
+        assert process.returncode == 0
+        assert teacher.asked.total() == count
+    counts = json.loads((tmp_path / "run" / "distill" / "counts.json").read_text())
+    assert counts["answers"] == count and counts["written"]["train"] > count // 2
+    assert most < largest, f"{most >> 20} MiB"
