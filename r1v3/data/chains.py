@@ -14,6 +14,7 @@ import numpy as np
 
 from r1v3.data.digits import reading_probabilities
 from r1v3.data.tasks import LETTERS, TRENDS, Problem
+from r1v3.rewards.agreement import agrees
 
 GLANCE_STRENGTH = 0.1
 CAREFUL_STRENGTH = 1.0
@@ -178,9 +179,12 @@ def think(problem: Problem, config: TeacherConfig, rng: np.random.Generator) -> 
 def sample_chain(
     problem: Problem, config: TeacherConfig, rng: np.random.Generator, tries: int = 4
 ) -> tuple[Chain | None, int]:
-    """The first of at most `tries` chains that ends in the right answer, and the tries used."""
+    """The first of at most `tries` chains that ends in the right answer, and the tries used.
+
+    Answers are verified as those of any other teacher are, see `r1v3.distill`.
+    """
     for attempt in range(1, tries + 1):
         chain = think(problem, config, rng)
-        if chain.answer == problem.answer:
+        if agrees(chain.answer, problem.answer, problem.options or ()):
             return chain, attempt
     return None, tries

@@ -1,5 +1,6 @@
 """The pipeline against a teacher that fails in every way: nothing lost, nothing repeated."""
 
+import base64
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import yaml
 
 from r1v3.data.compose import to_png
 from r1v3.data.sample import make_sample
-from r1v3.data.schema import _json_line, load_samples, write_samples
+from r1v3.data.schema import load_samples, write_samples
 from r1v3.distill.languages import _identifier
 from r1v3.distill.run import Unfinished, run_distill
 from r1v3.distill.work import Unusable
@@ -428,20 +429,19 @@ def test_twenty_thousand_questions_take_bounded_memory(tmp_path: Path) -> None:
     """Fails if pictures are held: 500 MB of them, which are 670 MB as requests."""
     count, largest = 20_000, 400 << 20
     noise = np.random.default_rng(0)
-    rows = (
-        make_sample(
-            question=f"Picture {n} shows a sum. What is {n} + {n % 89}?",
-            ground_truth=str(n + n % 89), data_source="tests/sums", index=n, domain=f"{n % 7}",
-            images=[to_png(noise.integers(0, 255, (91, 91, 3), dtype=np.uint8))],
-        )
-        for n in range(count)
-    )  # fmt: skip
-    # Written from a file of its own: the rows are gone through twice.
     pictures = tmp_path / "rows.jsonl"
-    write_samples(pictures, [next(rows)])
-    with pictures.open("ab") as file:
-        for sample in rows:
-            file.write(_json_line(sample))
+    row = question(0).to_row()
+    with pictures.open("w") as file:
+        for n in range(count):
+            text = f"Picture {n} shows a sum. What is {n} + {n % 89}?"
+            pixels = noise.integers(0, 255, (91, 91, 3), dtype=np.uint8)
+            row |= {
+                "prompt": [{"role": "user", "content": f"<image>{text}"}],
+                "images": [{"bytes": base64.b64encode(to_png(pixels)).decode()}],
+                "reward_model": {"style": "rule", "ground_truth": str(n + n % 89)},
+                "extra_info": {"index": n, "question": text},
+            }
+            file.write(json.dumps(row) + "\n")
     assert pictures.stat().st_size > 600 << 20
     with teaching() as teacher:
         tree = settings(
