@@ -427,7 +427,7 @@ def anonymous_bytes(pid: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_twenty_thousand_questions_take_bounded_memory(tmp_path: Path) -> None:
     """Fails if pictures are held: 500 MB of them, which are 670 MB as requests."""
-    count, largest = 20_000, 400 << 20
+    count, largest = 20_000, 450 << 20
     noise = np.random.default_rng(0)
     pictures = tmp_path / "rows.jsonl"
     row = question(0).to_row()
