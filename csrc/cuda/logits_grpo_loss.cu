@@ -147,10 +147,12 @@ __global__ void __launch_bounds__(kThreads, 2) logits_grpo_loss_kernel(const Arg
   const int64_t row = blockIdx.x / blocks;
   const T* in = row_of<T>(a.logits, row);
   T* out = row_of<T>(a.gradient, row);
+  const bool writes = a.gradient.data != nullptr;
   const Token token = token_of(a.tokens, row);
   if (token.loss_scale == 0.0f || token.label == kIgnored) {
     // Every block of the cluster takes this way: nobody waits for it.
     if (rank == 0 && thread == 0) a.logprobs[row] = a.entropy[row] = 0.0f;
+    if (!writes) return;
     const Split split = split_row<T>(reinterpret_cast<uintptr_t>(out), a.vocab, blocks);
     const Slice slice = slice_of<T>(split, -1, rank, blocks, thread);
     const Vector zero = {{0, 0, 0, 0}};
@@ -217,6 +219,7 @@ __global__ void __launch_bounds__(kThreads, 2) logits_grpo_loss_kernel(const Arg
     a.logprobs[row] = result.logprob;
     a.entropy[row] = result.entropy;
   }
+  if (!writes) return;
   write_gradient(out, shared, slice, loose, result, scale);
   fill_zero(out, a.vocab, a.width, rank, blocks);
 #endif
@@ -230,11 +233,6 @@ size_t slice_bytes(int dtype, int64_t vocab, int blocks) {
 const void* kernel_of(int dtype) {
   if (dtype == 0) return reinterpret_cast<const void*>(&logits_grpo_loss_kernel<float>);
   return reinterpret_cast<const void*>(&logits_grpo_loss_kernel<bf16>);
-}
-
-cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
 }
 
 struct Launch {
@@ -270,19 +268,25 @@ struct Device {
   }
 };
 
+constexpr int kFixedBytes = (kWarps + kLargestCluster) * sizeof(State);
+
+// As much shared memory for the kernel as the device gives a block. Not as much as the next launch
+// needs: another host thread's launch would find the limit changed.
+bool allow_shared_memory(int dtype, const Device& device) {
+  return cudaFuncSetAttribute(kernel_of(dtype), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              device.shared_per_block - kFixedBytes) == cudaSuccess;
+}
+
 // Whether clusters of `blocks` can run with `resident` blocks on each multiprocessor.
 bool fits(int dtype, int64_t vocab, int blocks, int resident, const Device& device) {
   const int64_t bytes = static_cast<int64_t>(slice_bytes(dtype, vocab, blocks));
-  const int64_t fixed = (kWarps + kLargestCluster) * sizeof(State);
-  if (bytes + fixed > device.shared_per_block) return false;
-  if ((bytes + fixed + device.reserved_per_block) * resident > device.shared_per_multiprocessor) {
-    return false;
-  }
-  const void* kernel = kernel_of(dtype);
-  if (allow_shared_memory(kernel, bytes) != cudaSuccess) return false;
+  if (bytes + kFixedBytes > device.shared_per_block) return false;
+  const int64_t per_block = bytes + kFixedBytes + device.reserved_per_block;
+  if (per_block * resident > device.shared_per_multiprocessor) return false;
   int clusters = 0;
   const Launch launch(blocks, 1, bytes, nullptr);
-  return cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess &&
+  return cudaOccupancyMaxActiveClusters(&clusters, kernel_of(dtype), &launch.config) ==
+             cudaSuccess &&
          clusters > 0;
 }
 
@@ -291,7 +295,7 @@ bool fits(int dtype, int64_t vocab, int blocks, int resident, const Device& devi
 int logits_grpo_loss_cluster(int dtype, int64_t vocab) {
   Device device;
   int found = 0;
-  if (device.read() && device.major >= 9) {
+  if (device.read() && device.major >= 9 && allow_shared_memory(dtype, device)) {
     for (int resident : {2, 1}) {
       for (int blocks = 1; blocks <= kLargestCluster && found == 0; blocks *= 2) {
         if (fits(dtype, vocab, blocks, resident, device)) found = blocks;
@@ -313,10 +317,9 @@ const char* logits_grpo_loss_cuda(const RowLayout& logits, const RowLayout& grad
                          single_precision(options), logprobs, entropy};
   const size_t bytes = slice_bytes(dtype, vocab, blocks);
   const void* kernel = kernel_of(dtype);
-  cudaError_t status = allow_shared_memory(kernel, bytes);
   const Launch launch(blocks, n_rows, bytes, static_cast<cudaStream_t>(stream));
   void* parameters[] = {&arguments};
-  if (status == cudaSuccess) status = cudaLaunchKernelExC(&launch.config, kernel, parameters);
+  const cudaError_t status = cudaLaunchKernelExC(&launch.config, kernel, parameters);
   if (status == cudaSuccess) return nullptr;
   cudaGetLastError();
   return cudaGetErrorString(status);

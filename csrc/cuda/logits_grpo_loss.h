@@ -22,12 +22,14 @@ struct GrpoTokens {
 
 // Blocks per cluster with which the current device can keep a row of `vocab` logits of this dtype
 // (0 float32, 1 bfloat16) in shared memory, and 0 where it cannot: an architecture
-// before sm_90, a row that is too long, or no driver.
+// before sm_90, a row that is too long, or no driver. To be asked before the first launch on a
+// device, which it prepares.
 int logits_grpo_loss_cluster(int dtype, int64_t vocab);
 
 // Log-probability [n], entropy [n] and the gradient of the loss with respect to the logits from one
-// read of each logit and one write of each gradient, on `stream`. `gradient` may be the logits;
-// columns from `vocab` to `width` get 0. `blocks` is what logits_grpo_loss_cluster said. Returns
+// read of each logit and one write of each gradient, on `stream`. `gradient` may be the logits, or
+// its data null for no gradient, with the same bits in the rest; columns from `vocab` to `width`
+// get 0. `blocks` is what logits_grpo_loss_cluster said. Returns
 // null, or why nothing was launched.
 const char* logits_grpo_loss_cuda(const RowLayout& logits, const RowLayout& gradient, int dtype,
                                   int64_t n_rows, int64_t width, int64_t vocab,

@@ -64,10 +64,12 @@ def check_rows(rows: Tensor | None) -> None:
         raise ValueError(f"rows must be int64 [n], got {rows.dtype} of shape {list(rows.shape)}")
 
 
-def as_scalar(value: float) -> Tensor:
-    """value as a 0-d float64 CPU tensor.
+def as_scalar(value: float, device: torch.device | str = "cpu") -> Tensor:
+    """Return value as a 0-d float64 tensor.
 
     A custom op that took the float itself would be compiled again for every value; written as a
     product, torch.compile keeps it a run-time input.
     """
-    return torch.ones((), dtype=torch.float64, device="cpu") * value
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=torch.float64, device=device) * value
+    return torch.full((), value, dtype=torch.float64, device=device)

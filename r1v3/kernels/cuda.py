@@ -35,7 +35,7 @@ def _cluster(dtype: int, vocab: int, device: int) -> int:
 
 def logits_grpo_loss(
     logits: Tensor,
-    gradient: Tensor,
+    gradient: Tensor | None,
     token_ids: Tensor,
     terms: TokenTerms,
     temperature: float,
@@ -44,13 +44,19 @@ def logits_grpo_loss(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [n] and entropy [n]; writes the gradient, which may be the logits.
 
+    Without a gradient the results have the same bits.
+
     Args:
         token_ids: int64 [n]; a token with a loss scale of 0 or label -100 is not read.
         blocks: from `cluster`.
     """
     from r1v3.kernels.triton.logits_statistics import as_rows
 
-    logits, gradient = as_rows(logits), as_rows(gradient)
+    logits = as_rows(logits)
+    address, layout = 0, [1, 0, 0]
+    if gradient is not None:
+        gradient = as_rows(gradient)
+        address, layout = gradient.data_ptr(), _layout(gradient)
     logprobs = torch.empty(token_ids.shape[0], dtype=torch.float32, device=logits.device)
     entropy = torch.empty_like(logprobs)
     scale, advantages, old, ref, weights = terms.tensors()
@@ -58,7 +64,7 @@ def logits_grpo_loss(
              (token_ids, scale, old, advantages, weights, ref)]  # fmt: skip
     with devices.launching_on(logits):
         cpu._C.logits_grpo_loss_cuda(
-            logits.data_ptr(), _layout(logits), gradient.data_ptr(), _layout(gradient),
+            logits.data_ptr(), _layout(logits), address, layout,
             cpu.DTYPE_CODES[logits.dtype], token_ids.shape[0], logits.shape[-1], vocab,
             *(0 if x is None else x.data_ptr() for x in given), temperature, terms.options,
             logprobs.data_ptr(), entropy.data_ptr(), blocks,

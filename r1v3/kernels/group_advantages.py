@@ -30,7 +30,8 @@ def group_advantages(
     Args:
         rewards: [N] float.
         groups: [N] integer group ids in any order; or, for consecutive samples, the length of
-            every group, or the one length that all of them have.
+            every group, or the one length that all of them have. A list of lengths is copied to a
+            CUDA device, which a CUDA graph cannot capture; the others can be.
         baseline: "mean", "leave_one_out" (RLOO: the mean of the others) or "none".
         scale: "group", "batch" (std of all rewards) or "none" (Dr.GRPO).
         ddof: 0 or 1, subtracted from the count under the variance.

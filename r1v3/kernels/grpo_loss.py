@@ -68,8 +68,10 @@ def grpo_loss(
         normalizer: > 0, the divisor of the sum. None counts this call's sequences with a
             valid token ("sequence-mean", "sequence-sum") or its valid tokens ("token-mean").
             To split a batch exactly, pass the same global number to every part: sequences,
-            tokens or the constant. A 0-d tensor avoids a host synchronization.
+            tokens or the constant.
         weights: truncated importance weights of the policy term, [B] ([S]) or per token.
+
+    Nothing waits for a CUDA device, but in float64, which is there to compare with.
 
     Returns:
         loss, 0-d float32 (float64 for float64 logprobs), and the metrics: detached 0-d tensors
@@ -162,7 +164,7 @@ def _grpo_loss(
         from r1v3.kernels.triton import grpo_loss as triton
 
         if normalizer is not None:
-            normalizer = normalizer.to(logprobs.device, torch.float32, non_blocking=True)
+            normalizer = normalizer.to(torch.float32)
         return triton.grpo_loss(logprobs, terms, mask, offsets, length, normalizer, options)
     if offsets is None:
         offsets = _equal_offsets(logprobs, length)

@@ -130,7 +130,7 @@ class GrpoInputs:
             offsets,
             length,
             sequences,
-            _checked_normalizer(normalizer, options.aggregation),
+            _checked_normalizer(normalizer, options.aggregation, like.device),
             options,
         )
 
@@ -231,21 +231,24 @@ def _check_per_sequence_or_token(
         )
 
 
-def _checked_normalizer(normalizer: Tensor | float | None, aggregation: str) -> Tensor | None:
-    """A 0-d tensor without gradient, or None."""
+def _checked_normalizer(
+    normalizer: Tensor | float | None, aggregation: str, device: torch.device
+) -> Tensor | None:
+    """A 0-d tensor on the device, without gradient, or None."""
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(
                 f"normalizer must be one number, got a tensor of shape {list(normalizer.shape)}"
             )
-        return normalizer.detach().reshape(())
+        return normalizer.detach().reshape(()).to(device, non_blocking=True)
     if normalizer is None:
         if aggregation == "constant":
             raise ValueError('aggregation "constant" needs a normalizer, got None')
         return None
     if not normalizer > 0:
         raise ValueError(f"normalizer must be > 0, got {normalizer}")
-    return as_scalar(normalizer)
+    # Not copied there from the host, which a CUDA graph cannot capture.
+    return as_scalar(normalizer, device)
 
 
 def _loss_scale(mask: Tensor, sequence: Tensor, inputs: GrpoInputs) -> Tensor:
@@ -258,7 +261,7 @@ def _loss_scale(mask: Tensor, sequence: Tensor, inputs: GrpoInputs) -> Tensor:
     counts = torch.zeros(inputs.sequences + 1, dtype=dtype, device=mask.device)
     counts = counts.index_add(0, sequence, mask.to(dtype))
     if inputs.normalizer is not None:
-        divisor = inputs.normalizer.to(mask.device, dtype, non_blocking=True)
+        divisor = inputs.normalizer.to(dtype)
     elif aggregation == "token-mean":
         divisor = counts.sum().clamp(min=1)
     else:

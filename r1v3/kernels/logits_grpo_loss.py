@@ -129,7 +129,7 @@ def _logits_grpo(
         terms, options: of a `TokenTerms` of all n tokens.
     """
     own, vocab = TokenTerms.of_tensors(terms, options), vocab_size or logits.shape[-1]
-    if gradient is not None and not group and float(temperature) > 0:
+    if not group and float(temperature) > 0:
         blocks = cuda.cluster(logits, vocab)
         if blocks:
             return cuda.logits_grpo_loss(
@@ -161,5 +161,9 @@ def _fake_logits_grpo(
 
 
 _logits_grpo_op = register_op(
-    "logits_grpo", _logits_grpo, fake=_fake_logits_grpo, mutates_args=("gradient",)
+    "logits_grpo",
+    _logits_grpo,
+    fake=_fake_logits_grpo,
+    mutates_args=("gradient",),
+    reads_on_host=True,
 )

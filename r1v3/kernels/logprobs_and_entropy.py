@@ -216,9 +216,10 @@ def _backward(ctx, grad_logprobs, grad_entropy, _saved, _shard):  # type: ignore
 
 
 _logits_gradient_op = register_op(
-    "logits_gradient", _logits_gradient, fake=lambda *_: None, mutates_args=("gradient",)
-)
+    "logits_gradient", _logits_gradient, fake=lambda *_: None, mutates_args=("gradient",),
+    reads_on_host=True,
+)  # fmt: skip
 _logprobs_op = register_op(
     "logprobs_and_entropy", _logprobs_and_entropy, fake=_fake_logprobs_and_entropy,
-    backward=_backward, setup_context=_save,
+    backward=_backward, setup_context=_save, reads_on_host=True,
 )  # fmt: skip

@@ -17,6 +17,7 @@ def register_op(
     mutates_args: Sequence[str] = (),
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    reads_on_host: bool = False,
 ) -> OpOverload:
     """Register `kernel` as the op r1v3::`name` and return that op.
 
@@ -29,9 +30,15 @@ def register_op(
         mutates_args: names of the tensors that `kernel` writes to.
         backward, setup_context: as in `torch.library.register_autograd`; without them the results
             carry no gradient.
+        reads_on_host: the kernel looks at a number in host memory or waits for one on the device.
+            torch.compile then records no CUDA graph over it, whose replays would launch the
+            kernels with the number of the recording.
     """
     schema = torch.library.infer_schema(kernel, mutates_args=mutates_args)
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    tags = [torch.Tag.pt2_compliant_tag]
+    if reads_on_host and hasattr(torch.Tag, "cudagraph_unsafe"):
+        tags.append(torch.Tag.cudagraph_unsafe)
+    _LIBRARY.define(name + schema, tags=tuple(tags))
     op: OpOverload = getattr(torch.ops.r1v3, name).default
     written = [i for i, x in enumerate(op._schema.arguments) if x.name in mutates_args]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1v3.kernels import cpu, devices, reference, vocab_parallel
-from r1v3.kernels.arguments import check_logits, check_shape
+from r1v3.kernels.arguments import as_scalar, check_logits, check_shape
 from r1v3.kernels.registration import register_op
 from r1v3.kernels.vocab_parallel import columns
 
@@ -89,7 +89,7 @@ def sample_tokens(
     if isinstance(temperature, Tensor):
         _check_rows("temperature", temperature, rows, floating=True)
     else:  # on the device, so that a graph's replay reads what it captured
-        temperature = torch.ones((), dtype=torch.float64, device=logits.device) * temperature
+        temperature = as_scalar(temperature, logits.device)
     if forced is not None:
         _check_rows("forced", forced, rows, floating=False)
     if enabled is not None:

@@ -5,9 +5,9 @@ rank then merges in rank order, so all hold the same bits, whatever the timing. 
 needs no communication.
 
 A label's column must be known before that gather, and with it the widths of the other shards. The
-ranks exchange those once, at the first call with a group and a width, and remember them. Shards of
-different widths for different heads are fine as long as every rank's width differs between the
-heads, or `vocab_size` does.
+ranks exchange those once, at the first call with a group and a width, which waits for the device,
+and remember them. Shards of different widths for different heads are fine as long as every rank's
+width differs between the heads, or `vocab_size` does.
 """
 
 from weakref import WeakKeyDictionary
@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-# By the group itself: names are given again after destroy_process_group.
+# By the group itself: names are given again after destroy_process_group. As numbers: a tensor that
+# is kept may be memory of a CUDA graph that is gone.
 _known_bounds: WeakKeyDictionary[
-    dist.ProcessGroup, dict[tuple[int, int | None, torch.device], Tensor]
+    dist.ProcessGroup, dict[tuple[int, int | None, torch.device], tuple[int, int]]
 ] = WeakKeyDictionary()
 
 
@@ -53,13 +54,17 @@ def shard_bounds(width: int, vocab_size: int | None, name: str, device: torch.de
     group = process_group(name)
     known = _known_bounds.setdefault(group, {})
     key = width, vocab_size, device
-    bounds = known.get(key)
-    if bounds is None:
+    if key not in known:
         bounds = _exchange_widths(width, vocab_size, group, device)
         # What a graph under capture computes is there when it is replayed, and not before.
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            known[key] = bounds
-    return bounds.clone()  # an op's results share memory with nothing
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return bounds
+        first, true_size = bounds.tolist()
+        known[key] = first, true_size
+    first, true_size = known[key]
+    bounds = torch.full((2,), true_size, dtype=torch.int64, device=device)
+    bounds[:1].fill_(first)
+    return bounds
 
 
 def columns(width: int, vocab_size: int | None, shard: Tensor) -> tuple[int, int, int]:

@@ -99,8 +99,9 @@ class Gradients:
     Args:
         needed: whether hidden, weight and bias have one.
         reduction: sums the hidden rows' gradient over the group.
-        hidden_at_once: every row's gradient comes in one piece, so that its product can be
-            written in the dtype of the result without a float32 sum.
+        hidden_at_once: every row's gradient comes in one piece, so that its product needs no sum.
+            It is float32 all the same: of few rows, a library cuts the product along the
+            vocabulary, and may add the parts in the dtype of the result.
         dtypes: of the results for hidden and weight.
     """
 
@@ -117,14 +118,13 @@ class Gradients:
         need_hidden, need_weight, need_bias = needed
         self.head, self.n, self.reduction, self.dtype = head, rows.n, reduction, dtypes[0]
         weight = head.weight
-        self.at_once = hidden_at_once and self.dtype == head.operand and not reduction.group
+        self.at_once = hidden_at_once and not reduction.group
         self.hidden: Tensor | None = None
         self.weight: WeightGradient | None = None
         self.bias: Tensor | None = None
         if need_hidden:
             make = weight.new_empty if self.at_once else weight.new_zeros
-            dtype = self.dtype if self.at_once else head.result
-            self.hidden = make(self.n, weight.shape[1], dtype=dtype)
+            self.hidden = make(self.n, weight.shape[1], dtype=head.result)
         if need_weight:
             self.weight = WeightGradient(head, dtypes[1], empty=self.n == 0)
         if need_bias:

@@ -157,4 +157,6 @@ def _fake_linear_grpo(
     )
 
 
-linear_grpo_op = register_op("linear_grpo", _linear_grpo, fake=_fake_linear_grpo)
+linear_grpo_op = register_op(
+    "linear_grpo", _linear_grpo, fake=_fake_linear_grpo, reads_on_host=True
+)

@@ -171,8 +171,10 @@ def _backward(ctx, grad_logprobs, grad_entropy, _saved, _bounds):  # type: ignor
     return *(g if own else None for g, own in zip(gradients, needed, strict=True)), *rest
 
 
-linear_gradient_op = register_op("linear_gradient", _linear_gradient, fake=_fake_linear_gradient)
+linear_gradient_op = register_op(
+    "linear_gradient", _linear_gradient, fake=_fake_linear_gradient, reads_on_host=True
+)
 linear_logprobs_op = register_op(
     "linear_logprobs_and_entropy", _linear_logprobs, fake=_fake_linear_logprobs,
-    backward=_backward, setup_context=_save,
+    backward=_backward, setup_context=_save, reads_on_host=True,
 )  # fmt: skip

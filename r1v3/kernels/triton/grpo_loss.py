@@ -247,7 +247,6 @@ def _grpo_loss_kernel(
     tl.debug_barrier()
     ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
     if ticket == tl.num_programs(0) - 1:
-        tl.store(ticket_ptr, 0)
         _total(sums_ptr, normalizer_ptr, loss_ptr, metrics_ptr, inverse_ptr, HAS_NORMALIZER,
                AGGREGATION)  # fmt: skip
 
@@ -335,15 +334,16 @@ def grpo_loss(
     sums = logprobs.new_empty(programs, SUMS, dtype=torch.float64)
     loss, inverse = logprobs.new_empty(()), logprobs.new_empty(())
     metrics = logprobs.new_empty(len(METRICS))
+    # New in every call: memory that outlives its call may be a CUDA graph's.
+    ticket = torch.zeros(1, dtype=torch.int32, device=logprobs.device)
     with devices.launching_on(logprobs):
         _grpo_loss_kernel[(programs,)](
             logprobs, old_logprobs, advantages, mask.view(torch.uint8), ref_logprobs, weights,
-            offsets, length, normalizer, gradient, sums, loss, metrics, inverse,
-            devices.ticket(logprobs.device), tokens, sequences, parts, clip_low,
-            clip_high, dual_clip, kl_coef, HAS_OFFSETS=offsets is not None,
-            HAS_OLD=old_logprobs is not None, HAS_REF=ref_logprobs is not None,
-            HAS_WEIGHTS=weights is not None, HAS_NORMALIZER=normalizer is not None,
-            TOKEN_ADVANTAGES=advantages.shape[0] == tokens,
+            offsets, length, normalizer, gradient, sums, loss, metrics, inverse, ticket, tokens,
+            sequences, parts, clip_low, clip_high, dual_clip, kl_coef,
+            HAS_OFFSETS=offsets is not None, HAS_OLD=old_logprobs is not None,
+            HAS_REF=ref_logprobs is not None, HAS_WEIGHTS=weights is not None,
+            HAS_NORMALIZER=normalizer is not None, TOKEN_ADVANTAGES=advantages.shape[0] == tokens,
             TOKEN_WEIGHTS=weights is not None and weights.shape[0] == tokens,
             POLICY=2 if RATIO_CLIPS[int(ratio_clip)] == "cispo" else int(dual_clip > 0),
             PENALTY=kl_coef != 0, KL=int(kl), AGGREGATION=int(aggregation), BLOCK=BLOCK,

@@ -1,8 +1,9 @@
 """Triton kernels over rows of logits: statistics of parts or shards, and their merge.
 
-A row is cut into parts of 16 KiB, one program each: a program asks for all of its part at once,
-so one row is one memory latency deep and seven fill an H100, and how a row is summed never depends
-on how many rows there are. Between the first load and the end of a part no thread waits for
+A row is cut into parts of 16 KiB, one program each: a program's loads need nothing of each other,
+so one row is one memory latency deep (two where Triton orders the last load behind the first sum:
+3.7.1 does, 3.6 does not) and seven fill an H100, and how a row is summed never depends on how many
+rows there are. Between the first load and the end of a part no thread waits for
 another: a state is kept per 16-byte vector, and reduced once.
 
 V = 151,674 makes most rows start off a 16-byte boundary: each row skips to the first aligned
