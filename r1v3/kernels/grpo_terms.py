@@ -1,11 +1,14 @@
 """Terms of the GRPO loss: its options, its checked arguments, and both for each token."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from r1v3.kernels import devices
 from r1v3.kernels.arguments import as_scalar, check_choice, check_shape
+from r1v3.kernels.registration import register_op
 
 # The position of a name is the number that ops and compiled kernels take for it.
 RATIO_CLIPS = ("ppo", "cispo")
@@ -154,20 +157,21 @@ class TokenTerms:
     @classmethod
     def of(cls, inputs: GrpoInputs) -> tuple[Tensor, "TokenTerms"]:
         """Mask [N] of the tokens that count, which are in a sequence, and the terms of all."""
-        device, n = inputs.mask.device, inputs.mask.shape[0]
-        offsets = inputs.offsets
-        if offsets is None:
-            offsets = torch.arange(inputs.sequences + 1, device=device) * inputs.length
-        position = torch.arange(n, device=device)
-        sequence = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
-        mask = inputs.mask & (sequence < inputs.sequences) & (position >= offsets[0])
-        terms = [
-            # The last value stands for tokens in no sequence, which do not count.
-            x if x is None or x.shape[0] == n else x[sequence.clamp(max=x.shape[0] - 1)]
-            for x in inputs.terms
-        ]
-        scale = _loss_scale(mask, sequence, inputs)
-        return mask, cls.of_tensors([scale, *terms], inputs.options.as_floats())
+        advantages, old, ref, weights = inputs.terms
+        assert advantages is not None
+        n = inputs.mask.shape[0]
+        by_sequence = [None if x is None or x.shape[0] == n else x for x in (advantages, weights)]
+        compute = _token_terms_op if devices.runs_triton(advantages) else _token_terms_by_torch
+        mask, scale, *by_token = compute(
+            inputs.mask, *by_sequence, inputs.offsets, inputs.length, inputs.sequences,
+            inputs.normalizer, AGGREGATIONS.index(inputs.options.aggregation), inputs.dtype,
+        )  # fmt: skip
+        advantages, weights = (
+            given if short is None else long
+            for given, short, long in zip((advantages, weights), by_sequence, by_token, strict=True)
+        )
+        tensors = [scale, advantages, old, ref, weights]
+        return mask, cls.of_tensors(tensors, inputs.options.as_floats())
 
     def tensors(self) -> list[Tensor | None]:
         """The terms as ops take them: all attributes but the options."""
@@ -251,21 +255,97 @@ def _checked_normalizer(
     return as_scalar(normalizer, device)
 
 
-def _loss_scale(mask: Tensor, sequence: Tensor, inputs: GrpoInputs) -> Tensor:
-    """The factor of each token's loss [N] in the total; zero where the mask is False.
+def _token_terms(
+    mask: Tensor,
+    advantages: Tensor | None,
+    weights: Tensor | None,
+    offsets: Tensor | None,
+    length: int,
+    sequences: int,
+    normalizer: Tensor | None,
+    aggregation: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mask of the tokens that count, their loss scale, advantages and weights, [N] each or [0].
+
+    One launch where the normalizer is given; `_token_terms_by_torch` says the same.
 
     Args:
-        sequence: int64 [N], the number of sequences where a token is in none.
+        mask, offsets, length, sequences, normalizer: as `GrpoInputs` has them.
+        advantages, weights: [S], or None where there is no value for each sequence.
+        aggregation: the position in `AGGREGATIONS`.
+        dtype: of the results.
     """
-    dtype, aggregation = inputs.dtype, inputs.options.aggregation
-    counts = torch.zeros(inputs.sequences + 1, dtype=dtype, device=mask.device)
-    counts = counts.index_add(0, sequence, mask.to(dtype))
-    if inputs.normalizer is not None:
-        divisor = inputs.normalizer.to(dtype)
-    elif aggregation == "token-mean":
-        divisor = counts.sum().clamp(min=1)
+    from r1v3.kernels.triton.token_terms import token_terms
+
+    name = AGGREGATIONS[aggregation]
+    if normalizer is None:
+        normalizer = _divisor(_counts(mask, offsets, length, sequences), name)
+    return token_terms(
+        mask, advantages, weights, offsets, length, sequences, normalizer.to(torch.float32),
+        by_sequence=name == "sequence-mean",
+    )  # fmt: skip
+
+
+def _token_terms_by_torch(
+    mask: Tensor,
+    advantages: Tensor | None,
+    weights: Tensor | None,
+    offsets: Tensor | None,
+    length: int,
+    sequences: int,
+    normalizer: Tensor | None,
+    aggregation: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    name = AGGREGATIONS[aggregation]
+    if offsets is None:
+        shape = sequences, length
+        counts = mask.view(shape).sum(1).to(dtype)
+
+        def spread(values: Tensor) -> Tensor:
+            return values[:, None].expand(shape).reshape(-1)
     else:
-        divisor = (counts > 0).sum().clamp(min=1)
-    if aggregation == "sequence-mean":
-        divisor = divisor * counts[sequence].clamp(min=1)
-    return torch.where(mask, 1.0, 0.0).to(dtype) / divisor
+        position = torch.arange(mask.shape[0], device=mask.device)
+        sequence = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
+        mask = mask & (sequence < sequences) & (position >= offsets[0])
+        counts = torch.zeros(sequences + 1, dtype=dtype, device=mask.device)
+        counts = counts.index_add(0, sequence, mask.to(dtype))
+
+        def spread(values: Tensor) -> Tensor:
+            # The last value stands for tokens in no sequence, which do not count.
+            return values[sequence.clamp(max=values.shape[0] - 1)]
+
+    divisor = _divisor(counts, name) if normalizer is None else normalizer.to(dtype)
+    if name == "sequence-mean":
+        divisor = spread(divisor * counts.clamp(min=1))
+    scale = torch.where(mask, 1.0, 0.0).to(dtype) / divisor
+    nothing = scale.new_empty(0)
+    by_token = [nothing if x is None else spread(x) for x in (advantages, weights)]
+    return mask, scale, by_token[0], by_token[1]
+
+
+def _counts(mask: Tensor, offsets: Tensor | None, length: int, sequences: int) -> Tensor:
+    """Valid tokens of each sequence, int64 [S], without waiting for a device."""
+    if offsets is None:
+        return mask.view(sequences, length).sum(1)
+    running = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+    return running[offsets[1:]] - running[offsets[:-1]]
+
+
+def _divisor(counts: Tensor, aggregation: str) -> Tensor:
+    """The normalizer that nobody names: valid tokens, or sequences that have one."""
+    return (counts.sum() if aggregation == "token-mean" else (counts > 0).sum()).clamp(min=1)
+
+
+def _fake_token_terms(
+    mask: Tensor, advantages: Tensor | None, weights: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scale = mask.new_empty(mask.shape, dtype=rest[-1])
+    by_token = [
+        scale.new_empty(mask.shape if x is not None else (0,)) for x in (advantages, weights)
+    ]
+    return torch.empty_like(mask), scale, by_token[0], by_token[1]
+
+
+_token_terms_op = register_op("token_terms", _token_terms, fake=_fake_token_terms)

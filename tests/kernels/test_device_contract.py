@@ -95,7 +95,7 @@ def test_every_kernel_is_interpreted(backend: str, monkeypatch: pytest.MonkeyPat
     for step in made.values():
         step(x)
     kernels = (
-        "row_statistics merge row_gradient grpo_loss group_advantages ban_tokens scale "
+        "row_statistics merge row_gradient grpo_loss token_terms group_advantages ban_tokens scale "
         "sample_statistics sample_merge sample_choose"
     ).split()
     assert launched == {f"_{name}_kernel" for name in kernels}

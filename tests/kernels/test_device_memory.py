@@ -71,6 +71,18 @@ def test_numbers_come_to_the_device_without_a_copy(kind: str, packed: bool, cuda
     assert cuda.operations and cuda.copies_from_the_host == []
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_terms_of_tokens_take_one_launch(packed: bool, cuda: Watch) -> None:
+    """Fails if forty small kernels around the loss take the host longer than its kernel runs."""
+    given = inputs(torch.full((), 40.0), packed)
+    cuda.operations.clear()
+    mask, terms = TokenTerms.of(given)
+    assert cuda.launches == ["_token_terms_kernel"]
+    assert mask.shape == terms.loss_scale.shape == terms.advantages.shape == (B * T,)
+    made = ("new_empty", "empty_like", "view", "detach")  # and no kernel of torch's
+    assert [name for name, _ in cuda.operations if name.split(".")[1] not in made] == []
+
+
 def test_bounds_of_shards_are_remembered_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the first call with a group keeps a tensor, which may be a CUDA graph's memory."""
     group, known, exchanges = object(), dict[Any, Any](), []

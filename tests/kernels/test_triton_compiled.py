@@ -97,6 +97,20 @@ def loss_arguments(padded: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def token_arguments(padded: bool) -> dict[str, Any]:
+    from r1v3.kernels.triton import token_terms
+
+    f, u = "*fp32:16", "*u8:16"
+    return {
+        "mask_ptr": u, "advantages_ptr": f, "weights_ptr": f,
+        "offsets_ptr": None if padded else "*i64:16", "length": "i64", "normalizer_ptr": f,
+        "counted_ptr": u, "scale_ptr": f, "token_advantages_ptr": f, "token_weights_ptr": f,
+        "tokens": "i64", "sequences": "i32", "parts": "i32", "HAS_OFFSETS": not padded,
+        "HAS_ADVANTAGES": True, "HAS_WEIGHTS": True, "BY_SEQUENCE": True,
+        "BLOCK": token_terms.BLOCK, "MASK_BLOCK": token_terms.MASK_BLOCK,
+    }  # fmt: skip
+
+
 def sampling_arguments() -> dict[str, Any]:
     """Of all three kernels, with everything they can be given."""
     from r1v3.kernels.triton import sample_tokens
@@ -119,6 +133,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
     from r1v3.kernels.triton.grpo_loss import _grpo_loss_kernel
     from r1v3.kernels.triton.logits_gradient import _row_gradient_kernel
     from r1v3.kernels.triton.logits_statistics import _merge_kernel, _row_statistics_kernel
+    from r1v3.kernels.triton.token_terms import _token_terms_kernel
 
     drawing = sampling_arguments()
     f, i, u = "*fp32:16", "*i64:16", "*u8:16"
@@ -146,6 +161,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "loss": (_grpo_loss_kernel, loss_arguments(False), 4),
         "loss padded": (_grpo_loss_kernel, loss_arguments(True), 4),
         "loss cispo": (_grpo_loss_kernel, {**loss_arguments(False), "POLICY": 2}, 4),
+        "token terms": (_token_terms_kernel, token_arguments(False), 4),
+        "token terms padded": (_token_terms_kernel, token_arguments(True), 4),
         "ban": (ban_tokens._ban_tokens_kernel, ban, 1),
         "sample": (sample_tokens._sample_statistics_kernel, drawing, sample_tokens.WARPS),
         "sample merge": (sample_tokens._sample_merge_kernel, drawing, 4),

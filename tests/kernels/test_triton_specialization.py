@@ -126,7 +126,7 @@ def test_the_loss_of_logits_compiles_each_kernel_once(variants: Variants) -> Non
             logits.requires_grad_(), ids, None, torch.ones(1), ids == 0, temperature=temperature
         )
         (2 * loss).backward()
-    names = "_row_statistics _merge _row_gradient _scale".split()
+    names = "_row_statistics _merge _row_gradient _scale _token_terms".split()
     assert {name: len(variants[f"{name}_kernel"]) for name in names} == dict.fromkeys(names, 1)
     assert len(variants["_grpo_loss_kernel"]) == 2  # slopes with a share of 1, then the loss
 
