@@ -10,6 +10,7 @@ device of its backend.
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,19 @@ ON_DEVICE = pytest.param("cuda", marks=pytest.mark.gpu)
 BACKENDS = ("triton",) if INTERPRETED else ("compiled", "reference", ON_DEVICE)
 # Where arguments can be looked at without waiting for a device, so that wrong ones raise.
 CPU_BACKENDS = ("compiled", "reference")
+
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index(tensor: Any, *rest: Any) -> None:
+        """Let a number be the bound of a range: before 3.7 it is an array, which numpy refuses."""
+        patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patch_index
 
 
 @pytest.fixture(params=BACKENDS)
