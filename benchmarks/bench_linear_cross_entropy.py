@@ -51,7 +51,7 @@ def shapes(device: str, size: Size) -> list[dict[str, int]]:
         return small if size == "small" else [*small, *({**quarter, "bits": b} for b in (32, 16))]
     small = [{"T": 1024, "H": 5120, "V": 152_064, "bits": 16}]
     large = [{"T": 8192, "H": 5120, "V": vocab, "bits": 16} for vocab in (VOCABULARY, 152_064)]
-    return small if size == "small" else [*small, *large]
+    return small if size == "small" else [*large, *small]
 
 
 def problem(shape: dict[str, int], mode: Mode, device: str) -> Problem:

@@ -112,10 +112,10 @@ def shapes(device: str, size: Size) -> list[dict[str, int]]:
     large = [
         {"T": rows, "H": 5120, "V": vocab, "bits": 16}
         for vocab in (VOCABULARY, 18_976)
-        for rows in (1024, 8192, 32_768)
+        for rows in (8192, 1024, 32_768)
     ]
     masked = {"T": 8192, "H": 5120, "V": VOCABULARY, "bits": 16, "masked": 50}
-    return small if size == "small" else [*small, *large, masked]
+    return small if size == "small" else [large[0], masked, *small, *large[1:]]
 
 
 def head(rows: int, width: int, vocab: int, bits: int, device: str) -> tuple[Tensor, Tensor]:

@@ -184,6 +184,16 @@ def test_the_plan_fits_and_measures_every_op(tmp_path: Path) -> None:
     assert [step.name for step in named] == ["machine", "training_step"]
 
 
+def test_the_most_telling_shapes_come_first(tmp_path: Path) -> None:
+    """Fails if the seconds of an op go to small shapes, or to the largest, before the one that
+    its targets name."""
+    for op in ("logprobs_and_entropy", "logits_grpo_loss", "linear_logprobs_and_entropy"):
+        first = OPS[op].shapes("cuda", "full")[0]
+        assert (first["T"], first["V"]) == (8192, 151_674), op
+    (first, *_) = OPS["linear_grpo_loss"].shapes("cuda", "full")
+    assert first["B"] * first["T"] == 8192 and first["V"] == 151_674
+
+
 def test_time_is_shared_as_planned(tmp_path: Path) -> None:
     """Fails if an op that comes late gets nothing because earlier ones took all there was."""
     steps = [Step(str(i), (), planned, 50.0) for i, planned in enumerate((30.0, 10.0))]

@@ -131,14 +131,12 @@ def _facts(setting: Setting, name: str, planned: float, *options: str) -> Step:
 
 
 def _build(setting: Setting) -> Step:
-    needs = ["module setuptools", "module pybind11"]
-    environment = {"R1V3_BUILD_CUDA": "0"}
+    command = (sys.executable, "-m", "benchmarks.device.build")
+    needs: tuple[str, ...] = ("module setuptools", "module pybind11")
     if setting.gpu:
-        needs.append("program nvcc")
-        environment = {"R1V3_BUILD_CUDA": "1", "R1V3_CUDA_ARCHS": setting.arch}
-    command = (sys.executable, "setup.py", "build_ext", "--inplace")
+        command, needs = (*command, "--arch", setting.arch), (*needs, "program nvcc")
     planned, limit = 45 if setting.gpu else 70, 150 * setting.patience
-    return Step("build", command, planned, limit, environment=environment, needs=tuple(needs))
+    return Step("build", command, planned, limit, needs=needs)
 
 
 def _tests(setting: Setting) -> Step:

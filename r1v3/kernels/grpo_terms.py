@@ -276,6 +276,12 @@ def _token_terms(
         aggregation: the position in `AGGREGATIONS`.
         dtype: of the results.
     """
+    if not devices.runs_triton(mask.new_empty(0, dtype=dtype)):
+        found = _token_terms_by_torch(
+            mask, advantages, weights, offsets, length, sequences, normalizer, aggregation, dtype
+        )
+        counted, scale, *by_token = (x.clone() for x in found)
+        return counted, scale, by_token[0], by_token[1]
     from r1v3.kernels.triton.token_terms import token_terms
 
     name = AGGREGATIONS[aggregation]

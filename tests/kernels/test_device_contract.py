@@ -41,6 +41,9 @@ def steps(device: torch.device) -> dict[str, Step]:
     def loss(x: Tensor) -> list[Tensor]:
         return [grpo_loss(x, old, ones[:, 0], mask, ref_logprobs=old, kl_coef=0.1)[0]]
 
+    def loss_by_number(x: Tensor) -> list[Tensor]:
+        return [grpo_loss(x, old, ones[:, 0], mask, normalizer=7.0)[0]]
+
     def loss_of_logits(x: Tensor) -> list[Tensor]:
         return [logits_grpo_loss(x.view(2, 3, -1), ids.view(2, 3), old, ones[:, 0], mask)[0]]
 
@@ -53,6 +56,7 @@ def steps(device: torch.device) -> dict[str, Step]:
         "entropy": lambda x: with_gradient(x, lambda x: [entropy_from_logits(x)]),
         "logprobs": lambda x: with_gradient(x, lambda x: [selective_log_softmax(x, ids)]),
         "loss": lambda x: with_gradient(x[:2, :3], loss),
+        "loss by a number": lambda x: with_gradient(x[:2, :3], loss_by_number),
         "loss of logits": lambda x: with_gradient(x, loss_of_logits),
         "advantages": lambda x: [group_advantages(x[:, 0], 3)],
         "advantages of ids": lambda x: [group_advantages(x[:, 0], ids)],
@@ -160,3 +164,26 @@ def test_replays_in_a_graph(step: Step) -> None:
         x.copy_(torch.randn(ROWS, VOCAB))
         graph.replay()
         assert all(map(torch.equal, captured, step(x)))
+
+
+@pytest.mark.gpu
+def test_runs_in_inductors_cuda_graphs() -> None:
+    """Fails if memory of one call is used by the next, or a temperature is that of a recording."""
+    torch._dynamo.reset()
+    with torch.device("cuda"):
+        ids, ones, mask = torch.arange(6), torch.ones(2, 3), torch.ones(2, 3) > 0
+
+        def step(x: Tensor, temperature: float) -> Tensor:
+            logprobs, entropy = logprobs_and_entropy(x, ids, temperature=temperature)
+            grid = logprobs.view(2, 3)
+            return grpo_loss(grid, grid.detach() - 0.1, ones, mask)[0] + entropy.sum()
+
+        compiled = torch.compile(step, mode="reduce-overhead")
+        for temperature in (1.0, 0.7, 1.0, 0.7, 0.4):
+            x = torch.randn(ROWS, VOCAB)
+            torch.compiler.cudagraph_mark_step_begin()
+            got = with_gradient(x, lambda x: [compiled(x, temperature)])  # noqa: B023
+            got = [value.clone() for value in got]
+            expected = with_gradient(x, lambda x: [step(x, temperature)])  # noqa: B023
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b)
