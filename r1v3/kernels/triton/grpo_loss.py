@@ -16,13 +16,16 @@ from r1v3.kernels import devices
 from r1v3.kernels.arguments import METRICS
 from r1v3.kernels.grpo_terms import RATIO_CLIPS
 from r1v3.kernels.reference import LOG_RATIO_LIMIT
+from r1v3.kernels.triton.sequences import (
+    MASK_BLOCK,
+    parts_of_sequences,
+    sequence_range,
+    valid_tokens,
+)
 
 BLOCK = 512
-MASK_BLOCK = 4096
-# Sequences that may be longer than a piece are cut, as long as there are fewer programs than two
-# per multiprocessor; beyond eight per multiprocessor, programs only lengthen the last sum.
-PIECE = 4096
-ENOUGH_PROGRAMS, MOST_PROGRAMS = 256, 1024
+# Beyond eight programs per multiprocessor, they only lengthen the last sum.
+MOST_PROGRAMS = 1024
 SUMS = 16
 LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 
@@ -108,28 +111,6 @@ def _value_of(values_ptr, t, sequence, valid, PER_TOKEN: tl.constexpr):
     return value
 
 
-@triton.jit
-def _sequence(offsets_ptr, sequence, length, tokens, HAS_OFFSETS: tl.constexpr):
-    """Where a sequence begins and ends."""
-    begin = sequence * length
-    end = tl.minimum(begin + length, tokens)
-    if HAS_OFFSETS:
-        begin = tl.load(offsets_ptr + sequence)
-        end = tl.load(offsets_ptr + sequence + 1)
-    return begin, end
-
-
-@triton.jit
-def _count(mask_ptr, begin, end, BLOCK: tl.constexpr):
-    """Valid tokens in [begin, end)."""
-    lanes = tl.arange(0, BLOCK)
-    counts = tl.zeros([BLOCK], tl.int32)
-    for start in range(begin, end, BLOCK):
-        t = start + lanes
-        counts += (tl.load(mask_ptr + t, mask=t < end, other=0) != 0).to(tl.int32)
-    return tl.sum(counts, axis=0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["sequences", "parts"])
 def _grpo_loss_kernel(
     logprobs_ptr,
@@ -186,15 +167,15 @@ def _grpo_loss_kernel(
     for item in range(tl.program_id(0), sequences * parts, tl.num_programs(0)):
         sequence = (item // parts).to(tl.int64)
         part = item % parts
-        begin, end = _sequence(offsets_ptr, sequence, length, tokens, HAS_OFFSETS)
+        begin, end = sequence_range(offsets_ptr, sequence, length, tokens, HAS_OFFSETS)
         own = 1.0
         # Sequences without a valid token do not count, nor do pieces past a sequence's end.
         if (AGGREGATION == 0 or AGGREGATION == 2) and begin + part * BLOCK < end:
-            valid_tokens = _count(mask_ptr, begin, end, MASK_BLOCK)
-            if part == 0 and valid_tokens > 0:
+            count = valid_tokens(mask_ptr, begin, end, MASK_BLOCK)
+            if part == 0 and count > 0:
                 active += 1.0
             if AGGREGATION == 0:
-                own = 1.0 / tl.maximum(valid_tokens, 1.0)
+                own = 1.0 / tl.maximum(count, 1.0)
         for start in range(begin + part * BLOCK, end, parts * BLOCK):
             t = start + lanes
             valid = (tl.load(mask_ptr + t, mask=t < end, other=0) != 0) & (t < end)
@@ -328,7 +309,7 @@ def grpo_loss(
         sequences = offsets.shape[0] - 1
     else:
         sequences = triton.cdiv(tokens, length) if length else 0
-    parts = max(1, min(triton.cdiv(tokens, PIECE), ENOUGH_PROGRAMS // max(sequences, 1)))
+    parts = parts_of_sequences(tokens, sequences)
     programs = max(1, min(sequences * parts, MOST_PROGRAMS))
     gradient = torch.empty_like(logprobs)
     sums = logprobs.new_empty(programs, SUMS, dtype=torch.float64)

@@ -10,12 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from r1v3.kernels import devices
-from r1v3.kernels.triton.grpo_loss import (
-    ENOUGH_PROGRAMS,
+from r1v3.kernels.triton.sequences import (
     MASK_BLOCK,
-    PIECE,
-    _count,
-    _sequence,
+    parts_of_sequences,
+    sequence_range,
+    valid_tokens,
 )
 
 BLOCK = 1024
@@ -62,11 +61,11 @@ def _token_terms_kernel(
     sequence = (item // parts).to(tl.int64)
     part = item % parts
     if sequence < sequences:
-        begin, end = _sequence(offsets_ptr, sequence, length, tokens, HAS_OFFSETS)
+        begin, end = sequence_range(offsets_ptr, sequence, length, tokens, HAS_OFFSETS)
         if begin + part * BLOCK < end:
             divisor = tl.load(normalizer_ptr)
             if BY_SEQUENCE:
-                divisor *= tl.maximum(_count(mask_ptr, begin, end, MASK_BLOCK), 1.0)
+                divisor *= tl.maximum(valid_tokens(mask_ptr, begin, end, MASK_BLOCK), 1.0)
             own = tl.div_rn(1.0, divisor)
             advantage = 0.0
             weight = 0.0
@@ -119,7 +118,7 @@ def token_terms(
     tokens = mask.shape[0]
     counted, scale = torch.empty_like(mask), mask.new_empty(tokens, dtype=torch.float32)
     given = [scale.new_empty(0 if x is None else tokens) for x in (advantages, weights)]
-    parts = max(1, min(triton.cdiv(tokens, PIECE), ENOUGH_PROGRAMS // max(sequences, 1)))
+    parts = parts_of_sequences(tokens, sequences)
     if tokens:
         with devices.launching_on(mask):
             _token_terms_kernel[(max(sequences * parts, 1),)](
