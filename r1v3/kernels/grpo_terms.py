@@ -1,5 +1,6 @@
 """Terms of the GRPO loss: its options, its checked arguments, and both for each token."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,16 +161,20 @@ class TokenTerms:
         advantages, old, ref, weights = inputs.terms
         assert advantages is not None
         n = inputs.mask.shape[0]
-        by_sequence = [None if x is None or x.shape[0] == n else x for x in (advantages, weights)]
-        compute = _token_terms_op if devices.runs_triton(advantages) else _token_terms_by_torch
-        mask, scale, *by_token = compute(
-            inputs.mask, *by_sequence, inputs.offsets, inputs.length, inputs.sequences,
-            inputs.normalizer, AGGREGATIONS.index(inputs.options.aggregation), inputs.dtype,
-        )  # fmt: skip
-        advantages, weights = (
-            given if short is None else long
-            for given, short, long in zip((advantages, weights), by_sequence, by_token, strict=True)
+        short_advantages = None if advantages.shape[0] == n else advantages
+        short_weights = None if weights is None or weights.shape[0] == n else weights
+        compute: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = (
+            _token_terms_op if devices.runs_triton(advantages) else _token_terms_by_torch
         )
+        mask, scale, long_advantages, long_weights = compute(
+            inputs.mask, short_advantages, short_weights, inputs.offsets, inputs.length,
+            inputs.sequences, inputs.normalizer, AGGREGATIONS.index(inputs.options.aggregation),
+            inputs.dtype,
+        )  # fmt: skip
+        if short_advantages is not None:
+            advantages = long_advantages
+        if short_weights is not None:
+            weights = long_weights
         tensors = [scale, advantages, old, ref, weights]
         return mask, cls.of_tensors(tensors, inputs.options.as_floats())
 
