@@ -152,8 +152,8 @@ class _Painter:
         drawn = False
         for arm in self.arms:
             for i, run in enumerate(self.runs(arm)):
-                label = arm if i == 0 else None
-                drawn |= self._budget_lines(axes, run, self.color(arm), label)
+                name = f"{arm}, " if len(self.arms) > 1 else " "
+                drawn |= self._budget_lines(axes, run, self.color(arm), None if i else name)
         if not drawn:
             return False
         axes.set(xlabel="Budget (tokens)", ylabel="Accuracy (%, 95 % interval)")
@@ -168,16 +168,16 @@ class _Painter:
             return False
         for b, s in known:
             interval_point(axes, b, s, color)
-        name = None if label is None else f"{label}, thought closed by force"
+        name = label and f"{label}thought closed by force"
         line = [100 * s.accuracy for _, s in known]
         axes.plot([b for b, _ in known], line, color=color, label=name)
         cut = [(b, mode_score(run, f"cut-{b}", self.figure.where)) for b in budgets]
-        name = None if label is None else f"{label}, response cut off"
+        name = label and f"{label}response cut off"
         pairs = [(b, 100 * s.accuracy) for b, s in cut if s is not None]
         axes.plot(*zip(*pairs, strict=True), "s--", color=color, ms=5, alpha=0.7, label=name)
         for mode, dash, shown in (("slow", ":", "slow thinking"), ("nothink", "-.", "NoThink")):
             if (found := mode_score(run, mode, self.figure.where)) is not None:
-                name = None if label is None else f"{label}, {shown} ({found.tokens:.0f} tokens)"
+                name = label and f"{label}{shown} ({found.tokens:.0f} tokens)"
                 axes.axhline(100 * found.accuracy, color=color, lw=1.2, ls=dash, label=name)
         return True
 

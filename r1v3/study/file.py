@@ -10,26 +10,36 @@ from r1v3.config.loading import checked, read_tree
 def read_study(path: Path, *, quick: bool) -> Study:
     """Read a study.
 
-    `extends: FILE` names a file beside it, whose keys it adds to; so do the keys under `quick`, in
-    both, where the quick form is asked for. Mappings are merged key by key, anything else replaces.
+    `extends` names a file, or several, whose keys this one adds to, later ones to earlier ones.
+    Where the quick form is asked for, so do the keys under `quick` in all of them. Mappings are
+    merged key by key, anything else replaces.
 
     Raises:
         ConfigError: as `r1v3.config.load`.
     """
-    tree = read_tree(path)
-    layers = [tree]
-    while (base := layers[0].pop("extends", None)) is not None:
-        if not isinstance(base, str) or len(layers) > 8:
-            raise ConfigError(f"{path}: `extends` must name a file beside it, got {base!r}")
-        layers.insert(0, read_tree(path.parent / base))
+    layers = _layers(path, ())
     hurried = [layer.pop("quick", None) or {} for layer in layers]
-    for layer in hurried:
-        if not isinstance(layer, dict):
-            raise ConfigError(f"{path}: `quick` must hold a mapping of keys")
     merged: dict[str, Any] = {}
     for layer in [*layers, *(hurried if quick else [])]:
+        if not isinstance(layer, dict):
+            raise ConfigError(f"{path}: `quick` must hold a mapping of keys")
         merged = _merged(merged, layer)
     return checked(Study, merged, str(path))
+
+
+def _layers(path: Path, above: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """The mappings of a file and of those that it extends, the lowest first."""
+    if path in above:
+        raise ConfigError(f"{path} extends itself")
+    tree = read_tree(path)
+    below = tree.pop("extends", None) or []
+    names = [below] if isinstance(below, str) else below
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: `extends` must name files, got {below!r}")
+    found = []
+    for name in names:
+        found += _layers((path.parent / name).resolve(), (*above, path))
+    return [*found, tree]
 
 
 def _merged(below: Any, above: Any) -> Any:

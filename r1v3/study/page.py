@@ -76,20 +76,22 @@ def measured(one: dict[str, Any]) -> str:
     """A finding's difference with its interval, as text."""
     if one["mean"] is None:
         return ABSENT
-    scale, unit = (100, " points") if one["percent"] else (1, "")
-    low, high = (
-        ABSENT if end is None else _signed(scale * end) for end in (one["low"], one["high"])
-    )
+    mean, low, high = (_signed(one[key], one["percent"]) for key in ("mean", "low", "high"))
     if one["values"] is None:
-        return f"ρ = {_signed(one['mean'])} [{low}, {high}], {one['count']} checkpoints"
-    digits = ".1f" if unit else ".4g"
-    than, this = (f"{scale * value:{digits}}" for value in one["values"])
-    return f"{this} against {than}: {_signed(scale * one['mean'])}{unit} [{low}, {high}]"
+        return f"ρ = {mean} [{low}, {high}], {one['count']} checkpoints"
+    than, this = one["values"]
+    if one["percent"]:
+        return f"{100 * this:.1f} against {100 * than:.1f} %: {mean} points [{low}, {high}]"
+    return f"{this:.4g} against {than:.4g}: {mean} [{low}, {high}]"
 
 
-def _signed(value: float) -> str:
-    """About three digits with a sign, and no exponent for large numbers."""
-    return f"{value:+.1f}" if abs(value) >= 10 else f"{value + 0.0:+.2g}"
+def _signed(value: float | None, percent: bool) -> str:
+    """A difference with its sign: in points with one decimal, or with three digits."""
+    if value is None:
+        return ABSENT
+    if percent:
+        return f"{round(100 * value, 1) + 0.0:+.1f}"
+    return f"{value:+.1f}" if abs(value) >= 10 else f"{round(value, 9) + 0.0:+.3g}"
 
 
 def verdict_counts(findings: Sequence[dict[str, Any]]) -> str:
@@ -119,13 +121,12 @@ def write_findings(records: Sequence[dict[str, Any]], file: Path) -> None:
 
 def _finding_cells(one: dict[str, Any]) -> dict[str, str]:
     means = [each["mean"] for each in one["seeds"].values()]
-    scale = 100 if one["percent"] else 1
-    told = ", ".join(ABSENT if m is None else _signed(scale * m) for m in means)
+    told = ", ".join(_signed(mean, one["percent"]) for mean in means)
     return {
         "claim": one["claim"],
         "report": one["report"],
         "measured": measured(one),
-        "compared": one["compared"],
+        "compared": f"{one['compared']}; {one['count']} pairs",
         "seeds": f"by seed: {told}" if len(means) > 1 else "",
         "verdict": one["verdict"],
         "style": _STYLES.get(one["verdict"], "other"),

@@ -141,6 +141,22 @@ def test_files_extend_others_and_have_a_quick_form(folder: Path) -> None:
     assert quick.stages["grpo"].settings == full.stages["grpo"].settings | {"steps": 2, "seed": 7}
 
 
+def test_a_file_may_extend_several_but_not_itself(folder: Path) -> None:
+    """Fails if the 38B's stages do not replace the demo's below a study's arms, or two files that
+    name each other are read for ever."""
+    (folder / "one.yaml").write_text(yaml.safe_dump(TREE))
+    other = {"stages": {"sft": {"settings": {"epochs": 9}}}, "seeds": [3]}
+    (folder / "two.yaml").write_text(yaml.safe_dump(other))
+    (folder / "both.yaml").write_text("extends: [one.yaml, two.yaml]\ntitle: Both\n")
+    both = read_study(folder / "both.yaml", quick=False)
+    assert (both.title, both.seeds, both.measure) == ("Both", (3,), ("score",))
+    assert both.stages["sft"].settings["epochs"] == 9
+    assert both.stages["sft"].settings["train_data"] == "{data}/data/a.parquet"
+    (folder / "two.yaml").write_text("extends: both.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        read_study(folder / "both.yaml", quick=False)
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_shipped_study_can_be_planned(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a study names a setting, a stage or an arm that does not exist, or has an arm
