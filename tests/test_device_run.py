@@ -75,6 +75,15 @@ def test_every_end_of_a_step_is_recorded_and_the_next_goes_on(tmp_path: Path) ->
     assert "===== breaks: " in log and "before\nthe last words" in log
 
 
+def test_without_a_device_nothing_is_tried(tmp_path: Path) -> None:
+    """Fails if a machine without a GPU builds and fails for nine minutes before it says so."""
+    assert plan.steps(plan.Setting("cuda", tmp_path))[0].decides
+    steps = [step("machine", "echo no device; exit 1", decides=True), step("build", "exit 0")]
+    document = run(steps, tmp_path)
+    assert statuses(document) == {"machine": "failed", "build": "skipped"}
+    assert document["steps"][0]["note"] == "exit status 1: no device"
+
+
 def test_what_a_step_started_ends_with_it(tmp_path: Path) -> None:
     """Fails if a benchmark whose time is over goes on and slows the next one down."""
     mark = tmp_path / "alive"

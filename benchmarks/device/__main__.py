@@ -126,14 +126,21 @@ class Run:
                     f"{state.seconds:.0f} s (planned {step.planned:.0f}){note}",
                     flush=True,
                 )
+                if step.decides and state.status != "passed":
+                    self._skip_rest("there is nothing to run it on")
+                    break
         except Interrupted as error:
             for state in self.record.states.values():
                 if state.status == "running":
                     state.status, state.note = "interrupted", str(error)
-                elif state.status == "waiting":
-                    state.status, state.note = "skipped", str(error)
+            self._skip_rest(str(error))
         self.record.seconds = time.monotonic() - self._start
         self.record.write()
+
+    def _skip_rest(self, note: str) -> None:
+        for state in self.record.states.values():
+            if state.status == "waiting":
+                state.status, state.note = "skipped", note
 
     def _one(self, step: Step, state: State, planned_from_here: float) -> None:
         missing = lacking(step)

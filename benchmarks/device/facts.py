@@ -1,6 +1,7 @@
 """Facts about this machine: `python -m benchmarks.device.facts --device D --json FILE`."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def main() -> None:
     parser.add_argument("--commit")
     parser.add_argument("--probes", action="store_true")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch finds no CUDA device; --device cpu shows the way without one")
     if options.probes:
         found = probes(options.device)
         files.write_json(options.json, found)

@@ -42,6 +42,7 @@ class Step:
         result: the JSON file that the command writes, anew whenever it knows more.
         shares_time: the command is told the seconds that it has, as its last argument.
         on_request: left out unless it is named.
+        decides: without it none of the later steps can do anything.
         needs: what must be there, a program on PATH or a module, or the step is absent.
     """
 
@@ -53,6 +54,7 @@ class Step:
     environment: Mapping[str, str] = field(default_factory=dict)
     shares_time: bool = False
     on_request: bool = False
+    decides: bool = False
     needs: tuple[str, ...] = ()
 
     def seconds(self, left: float, planned_from_here: float) -> float:
@@ -127,7 +129,10 @@ def steps(setting: Setting) -> list[Step]:
 
 def _facts(setting: Setting, name: str, planned: float, *options: str) -> Step:
     command = setting.command("benchmarks.device.facts", name, *options)
-    return Step(name, command, planned, 60 * setting.patience, setting.result(name))
+    return Step(
+        name, command, planned, 60 * setting.patience, setting.result(name),
+        decides=name == MACHINE,
+    )  # fmt: skip
 
 
 def _build(setting: Setting) -> Step:
