@@ -51,7 +51,7 @@ def expected_trials(digits: Sequence[int], signs: str, target: int, noise: float
 
 @dataclass(frozen=True)
 class Range:
-    """What questions about signs are made of: the signs, of "+-x", and the largest digit."""
+    """Parts of questions about signs: the signs, of "+-x", and the largest digit."""
 
     signs: str = "+-"
     largest: int = 9
