@@ -86,7 +86,8 @@ async def ask(
         journal.append(entries)
         notify(len(entries))
 
-    async with connect(config.teacher, "the teacher") as client:
+    expected = config.teacher.expect_tokens
+    async with connect(config.teacher, "the teacher", expected) as client:
         return await work(
             _jobs(config, missing, samples, client),
             keep,

@@ -87,13 +87,13 @@ class Client:
         failures: attempts that failed so far.
     """
 
-    def __init__(self, config: Endpoint, http: Any) -> None:
+    def __init__(self, config: Endpoint, http: Any, expect_tokens: int) -> None:
         assert config.url is not None
         self._config, self._http, self._base = config, http, config.url.rstrip("/")
         self._requests = Pace(config.requests_per_minute)
         self._tokens = Pace(config.tokens_per_minute)
         self._held_until = 0.0
-        self._used: deque[float] = deque(maxlen=256)
+        self._used: deque[float] = deque([expect_tokens], maxlen=256)
         self.sent = self.failures = 0
 
     async def post(
@@ -116,7 +116,7 @@ class Client:
         data = json.dumps(_without_null({**body, **self._config.body})).encode()
         attempts = refusals = 0
         while True:
-            expected = prompt_tokens + sum(self._used) / max(1, len(self._used))
+            expected = prompt_tokens + sum(self._used) / len(self._used)
             await self._wait_for_place(expected)
             self.sent += 1
             try:
@@ -170,8 +170,11 @@ class Client:
 
 
 @asynccontextmanager
-async def connect(config: Endpoint, what: str) -> AsyncIterator[Client]:
+async def connect(config: Endpoint, what: str, expect_tokens: int = 0) -> AsyncIterator[Client]:
     """Open a client; `what` it is for is named in errors.
+
+    Args:
+        expect_tokens: of an answer, for the limit on tokens, until answers tell.
 
     Raises:
         ValueError: the address or the key is missing.
@@ -186,7 +189,7 @@ async def connect(config: Endpoint, what: str) -> AsyncIterator[Client]:
         headers["Authorization"] = f"Bearer {key}"
     limits = httpx.Limits(max_connections=config.concurrency)
     async with httpx.AsyncClient(headers=headers, limits=limits, **CLIENT_OPTIONS) as http:
-        yield Client(config, http)
+        yield Client(config, http, expect_tokens)
 
 
 def _without_null(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from r1v3.http import RequestFailed, refused, seconds_to_wait
 from tests.distill.teacher import Teacher, question, says, settings, teaching
 
 
-def ask(teacher: Teacher, count: int = 1, **options: Any) -> list[Any]:
+def ask(teacher: Teacher, count: int = 1, expect: int = 0, **options: Any) -> list[Any]:
     """Replies to so many requests at a time, or the failures."""
-    fast = {"url": teacher.url, "model": "m", "backoff_seconds": 0.01, "timeout_seconds": 5}
+    fast = {"url": teacher.url, "model": "m", "backoff_seconds": 0.01}
     endpoint = Endpoint(**{**fast, **options})
 
     async def run() -> list[Any]:
-        async with connect(endpoint, "the test") as client:
+        async with connect(endpoint, "the test", expect) as client:
             body = {"model": "m", "messages": [{"role": "user", "content": "1 + 2"}], "seed": 1}
             posts = [client.post("/chat/completions", body, dict) for _ in range(count)]
             return await asyncio.gather(*posts, return_exceptions=True)
@@ -46,12 +46,30 @@ def test_places_are_spread_over_the_minute() -> None:
     assert late.reserve(1, 50.0) == pytest.approx(1.0)
 
 
-def test_requests_keep_to_the_limit() -> None:
-    """Fails if the limit of the configuration does not reach the requests."""
+@pytest.mark.parametrize(
+    ("limits", "gap"),
+    [({"requests_per_minute": 1200}, 0.05), ({"tokens_per_minute": 600_000}, 0.1)],
+    ids=["requests", "tokens"],
+)
+def test_requests_keep_to_the_limits(
+    limits: dict[str, float], gap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a limit of the configuration does not reach the requests, or all tokens of a minute
+    go out before the first answer tells how long answers are."""
+    places: list[float] = []
+    reserve = Pace.reserve
+
+    def spy(pace: Pace, cost: float, now: float) -> float:
+        pause = reserve(pace, cost, now)
+        if pace._per_minute is not None:
+            places.append(now + pause)
+        return pause
+
+    monkeypatch.setattr(Pace, "reserve", spy)
     with teaching() as teacher:
-        ask(teacher, 6, requests_per_minute=1200)
-        gaps = [b - a for a, b in zip(teacher.times, teacher.times[1:], strict=False)]
-    assert len(gaps) == 5 and teacher.times[-1] - teacher.times[0] > 0.2
+        ask(teacher, 4, expect=1000, **limits)
+    gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    assert len(gaps) == 3 and min(gaps) > gap - 1e-6
 
 
 def test_retry_after_holds_back_every_request() -> None:

@@ -22,9 +22,11 @@ from r1v3.distill.run import Unfinished, run_distill
 from r1v3.distill.work import Unusable
 from tests.distill.teacher import (
     FAULTS,
+    TIMEOUT_SECONDS,
     Teacher,
     complete,
     config,
+    hang,
     question,
     says,
     settings,
@@ -112,6 +114,21 @@ def test_every_fault_is_survived(healthy: tuple[Path, Path], tmp_path: Path) -> 
     kept = [(one["row"], one["sample"]) for one in answers(tmp_path / "run")]
     assert len(kept) == len(set(kept)) == 24
     assert set(teacher.answered.values()) == {1} and len(teacher.answered) == 24
+    assert results(tmp_path / "run") == results(run)
+
+
+def test_a_teacher_that_does_not_answer_in_time_is_asked_again(
+    healthy: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Fails if a time-out loses an answer, or a late one is kept twice."""
+    questions, run = healthy
+    # On a busy machine a healthy teacher may be late as well: there are tries enough.
+    slow = {"timeout_seconds": TIMEOUT_SECONDS, "retries": 10_000}
+    with teaching() as teacher:
+        teacher.faults.extend([hang] * 3)
+        run_distill(config(tmp_path / "run", teacher.url, questions, teacher=slow))
+    kept = [(one["row"], one["sample"]) for one in answers(tmp_path / "run")]
+    assert len(kept) == len(set(kept)) == 24 and teacher.asked.total() >= 27
     assert results(tmp_path / "run") == results(run)
 
 
@@ -444,9 +461,7 @@ def test_twenty_thousand_questions_take_bounded_memory(tmp_path: Path) -> None:
             file.write(json.dumps(row) + "\n")
     assert pictures.stat().st_size > 600 << 20
     with teaching() as teacher:
-        tree = settings(
-            tmp_path / "run", teacher.url, pictures, teacher={"answers": 1, "timeout_seconds": 60}
-        )
+        tree = settings(tmp_path / "run", teacher.url, pictures, teacher={"answers": 1})
         process = start(tmp_path, **tree)
         most = 0
         while process.poll() is None:
