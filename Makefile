@@ -22,7 +22,7 @@ demo: $(STAMP)
 
 # The report's experiments in their quick form; FULL=1 runs all seeds and steps, for hours.
 studies: $(STAMP)
-	$(BIN)/r1v3 study configs/studies/demo/*.yaml $(if $(FULL),,--quick)
+	$(BIN)/r1v3 study configs/studies/{demo,search}/*.yaml $(if $(FULL),,--quick)
 
 # One torch thread per worker: two workers use two cores without fighting for them. Where a test
 # asks for more threads, those that wait yield.

@@ -18,6 +18,16 @@ from tests.study.written import planned
 
 OUT = Path("out")
 PYTHON = sys.executable
+# A study in a process of its own, whose sft run waits.
+WAITING = """
+import sys
+from pathlib import Path
+sys.executable = sys.argv[1]
+from r1v3.study.runner import Runner
+from tests.study.written import planned
+plan = planned(seeds=[0], arms={"default": {"sft": {"max_length": 99}}})
+Runner(plan.runs, plan.labels(), Path("out"), 2, print).run()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -80,13 +90,8 @@ def test_a_killed_study_leaves_runs_that_the_next_one_waits_for(folder: Path) ->
     one finished is run again."""
     arms = {"default": {"sft": {"max_length": 99}}}
     plan = planned(seeds=[0], arms=arms)
-    code = (
-        "import sys\nsys.executable = sys.argv[1]\n"
-        "from tests.study.test_runner import run\nfrom tests.study.written import planned\n"
-        "run(planned(seeds=[0], arms={'default': {'sft': {'max_length': 99}}}))\n"
-    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [PYTHON, "-c", code, sys.executable]
+    command = [PYTHON, "-c", WAITING, sys.executable]
     killed = subprocess.Popen(command, env=environment, cwd=folder)
     wait_for(lambda: killed.poll() or (Path("calls").exists() and "start sft" in calls()))
     killed.send_signal(signal.SIGKILL)
@@ -101,6 +106,24 @@ def test_a_killed_study_leaves_runs_that_the_next_one_waits_for(folder: Path) ->
     assert Runner(plan.runs, plan.labels(), OUT, 1, say).run() == {}
     assert [line for line in calls() if "sft" in line] == ["start sft", "end sft"]
     assert any("another process is at it" in line for line in said)
+
+
+def test_a_study_that_is_asked_to_stop_takes_its_runs_along(folder: Path) -> None:
+    """Fails if Ctrl-C leaves processes behind, or ends without saying how to go on."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [PYTHON, "-c", WAITING, sys.executable]
+    asked = subprocess.Popen(command, env=environment, cwd=folder, stderr=subprocess.PIPE)
+    wait_for(lambda: asked.poll() or (Path("calls").exists() and "start sft" in calls()))
+    asked.send_signal(signal.SIGTERM)
+    _, error = asked.communicate(timeout=PATIENCE)
+    assert b"StageInterrupted: the study stopped; its runs are saved" in error
+    Path("go").write_text("")
+    # Its lock is free, so that nothing is waited for, and the run goes on.
+    failed, said = run(planned(seeds=[0], arms={"default": {"sft": {"max_length": 99}}}))
+    assert failed == {} and not any("another process" in line for line in said)
+    assert [line for line in calls() if "sft" in line] == [
+        "start sft", "start sft --resume", "end sft --resume",
+    ]  # fmt: skip
 
 
 def test_commands_are_printed_in_an_order_in_which_they_run(
