@@ -43,7 +43,8 @@ def run_studies(
     plans = [make_plan(file.stem, read_study(shipped(file), quick=quick), out) for file in files]
     names = [plan.name for plan in plans]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"two studies have the name {sorted(twice)[0]}; run them apart, or rename a file")
+        told = f"two studies have the name {sorted(twice)[0]}"
+        raise ValueError(f"{told}; run them apart, or rename a file")
     runs, labels = _joined(plans)
     if printing:
         print_commands(plans, runs)
