@@ -12,7 +12,15 @@ from dataclasses import dataclass
 SIGNS = "+-x"
 _PUZZLE = re.compile(r"([-+x]{1,12}) \((\d(?:[-+x]\d){1,12})=(-?\d{1,14})\)")
 _LINE = re.compile(r"(\d(?:[-+x]\d){1,12})(?:=(-?\d{1,14}))?")
-_SPELLINGS = (("\\times", "x"), ("\\cdot", "x"), ("*", "x"), ("×", "x"), ("X", "x"), ("−", "-"))
+_SPELLINGS = (
+    ("\\times", "x"),
+    ("\\cdot", "x"),
+    ("*", "x"),
+    ("×", "x"),
+    ("X", "x"),
+    ("\u2212", "-"),
+    ("\u2013", "-"),
+)
 
 
 def from_left(digits: Sequence[int], signs: str) -> int:
@@ -49,10 +57,10 @@ class Puzzle:
         """Return whether an answer, in any of the forms of this module, has the target's value."""
         for spelling, plain in _SPELLINGS:
             answer = answer.replace(spelling, plain)
-        text = re.sub(r"[\s$]", "", answer)
+        text = re.sub(r"[\s$]", "", answer).rstrip(".。")
         line = _LINE.fullmatch(text)
         if line is None:
-            signs = text.replace(",", "")
+            signs = re.sub("[,，、;]", "", text)
         else:
             signs = line[1][1::2]
             given = tuple(map(int, line[1][::2]))
