@@ -64,6 +64,11 @@ def calculation_back(digits: Sequence[int], signs: str, target: int) -> str:
     return calculation([target, *reversed(digits[1:])], undone)
 
 
+def verdict(value: int, target: int) -> str:
+    """The end of a trial's sentence, which says whether it reached the target."""
+    return "it fits." if value == target else f"not {target}."
+
+
 def _opening(previous: str, way: str) -> str:
     """The word that opens a further trial: another beginning, or the same with another end."""
     return "Alternatively" if previous[0] != way[0] else "Wait"
@@ -77,9 +82,8 @@ def _search(
     previous = ""
     for way in hunches(digits, target, searcher, rng):
         value = from_left(digits, way)
-        verdict = "it fits" if value == target else f"not {target}"
         opening = f"{_opening(previous, way)}, " if previous else ""
-        sentences.append(f"{opening}{calculation(digits, way)}, {verdict}.")
+        sentences.append(f"{opening}{calculation(digits, way)}, {verdict(value, target)}")
         if value == target:
             return sentences, way
         previous = way

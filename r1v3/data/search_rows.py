@@ -7,7 +7,7 @@ import numpy as np
 
 from r1v3.data.builders import ColdStart, base_corpus, question_text, row_of
 from r1v3.data.sample import Sample
-from r1v3.data.search_chains import Searcher, calculation, sample_search
+from r1v3.data.search_chains import Searcher, calculation, sample_search, verdict
 from r1v3.data.search_tasks import (
     DIFFICULTIES,
     SEARCH_BUILDERS,
@@ -78,16 +78,24 @@ def search_questions(
 
 
 def _drill(split: str, index: int, searcher: Searcher, rng: np.random.Generator) -> Sample:
-    """Lines to calculate, given as text: no picture, no thought."""
-    lines = []
-    for _ in range(DRILL_LINES):
+    """Lines to calculate and to compare with a number, given as text: no picture, no thought."""
+
+    def line() -> tuple[tuple[int, ...], str]:
         digits = searcher.allowed.digits(int(rng.integers(3, 5)), rng)
-        signs = "".join(rng.choice(list(searcher.allowed.signs), len(digits) - 1))
-        lines.append((digits, signs))
-    asked = ", ".join(write_line(*line) for line in lines)
-    worked = " ".join(f"{calculation(*line)}." for line in lines)
-    answer = str(from_left(*lines[-1]))
-    problem = Problem("sums", f"Compute {asked}.", answer, (), ())
+        return digits, "".join(rng.choice(list(searcher.allowed.signs), len(digits) - 1))
+
+    lines = [line() for _ in range(DRILL_LINES)]
+    target = from_left(*lines[int(rng.integers(0, DRILL_LINES))])
+    # Two lines of five or so fit: a line that does not is mostly drawn again, some ten times.
+    for place in range(DRILL_LINES):
+        while rng.random() < 0.9 and from_left(*lines[place]) != target:
+            lines[place] = line()
+    fits = [from_left(*each) == target for each in lines]
+    asked = ", ".join(write_line(*each) for each in lines)
+    verdicts = [verdict(from_left(*each), target) for each in lines]
+    worked = [f"{calculation(*each)}, {end}" for each, end in zip(lines, verdicts, strict=True)]
+    answer = str(sum(fits))
+    problem = Problem("sums", f"How many of {asked} give {target}?", answer, (), ())
     return row_of(
         problem,
         problem.question,
@@ -95,7 +103,7 @@ def _drill(split: str, index: int, searcher: Searcher, rng: np.random.Generator)
         index,
         rng,
         picture=False,
-        response=f"{worked}\n\n\\boxed{{{answer}}}",
+        response=f"{' '.join(worked)}\n\n\\boxed{{{answer}}}",
         thinking=False,
     )
 
