@@ -35,17 +35,24 @@ class Stack:
         tests: files below tests_stacks.
         sources: distributions of which the Python files alone are unpacked, see
             `tests_stacks.sources`.
+        bare: distributions that are installed without what they ask for, because that includes
+            builds of torch or torchvision for other machines; what they need is in `packages`.
     """
 
     packages: tuple[str, ...]
     tests: tuple[str, ...]
     sources: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()
 
     @property
     def requirements(self) -> list[str]:
         """The packages as pip takes them, torch among them so that it stays what it is."""
-        packages = ("torch", "pytest", *self.packages)
-        return [f"{name}=={TESTED[name]}" if name in TESTED else name for name in packages]
+        return pinned("torch", "pytest", *self.packages)
+
+
+def pinned(*packages: str) -> list[str]:
+    """Distributions in the version that they are tested in, if there is one."""
+    return [f"{name}=={TESTED[name]}" if name in TESTED else name for name in packages]
 
 
 STACKS = {
@@ -63,6 +70,31 @@ STACKS = {
         ("test_verl.py",),
     ),
     "clients": Stack(("openai",), ("test_openai.py",)),
+    "evalscope": Stack(("evalscope",), ("test_evalscope.py",)),
+    "lmms-eval": Stack(
+        # filelock 4 has no `filelock._api`, which lmms-eval imports.
+        (
+            *("filelock<4", "loguru", "sacrebleu", "evaluate", "tenacity", "python-dotenv"),
+            *("jsonlines", "pytablewriter", "tqdm_multiprocess", "numexpr", "peft", "zss"),
+            *("datasets", "openai", "transformers", "accelerate", "pillow", "requests", "pyyaml"),
+            *("sympy", "latex2sympy2_extended", "httpx"),
+        ),
+        ("test_lmms_eval.py",),
+        bare=("lmms-eval",),
+    ),
+    "vlmeval": Stack(
+        # WeMath calls DataFrame._append, which pandas 3 does not have.
+        (
+            *("pandas<3", "tabulate", "termcolor", "requests", "validators", "huggingface_hub"),
+            *("sty", "pillow", "openai", "portalocker", "datasets", "timeout-decorator"),
+            *("levenshtein", "joblib", "decord", "jieba", "nltk", "rouge", "sympy", "math-verify"),
+            *("pylatexenc==2.10", "opencv-python-headless", "imageio", "scipy", "json_repair"),
+            *("networkx", "num2words", "transformers", "accelerate", "openpyxl", "xlsxwriter"),
+            "python-dotenv",
+        ),
+        ("test_vlmeval.py",),
+        bare=("ms-vlmeval", "qwen-vl-utils"),
+    ),
 }
 
 
@@ -98,8 +130,8 @@ def unpack(distribution: str, environment: Path) -> None:
 def prepare(name: str, wheel: Path) -> Path:
     """Make an environment where it is missing or of other versions; return its folder."""
     stack, folder = STACKS[name], FOLDER / name
-    sources = [f"{source}=={TESTED[source]}" for source in stack.sources]
-    stamp, wanted = folder / "requirements.txt", "\n".join([*stack.requirements, *sources]) + "\n"
+    further = pinned(*stack.sources, *stack.bare)
+    stamp, wanted = folder / "requirements.txt", "\n".join([*stack.requirements, *further]) + "\n"
     pip = (folder / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check", "install")
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
         shutil.rmtree(folder, ignore_errors=True)
@@ -107,6 +139,8 @@ def prepare(name: str, wheel: Path) -> Path:
         # torch comes first and alone: a package that asks for any torch must not choose another.
         run(*pip, f"torch=={TESTED['torch']}", "setuptools", "wheel")
         run(*pip, *stack.requirements)
+        if stack.bare:
+            run(*pip, "--no-deps", *pinned(*stack.bare))
         for source in stack.sources:
             unpack(source, folder)
         stamp.write_text(wanted, encoding="utf-8")

@@ -1,20 +1,16 @@
 """The `openai` package as a client of `r1v3 serve`, which runs in r1v3's own environment."""
 
 import base64
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests_stacks.serving import ROOT, serving
+
 openai = pytest.importorskip("openai")
 
-ROOT = Path(__file__).resolve().parent.parent
 PICTURE = base64.b64encode((ROOT / "assets" / "example.png").read_bytes()).decode()
 
 
@@ -23,24 +19,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A client with a key of the demo's base model."""
     key = tmp_path_factory.mktemp("serve") / "key"
     key.write_text("s3cret")
-    python = os.environ.get("R1V3_PYTHON", sys.executable)
-    command = [
-        python,
-        "-m",
-        "r1v3",
-        "serve",
-        "assets/tiny-internvl",
-        "port=0",
-        f"api_key_file={key}",
-    ]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            found = re.search(r"http://\S+/v1", server.stdout.readline())
-            assert found is not None
-            yield openai.OpenAI(base_url=found[0], api_key="s3cret", max_retries=0)
-        finally:
-            server.terminate()
+    with serving(f"api_key_file={key}") as address:
+        yield openai.OpenAI(base_url=address, api_key="s3cret", max_retries=0)
 
 
 def ask(client: Any, **changes: Any) -> Any:

@@ -9,4 +9,7 @@ TESTED = {
     "sglang": "0.5.23",
     "megatron-core": "0.16.1",
     "openai": "3.57.0",
+    "evalscope": "1.14.1",
+    "lmms-eval": "0.7.3",
+    "ms-vlmeval": "0.0.20",
 }
