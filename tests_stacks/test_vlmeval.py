@@ -78,7 +78,7 @@ def assert_verdicts_are_ours(results: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("model", ["tiny-internvl-nothink", "tiny-internvl-budget-8"])
 def test_scores_of_served_answers_are_ours(folder: Path, tmp_path: Path, model: str) -> None:
-    """Fails if a request of the kit is refused, or one of its verdicts is not our protocol kit's."""
+    """Fails if a request of the kit is refused, or a verdict differs from our protocol kit."""
     with serving() as address:
         served = {
             "class": "LMDeployAPI",
