@@ -17,7 +17,7 @@ ROWS, REPEATS = 12, 5
 
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What evalscope kept of five answers to each question, in mode NoThink."""
+    """Five answers to each question that evalscope kept, in mode NoThink."""
     folder = tmp_path_factory.mktemp("evalscope")
     write = r1v3("tests_stacks.digits", "write", folder / "data", str(ROWS))
     subprocess.run(write, cwd=ROOT, check=True)

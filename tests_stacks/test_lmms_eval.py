@@ -18,7 +18,7 @@ ROWS = 24
 
 @pytest.fixture(scope="module", params=["tiny-internvl-nothink", "tiny-internvl"])
 def samples(request: pytest.FixtureRequest, tmp_path_factory: Any) -> list[dict[str, Any]]:
-    """What lmms-eval kept, in mode NoThink and in slow thinking."""
+    """Answers that lmms-eval kept, in mode NoThink and in slow thinking."""
     folder = tmp_path_factory.mktemp("lmms-eval")
     write = r1v3("tests_stacks.digits", "write", folder / "data", str(ROWS))
     subprocess.run(write, cwd=ROOT, check=True)
