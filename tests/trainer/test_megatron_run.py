@@ -157,7 +157,8 @@ def test_one_process_goes_on_from_four(tmp_path: Path) -> None:
             assert found[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-6), key
 
 
-@pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.slow), "connector"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "connector"])
 def test_supervised_stages_run_split(tmp_path: Path, stage: str) -> None:
     """Fails if SFT or connector tuning at TP2 learns something else than in one process."""
     single, _ = finished(stage)
