@@ -97,7 +97,7 @@ def test_a_killed_study_gives_the_same_numbers(tmp_path: Path) -> None:
     assert study(parts).wait(PATIENCE) == 0
     expected = result(whole)
     assert result(parts) == json.loads(json.dumps(expected).replace(str(whole), str(parts)))
-    assert expected["training"] and len(expected["scores"]) == 2
+    assert expected["training"] and len(expected["scores"]) == 6  # three modes of two arms
     assert all(one["verdict"] != "not measured" for one in expected["findings"])
     logs = {path: path.stat().st_mtime_ns for path in (parts / "out/logs").glob("*.log")}
     assert study(parts).wait(PATIENCE) == 0
