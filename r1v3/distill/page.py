@@ -1,17 +1,15 @@
 """The page of a run: one HTML file that needs nothing else, not the network and not a script."""
 
 import base64
-from functools import cache
 from itertools import groupby
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from r1v3.config import Distill
 from r1v3.distill.account import LEFT_OUT, Account, domain_rows
 from r1v3.distill.filters import FILTERS
 from r1v3.distill.samples import ShownChain
 from r1v3.files import write_bytes
+from r1v3.report.page import page_template
 
 # What each group of dropped chains means, in words.
 MEANINGS = {
@@ -44,7 +42,7 @@ def write_page(
     source = None
     if figure is not None:
         source = "data:image/png;base64," + base64.b64encode(figure.read_bytes()).decode()
-    page = _template().render(
+    page = page_template("distill.html.j2", Path(__file__).parent).render(
         headline=_headline(account),
         facts=_facts(config, account),
         survey=[
@@ -101,15 +99,3 @@ def _facts(config: Distill, account: Account) -> list[str]:
         f"seed {config.seed}",
     ]
     return [fact for fact in facts if fact]
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2")
