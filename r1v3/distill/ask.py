@@ -18,7 +18,7 @@ from r1v3.config import Distill, DistillTeacher
 from r1v3.data.images import load_image, open_image
 from r1v3.data.sample import IMAGE_PLACEHOLDER, Sample
 from r1v3.distill.endpoint import Client, connect, usage_of
-from r1v3.distill.work import Entry, Job, work
+from r1v3.distill.work import Entry, Job, keep_in, work
 from r1v3.http import RequestFailed
 from r1v3.journal import Journal
 
@@ -81,16 +81,11 @@ async def ask(
     Raises:
         Unusable: the teacher cannot be used.
     """
-
-    def keep(entries: Sequence[Entry]) -> None:
-        journal.append(entries)
-        notify(len(entries))
-
     expected = config.teacher.expect_tokens
     async with connect(config.teacher, "the teacher", expected) as client:
         return await work(
             _jobs(config, missing, samples, client),
-            keep,
+            keep_in(journal, notify),
             concurrency=config.teacher.concurrency,
             what="the teacher",
         )

@@ -14,7 +14,7 @@ from r1v3.data.sample import IMAGE_PLACEHOLDER, Sample
 from r1v3.distill.ask import chat_messages
 from r1v3.distill.chain import Chain, read_chain
 from r1v3.distill.endpoint import Client, connect
-from r1v3.distill.work import Entry, Job, work
+from r1v3.distill.work import Entry, Job, keep_in, work
 from r1v3.http import RequestFailed
 from r1v3.journal import Journal
 
@@ -52,14 +52,9 @@ async def score(
     Raises:
         Unusable: the scorer cannot be used.
     """
-
-    def keep(entries: Sequence[Entry]) -> None:
-        journal.append(entries)
-        notify(len(entries))
-
     async with connect(config.scorer, "the scorer") as client:
         jobs = _jobs(config.scorer, missing, samples, answers, client)
-        concurrency = config.scorer.concurrency
+        concurrency, keep = config.scorer.concurrency, keep_in(journal, notify)
         return await work(jobs, keep, concurrency=concurrency, what="the scorer")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1v3.http import RequestFailed
+from r1v3.journal import Journal
 
 Entry = dict[str, Any]
 
@@ -35,6 +36,16 @@ class Job:
 
 class Unusable(RuntimeError):
     """The server cannot be used; the message says why."""
+
+
+def keep_in(journal: Journal, notify: Callable[[int], None]) -> Callable[[Sequence[Entry]], None]:
+    """Return what appends entries to a journal, and then tells `notify` how many they were."""
+
+    def keep(entries: Sequence[Entry]) -> None:
+        journal.append(entries)
+        notify(len(entries))
+
+    return keep
 
 
 async def work(
