@@ -206,7 +206,11 @@ def connector_mix(split: str, count: int, seed: int, teacher: TeacherConfig) -> 
     Half cold-start chains; the rest transcriptions and bare answers (report, section 5.6:
     connector tuning re-balances on many domains).
     """
-    chains = cold_start(split, count // 2, seed + 3, teacher).samples
+    return widened(cold_start(split, count // 2, seed + 3, teacher).samples, split, count, seed)
+
+
+def widened(chains: list[Sample], split: str, count: int, seed: int) -> list[Sample]:
+    """`count` samples: these chains, then transcriptions and bare answers of the demo's domains."""
     wider = [
         sample
         for sample in base_corpus(split, 2 * count, seed + 4, ("dense", "rows", "direct"))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from r1v3.data.builders import ColdStart, base_corpus, question_text, row_of
+from r1v3.data.builders import ColdStart, question_text, row_of, widened
 from r1v3.data.sample import Sample
 from r1v3.data.search_chains import Searcher, calculation, sample_search, verdict
 from r1v3.data.search_tasks import (
@@ -14,7 +14,7 @@ from r1v3.data.search_tasks import (
     SEARCH_OUT_OF_DOMAIN,
     expected_trials,
 )
-from r1v3.data.tasks import OUT_OF_DOMAIN, Problem
+from r1v3.data.tasks import Problem
 from r1v3.data.thoughts import THINK_CLOSE
 from r1v3.rewards.operators import from_left, read_puzzle, write_line
 
@@ -153,9 +153,4 @@ def search_connector_mix(
 ) -> list[Sample]:
     """Half cold-start chains; the rest transcriptions and bare answers of the demo's domains."""
     chains = search_cold_start(split, count // 2, seed + 3, searcher, tries=tries).samples
-    wider = [
-        sample
-        for sample in base_corpus(split, 2 * count, seed + 4, ("dense", "rows", "direct"))
-        if sample.domain not in OUT_OF_DOMAIN
-    ]
-    return chains + wider[: count - len(chains)]
+    return widened(chains, split, count, seed)
