@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ class Course:
     ) -> None:
         self.seed = config.seed
         self.stages: list[_Step] = []
-        starts = dict(zip(asked, _starts([len(facts) for facts in asked.values()]), strict=True))
+        lengths = accumulate((len(facts) for facts in asked.values()), initial=0)
+        starts = dict(zip(asked, lengths, strict=False))
         for i, stage in enumerate(config.curriculum.stages or [CurriculumStage()], start=1):
             file = stage.train_data or config.train_data
             rows = [n for n, facts in enumerate(asked[file]) if matches(facts, stage.where)]
@@ -112,12 +114,7 @@ class Course:
 
     def questions(self) -> Questions:
         """Return the questions of the stage, from their beginning."""
-        return Questions(
-            len(self.stages[self.number].questions),
-            self.seed,
-            positions=self.stages[self.number].questions,
-            stage=self.number,
-        )
+        return Questions(self.stages[self.number].questions, self.seed, stage=self.number)
 
     def optimizer(self, config: Optimizer) -> Optimizer:
         """Return the optimizer's settings in this stage."""
@@ -167,10 +164,6 @@ def grouped_accuracy(
         if one.get(key) is not None:
             groups.setdefault(str(one[key]), []).append(value)
     return {name: sum(values) / len(values) for name, values in sorted(groups.items())}
-
-
-def _starts(counts: Sequence[int]) -> list[int]:
-    return [sum(counts[:i]) for i in range(len(counts))]
 
 
 def _nothing(number: int, file: Path, stage: CurriculumStage, facts: Sequence[Facts]) -> str:

@@ -138,13 +138,10 @@ class GRPOTrainer:
 
     def dump_rollouts(self, groups: list[Group], episode: Episode) -> None:
         """Write the completions of this step to <run>/rollouts/grpo, if it is the turn of one."""
-        every, step, indices = (
-            self.config.dump_rollouts_every,
-            self.step + 1,
-            [g.index for g in groups],
-        )
+        every, step = self.config.dump_rollouts_every, self.step + 1
         if every is None or step % every:
             return
+        indices = [group.index for group in groups]
         texts = decode_texts(self.engine.tokenizer, episode.rollout, self.policy.stop_id)
         path = self.run / "rollouts" / self.name / f"step-{step:06d}.parquet"
         samples = [self.samples[i] for i in indices]

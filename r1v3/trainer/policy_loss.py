@@ -135,18 +135,18 @@ def covariance(targets: Sequence[Targets], outputs: Sequence[dict[str, Tensor]])
     Where it is high, the tokens that a step makes likelier are likely already, and the entropy
     falls (G. Cui et al., "The entropy mechanism of RL for reasoning language models", 2025).
     """
-    if not targets:
+    masks = [one.loss_mask for one in targets]
+    if not any(mask.any() for mask in masks):
         return 0.0
-    pairs = [
-        (output["token_logprobs"][one.loss_mask], one.advantages[:, None].expand_as(one.loss_mask))
-        for one, output in zip(targets, outputs, strict=True)
-    ]
-    logprobs = torch.cat([values.double().cpu() for values, _ in pairs])
-    advantages = torch.cat(
-        [a[one.loss_mask].double() for one, (_, a) in zip(targets, pairs, strict=True)]
+    logprobs = torch.cat(
+        [o["token_logprobs"][mask].double().cpu() for o, mask in zip(outputs, masks, strict=True)]
     )
-    if not len(logprobs):
-        return 0.0
+    advantages = torch.cat(
+        [
+            one.advantages[:, None].expand_as(one.loss_mask)[one.loss_mask].double()
+            for one in targets
+        ]
+    )
     return float(((logprobs - logprobs.mean()) * (advantages - advantages.mean())).mean())
 
 

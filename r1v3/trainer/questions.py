@@ -10,9 +10,8 @@ class Questions:
     """Endless shuffled passes over the questions; those that were put back come first.
 
     Args:
-        count: of questions.
+        positions: of the questions in the data.
         seed: of the passes.
-        positions: of the questions in the data; None where they are all there is.
         stage: of a curriculum; each has passes of its own.
 
     Attributes:
@@ -20,12 +19,9 @@ class Questions:
         waiting: positions of the questions that were put back.
     """
 
-    def __init__(
-        self, count: int, seed: int, *, positions: Sequence[int] | None = None, stage: int = 0
-    ) -> None:
-        self._count = count
+    def __init__(self, positions: Sequence[int], seed: int, *, stage: int = 0) -> None:
+        self._positions = positions
         self._key: tuple[int | str, ...] = (seed, "grpo", stage) if stage else (seed, "grpo")
-        self._positions = range(count) if positions is None else positions
         self.drawn = 0
         self.waiting: list[int] = []
 
@@ -33,7 +29,7 @@ class Questions:
         """Return the positions of the next questions."""
         taken, self.waiting = self.waiting[:size], self.waiting[size:]
         new = size - len(taken)
-        drawn = order(self._count, self.drawn, new, *self._key)
+        drawn = order(len(self._positions), self.drawn, new, *self._key)
         taken += [self._positions[i] for i in drawn]
         self.drawn += new
         return taken

@@ -36,7 +36,7 @@ class Asking(GRPOTrainer):
     def __init__(self, count: int, size: int, rounds: int, share: int) -> None:
         dynamic = DynamicSampling(enabled=True, rounds=rounds)
         self.config: Any = SimpleNamespace(dynamic_sampling=dynamic, prompts_per_step=size)
-        self.questions = Questions(count, 5)
+        self.questions = Questions(range(count), 5)
         self.course: Any = SimpleNamespace(state=dict)  # no curriculum
         self.signal = np.random.default_rng(count).integers(0, 100, count) < share
         self.asked: list[int] = []
@@ -91,7 +91,7 @@ def test_a_resumed_run_asks_the_same_questions(
 @pytest.mark.parametrize(("count", "size"), [(c, s) for c, s, _, _ in CASES])
 def test_without_dynamic_sampling_steps_follow_the_passes(count: int, size: int) -> None:
     """Fails if a step repeats or leaves out a question where one pass goes over into the next."""
-    questions = Questions(count, 5)
+    questions = Questions(range(count), 5)
     asked = [i for _ in range(-(-3 * count // size)) for i in questions.take(size)]
     for start in range(0, 3 * count, count):
         assert sorted(asked[start : start + count]) == list(range(count))
