@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from r1v3.config import Distill
 from r1v3.data.compose import to_png
 from r1v3.data.sample import Sample, make_sample
 from r1v3.data.schema import write_samples
+from tests.loopback import LoopbackServer
 from tests.rewards.judge_server import send
 
 # Done instead of answering one request.
@@ -79,7 +80,7 @@ def complete(body: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class Teacher:
+class Teacher(LoopbackServer):
     """One server.
 
     Attributes:
@@ -111,21 +112,7 @@ class Teacher:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self.handler = Handler
-        self.start(0)
-
-    def start(self, port: int) -> None:
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), self.handler)
-        self.http.daemon_threads = True
-        self.port = self.http.server_port
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join(10)
+        super().__init__(Handler, path="/v1")
 
     def handle(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         with self._lock:

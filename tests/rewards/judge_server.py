@@ -1,18 +1,18 @@
 """Real HTTP servers on the loopback interface that play the judge model."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from r1v3.rewards import LLMVerifier
+from tests.loopback import LoopbackServer
 
 Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
 
 
-class Server:
+class Server(LoopbackServer):
     """One HTTP server; `requests` are the decoded bodies it has received."""
 
     def __init__(self, answer: Answer) -> None:
@@ -35,22 +35,16 @@ class Server:
                 pass
 
         self.requests, self.headers, self.paths = requests, headers, paths
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        super().__init__(Handler, path="/v1")
 
 
 @contextmanager
 def serving(answer: Answer) -> Iterator[Server]:
     server = Server(answer)
-    thread = threading.Thread(target=server.http.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
     try:
         yield server
     finally:
-        server.http.shutdown()
-        server.http.server_close()
-        thread.join(10)
+        server.stop()
 
 
 def send(handler: BaseHTTPRequestHandler, payload: bytes, status: int = 200) -> None:

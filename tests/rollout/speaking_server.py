@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from r1v3.model.internvl import load_model
 from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
 from r1v3.rollout.local import LocalSampler
 from tests import tiny
+from tests.loopback import LoopbackServer
 
 RULES = TokenRules.of(tiny.tokenizer())
 _MODEL = threading.Lock()  # of both servers: one core computes anyway
@@ -41,7 +42,7 @@ def local(
         return sampler.complete([request], sampling, group_size=n, generator=generator)
 
 
-class SpeakingServer:
+class SpeakingServer(LoopbackServer):
     """One server.
 
     Attributes:
@@ -78,21 +79,7 @@ class SpeakingServer:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self.handler, self.thread = Handler, threading.Thread()
-        self.start(port)
-
-    def start(self, port: int) -> None:
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), self.handler)
-        self.http.daemon_threads = True
-        self.port = self.http.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join(10)
+        super().__init__(Handler, port)
 
     def reply(self, handler: BaseHTTPRequestHandler, content: Any, status: int = 200) -> None:
         payload = json.dumps(content).encode()

@@ -10,7 +10,7 @@ from r1v3.config import ConfigError, Study
 from r1v3.config.loading import checked
 from r1v3.study.file import read_study
 from r1v3.study.plan import make_plan
-from tests.study.written import TREE, planned
+from tests.study.written import TREE, finding, planned
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs/studies").glob("*/*.yaml"))
@@ -91,16 +91,6 @@ def test_a_stage_with_steps_runs_for_each_checkpoint() -> None:
         "score@3",
         "score@12",
     }
-
-
-def finding(**changes: Any) -> dict[str, Any]:
-    return {
-        "claim": "c",
-        "report": "r",
-        "this": {"stage": "score", "arm": "hot"},
-        "than": {"stage": "score"},
-        "expect": "higher",
-    } | changes
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Verdicts from intervals, of answers that were written by hand."""
 
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from r1v3.study.figures import write_figures
 from r1v3.study.page import findings_table, write_page
 from r1v3.study.record import make_record
 from r1v3.study.verdicts import find_all, verdict
-from tests.study.written import planned, write_answers, write_metrics
+from tests.study.written import finding, planned, write_answers, write_metrics
 
 DOMAINS = ["sums"] * 20 + ["counting"] * 10
 MACHINE = {"cpu": "a <b>cpu</b>", "cores": 2, "commit": None}
@@ -48,16 +47,6 @@ def test_a_verdict_follows_from_the_interval(
 def answers(rng: np.random.Generator, share: float) -> dict[str, np.ndarray]:
     correct = (rng.random((30, 2)) < share).astype(int)
     return {"correct": correct, "tokens": rng.integers(5, 40, (30, 2))}
-
-
-def finding(**changes: Any) -> dict[str, Any]:
-    return {
-        "claim": "hot is | better",
-        "report": "76 against 70 %",
-        "this": {"stage": "score", "arm": "hot"},
-        "than": {"stage": "score"},
-        "expect": "higher",
-    } | changes
 
 
 def test_answers_are_paired_by_question_over_all_seeds() -> None:

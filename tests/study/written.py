@@ -87,3 +87,14 @@ def write_metrics(run: Run, lines: list[dict[str, Any]]) -> None:
     file.write_text(
         "".join(json.dumps({"step": n, **line}) + "\n" for n, line in enumerate(lines, 1))
     )
+
+
+def finding(**changes: Any) -> dict[str, Any]:
+    """A finding of an arm `hot`, as the file of a study has it."""
+    return {
+        "claim": "hot is | better",
+        "report": "76 against 70 %",
+        "this": {"stage": "score", "arm": "hot"},
+        "than": {"stage": "score"},
+        "expect": "higher",
+    } | changes
