@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from r1v3.config import GRPO, SFT, Connector, Data, Evaluate, Section, Select, load
+from r1v3.config import STAGES, Evaluate, Select, load
 from r1v3.data import recipe
 from r1v3.demo_time import expected_seconds, measure
 from r1v3.engine.build import connect
@@ -100,10 +100,9 @@ def load_demo(run: Path, seed: int, configs: Path, *, resuming: bool) -> Demo:
         ValueError: a file is missing or wrong, or the stages do not share their processes.
     """
     common = [f"run={run}", f"seed={seed}"]
-    kinds: dict[str, type[Section]] = {"data": Data, "sft": SFT, "grpo": GRPO}
-    kinds |= {"connector": Connector}
     stages: dict[str, Any] = {
-        name: load(kind, configs / f"{name}.yaml", common) for name, kind in kinds.items()
+        name: load(STAGES[name], configs / f"{name}.yaml", common)
+        for name in ("data", "sft", "grpo", "connector")
     }
     stages["select"] = load(Select, configs / "select.yaml", [f"run={run}"])
     demo = Demo(run, seed, configs, stages, resuming)

@@ -10,6 +10,7 @@ from r1v3 import config as configuration
 from r1v3.config import (
     GRPO,
     SFT,
+    STAGES,
     ConfigError,
     Connector,
     Data,
@@ -17,28 +18,19 @@ from r1v3.config import (
     Evaluate,
     Pictures,
     Section,
-    Select,
     Suite,
     Supervised,
     load,
     to_yaml,
 )
 
-KINDS: dict[str, type[Section]] = {
-    "data": Data,
-    "sft": SFT,
-    "grpo": GRPO,
-    "connector": Connector,
-    "select": Select,
-    "eval": Evaluate,
-}
 FOLDERS: dict[str, type[Section]] = {"suite": Suite, "distill": Distill}
 
 
 def kind_of(path: Path) -> type[Section]:
     """By name; a file of another name by what it holds."""
-    if path.stem in KINDS:
-        return KINDS[path.stem]
+    if path.stem in STAGES:
+        return STAGES[path.stem]
     if path.parent.name in FOLDERS:
         return FOLDERS[path.parent.name]
     keys = yaml.safe_load(path.read_text())

@@ -8,23 +8,14 @@ import pytest
 import torch
 
 from r1v3.cli import app
-from r1v3.config import GRPO, SFT, Connector, Data, Distill, Evaluate, Section, Select, Suite, load
+from r1v3.config import STAGES, Distill, Section, Suite, load
 from r1v3.rewards import score
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # What a page may name with a path from the root; `runs/` is where runs are written.
 TOP = ("assets", "benchmarks", "configs", "csrc", "docs", "r1v3", "tests")
-STAGES: dict[str, type[Section]] = {
-    "data": Data,
-    "sft": SFT,
-    "grpo": GRPO,
-    "connector": Connector,
-    "select": Select,
-    "eval": Evaluate,
-    "suite": Suite,
-    "distill": Distill,
-}
+VERBS: dict[str, type[Section]] = STAGES | {"suite": Suite, "distill": Distill}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -80,9 +71,9 @@ def test_every_command_exists(page: Path) -> None:
     found = commands(page)
     assert found and {words[1] for words in found} <= verbs
     for _, verb, *words in found:
-        if verb in STAGES and words and words[0].endswith(".yaml"):
+        if verb in VERBS and words and words[0].endswith(".yaml"):
             overrides = [word for word in words[1:] if "=" in word]
-            load(STAGES[verb], ROOT / words[0], overrides)
+            load(VERBS[verb], ROOT / words[0], overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

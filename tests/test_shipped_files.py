@@ -6,12 +6,10 @@ from pathlib import Path
 import pytest
 
 from r1v3 import shipped_files
-from r1v3.config import GRPO, SFT, Connector, Data, Evaluate, Select, load
+from r1v3.config import SFT, STAGES, load
 from r1v3.shipped_files import own_file, shipped
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = {"data": Data, "sft": SFT, "grpo": GRPO, "connector": Connector, "select": Select,
-          "eval": Evaluate}  # fmt: skip
 
 
 @pytest.fixture(params=["checkout", "wheel"])

@@ -53,11 +53,13 @@ from r1v3.config.study import (
     StudyStage,
 )
 from r1v3.config.suite import Judge, Suite
+from r1v3.config.verbs import STAGES, modes_of
 
 __all__ = [
     "DEFAULT_PICTURES",
     "GRPO",
     "SFT",
+    "STAGES",
     "Advantage",
     "Architecture",
     "Choice",
@@ -102,5 +104,6 @@ __all__ = [
     "Supervised",
     "Teacher",
     "load",
+    "modes_of",
     "to_yaml",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from r1v3.config import Evaluate
+from r1v3.config import Evaluate, modes_of
 from r1v3.data.encoding import Example, encode_all, model_image_shape
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.sample import Sample
@@ -107,8 +107,7 @@ def evaluate(config: Evaluate, notify: Any = None) -> dict[str, Any]:
     record = ranks.on_main(lambda: _read(path, config))
     record |= {"dropped": dropped, "questions": question_facts(samples)}
     critical = expand_words(policy.tokenizer, config.monitor.words)
-    modes = [*config.modes, *(f"budget-{n}" for n in config.budgets)]
-    missing = [mode for mode in modes if mode not in record["modes"]]
+    missing = [mode for mode in modes_of(config) if mode not in record["modes"]]
     total = sum(len(samples) * _repeats(config, mode) for mode in missing)
     with progress_bar(f"eval {config.name}", total, shown=ranks.is_main) as bar:
         for mode in missing:

@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from r1v3.config import GRPO, Evaluate, Supervised
-from r1v3.study.finished import modes_of, wanted_data
+from r1v3.config import GRPO, Evaluate, Supervised, modes_of
+from r1v3.study.finished import wanted_data
 from r1v3.study.plan import Run
 
 # Seconds of one core of a two-core AMD EPYC (AVX2) with the demo's model: what a run costs before
@@ -46,10 +46,13 @@ class Clock:
         return 1.0
 
 
+def cores_of(run: Run) -> int:
+    """Return how many cores a run keeps busy."""
+    return int(getattr(run.config, "processes", 1) * (getattr(run.config, "threads", None) or 1))
+
+
 def _expected(run: Run, runs: Mapping[str, Run]) -> float:
-    config = run.config
-    cores = getattr(config, "processes", 1) * (getattr(config, "threads", None) or 1)
-    return _START + _work(run, config, runs) / cores
+    return _START + _work(run, run.config, runs) / cores_of(run)
 
 
 def _work(run: Run, config: Any, runs: Mapping[str, Run]) -> float:

@@ -7,7 +7,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from r1v3.config import StudyFigure
+from r1v3.config import StudyFigure, modes_of
 from r1v3.report.figure_style import (
     ARM_COLORS,
     MODE_COLORS,
@@ -19,7 +19,6 @@ from r1v3.report.figure_style import (
     smoothing_window,
 )
 from r1v3.report.tables import mode_budget, mode_name
-from r1v3.study.finished import modes_of
 from r1v3.study.measures import (
     checkpoint_pairs,
     evaluation,

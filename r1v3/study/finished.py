@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from r1v3.config import modes_of
 from r1v3.files import read_json_object
 from r1v3.study.plan import Run
 from r1v3.trainer.record import record_path
@@ -30,11 +31,6 @@ def finished(run: Run) -> bool:
 def begun(run: Run) -> bool:
     """Whether the stage is to go on and not to start; only training stages make a difference."""
     return run.verb in TRAINING and (run.folder / "config" / f"{run.verb}.yaml").is_file()
-
-
-def modes_of(config: Any) -> list[str]:
-    """The modes of an evaluation, budgets included."""
-    return [*config.modes, *(f"budget-{n}" for n in config.budgets)]
 
 
 def wanted_data(config: Any) -> list[str]:

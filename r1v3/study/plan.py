@@ -7,30 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1v3.config import (
-    GRPO,
-    SFT,
-    ConfigError,
-    Connector,
-    Data,
-    Evaluate,
-    Section,
-    Select,
-    Stage,
-    Study,
-    load,
-)
+from r1v3.config import STAGES, ConfigError, Stage, Study, load
 from r1v3.files import json_text
 from r1v3.trainer.record import folder_digest
 
-KINDS: dict[str, type[Section]] = {
-    "data": Data,
-    "sft": SFT,
-    "grpo": GRPO,
-    "connector": Connector,
-    "select": Select,
-    "eval": Evaluate,
-}
 _OWN = "<run>"
 _HASH_DIGITS = 10
 
@@ -161,7 +141,7 @@ class _Planner:
                 needed[other] = self.add(Place(place.arm, place.seed, other))
         for other, run in needed.items():
             texts = {k: v.replace(f"{{{other}}}", str(run.folder)) for k, v in texts.items()}
-        kind = KINDS[stage.verb]
+        kind = STAGES[stage.verb]
         first = [f"run={_OWN}"]
         if "seed" in kind.model_fields:
             first.append(f"seed={place.seed}")

@@ -4,8 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from r1v3.config import modes_of
 from r1v3.study.collapse import collapse_step
-from r1v3.study.finished import finished, modes_of
+from r1v3.study.finished import finished
 from r1v3.study.measures import evaluation, mode_score, questions_of, series
 from r1v3.study.plan import Place, Plan, Run
 from r1v3.study.runner import seconds_of

@@ -1,7 +1,7 @@
 """`r1v3 study`: runs what studies need, judges their findings, draws and writes them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.text import Text
 from r1v3.files import write_json
 from r1v3.progress import say
 from r1v3.shipped_files import shipped
+from r1v3.study.estimate import cores_of
 from r1v3.study.figures import write_figures
 from r1v3.study.file import read_study
 from r1v3.study.finished import finished
@@ -75,13 +76,9 @@ def _joined(plans: Sequence[Plan]) -> tuple[dict[str, Run], dict[str, list[str]]
     return runs, labels
 
 
-def _fitting_jobs(runs: Any) -> int:
+def _fitting_jobs(runs: Iterable[Run]) -> int:
     """As many runs as the cores can hold, by the largest of them."""
-    sizes = [
-        getattr(run.config, "processes", 1) * (getattr(run.config, "threads", None) or 1)
-        for run in runs
-    ]
-    return max(1, (os.cpu_count() or 1) // max(sizes, default=1))
+    return max(1, (os.cpu_count() or 1) // max(map(cores_of, runs), default=1))
 
 
 def print_commands(plans: Sequence[Plan], runs: dict[str, Run]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from r1v3.config import Suite
+from r1v3.config import Suite, modes_of
 from r1v3.data.encoding import model_image_shape
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.tokenizer import load_tokenizer
@@ -73,11 +73,6 @@ def score_suite(config: Suite) -> Record:
     """Score the answers that are there; see `run_suite`."""
     config = resolve_max_tiles(config)
     return _score(config, _load_all(config))
-
-
-def modes_of(config: Suite) -> list[str]:
-    """The modes of a configuration, in the order of its tables."""
-    return [*config.modes, *(f"budget-{n}" for n in config.budgets)]
 
 
 def _load_all(config: Suite, *, shown: bool = True) -> list[Loaded]:
