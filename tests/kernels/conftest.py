@@ -7,6 +7,7 @@ through the same public functions. Tensors that a test creates without naming a 
 device of its backend.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ CPU_BACKENDS = ("compiled", "reference")
 
 
 if INTERPRETED:
+    from triton.language import standard
     from triton.runtime import interpreter
 
     patch_tensor = interpreter._patch_lang_tensor
@@ -37,7 +39,18 @@ if INTERPRETED:
         patch_tensor(tensor, *rest)
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
+    def call_device_function(function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call it in the language as it is patched already: by its kernel's launch, and below.
+
+        Triton patches it again at each of these calls, which is half of the interpreter's time.
+        """
+        return function.rewrite()(*args, **kwargs)
+
     interpreter._patch_lang_tensor = patch_index
+    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+    # The language's own functions, like `tl.sum`, know it by another module than kernels do.
+    interpreter._patch_lang(standard.sum.fn)
+    interpreter.InterpretedFunction.__call__ = call_device_function
 
 
 @pytest.fixture(params=BACKENDS)
