@@ -99,16 +99,18 @@ class Profile(Section):
 class Parallel(Section):
     """Layout of the Megatron engine over the ranks of `torchrun`; the rest is data parallelism.
 
-    sequence: Megatron's sequence parallelism. first_stage_layers, last_stage_layers: language
+    context: ranks that divide the tokens of every micro-batch, for sequences that are too long for
+    one. sequence: Megatron's sequence parallelism. first_stage_layers, last_stage_layers: language
     layers of the first pipeline stage, which also holds the vision tower, and of the last one,
     which holds the head; null splits evenly. recompute: activations of every layer are computed
     again in the backward (`full`) or kept. distributed_optimizer: optimizer state is sharded over
-    the data-parallel ranks. timeout_seconds: a collective that waits longer, because a rank died
-    or hangs, ends the job.
+    the data- and context-parallel ranks. timeout_seconds: a collective that waits longer, because a
+    rank died or hangs, ends the job.
     """
 
     tensor: Positive = 1
     pipeline: Positive = 1
+    context: Positive = 1
     sequence: bool = False
     first_stage_layers: Positive | None = None
     last_stage_layers: Positive | None = None
@@ -123,6 +125,11 @@ class Parallel(Section):
         if self.pipeline == 1 and (self.first_stage_layers or self.last_stage_layers):
             raise ValueError("first_stage_layers and last_stage_layers need pipeline > 1")
         return self
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks of one data-parallel replica."""
+        return self.tensor * self.pipeline * self.context
 
 
 class RolloutEngine(Section):

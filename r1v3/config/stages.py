@@ -52,7 +52,7 @@ class Stage(Section):
 
     @model_validator(mode="after")
     def _check_engine(self) -> "Stage":
-        if self.engine == "hf" and (self.parallel.tensor > 1 or self.parallel.pipeline > 1):
+        if self.engine == "hf" and self.parallel.model_ranks > 1:
             raise ValueError("`parallel` needs engine=megatron")
         if self.engine == "hf" and self.dtype != "float32":
             raise ValueError("engine hf trains in float32; dtype bfloat16 needs engine=megatron")

@@ -63,7 +63,9 @@ class Engine(Protocol):
         tokenizer: stored beside the weights.
         temperature: of the distributions that log-probs and entropies are of.
         ranks: all processes of the job; the first one writes files.
-        replicas: the data-parallel processes that hold the same part of the weights as this rank.
+        replicas: the data-parallel processes that take this rank's part in other micro-batches.
+        samplers: all processes that hold the same part of the weights as this rank. They share
+            prompts to complete; where a context is divided, they are more than the replicas.
     """
 
     config: InternVLConfig
@@ -71,6 +73,7 @@ class Engine(Protocol):
     temperature: float
     ranks: Ranks
     replicas: Ranks
+    samplers: Ranks
 
     def prepare(self, micro_batches: Sequence[Batch]) -> None:
         """Begin to cut the pictures that this rank will need of these, in the background.

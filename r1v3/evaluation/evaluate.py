@@ -150,7 +150,7 @@ def _policy(config: Evaluate, ranks: Ranks) -> tuple[Policy, list[Sample], int]:
 
     def local() -> tuple[Decoder, Ranks]:
         engine = build_engine(config, ranks)
-        return engine.decoder(), engine.replicas
+        return engine.decoder(), engine.samplers
 
     longest = max((len(example.prompt_ids) for example in encoded), default=0)
     sampler = build_sampler(

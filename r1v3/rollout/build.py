@@ -32,7 +32,8 @@ def build_sampler(
     Args:
         ranks: all processes of the job.
         max_length: longest prompt and completion together, in tokens.
-        local: returns the live decoder and its replicas; called only for engine local.
+        local: returns the live decoder and the ranks that share prompts; called only for engine
+            local.
     """
     rules = TokenRules.of(tokenizer)
     if config.engine == "local":

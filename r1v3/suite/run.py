@@ -212,7 +212,7 @@ def _ask(config: Suite, chosen: Sequence[Loaded], ranks: Ranks) -> None:
 
     def local() -> tuple[Decoder, Ranks]:
         engine = build_engine(config, ranks)
-        return engine.decoder(), engine.replicas
+        return engine.decoder(), engine.samplers
 
     sampler = build_sampler(
         config.rollout, config, tokenizer, ranks=ranks, max_length=limit.positions, local=local

@@ -364,7 +364,7 @@ class GRPOTrainer:
             tokenizer,
             ranks=ranks,
             max_length=longest_prompt + longest,
-            local=lambda: (self.engine.decoder(), self.engine.replicas),
+            local=lambda: (self.engine.decoder(), self.engine.samplers),
         )
         self.policy = Policy(self.sampler, tokenizer, shape, self.cache)
         self.policy.remember(self.validation, asked)

@@ -17,12 +17,18 @@ LAYOUTS: dict[str, tuple[int, Parallel]] = {
     "tp2_pp2": (4, SPLIT),
     "tp4": (4, Parallel(tensor=4)),
     "dp4_idle_replica": (4, Parallel()),
+    "cp2": (2, Parallel(context=2)),
+    "cp2_tp2": (4, Parallel(context=2, tensor=2, sequence=True)),
+    "cp2_pp2": (4, Parallel(context=2, pipeline=2, recompute="full")),
+    "cp2_dp2_whole_optimizer": (4, Parallel(context=2, distributed_optimizer=False)),
+    "cp4": (4, Parallel(context=4)),
     "tp2_pp2_recompute": (4, Parallel(tensor=2, pipeline=2, sequence=True, recompute="full")),
 }
 OTHER_LAYOUTS: dict[str, tuple[int, Parallel]] = {
     "tp1": (1, Parallel()),
     "tp4": (4, Parallel(tensor=4)),
     "dp2_pp2": (4, Parallel(pipeline=2)),
+    "cp2_dp2": (4, Parallel(context=2)),
 }
 # The report's; "connector and language model" is what "vision frozen" is.
 PATTERNS: dict[str, tuple[str, ...]] = {

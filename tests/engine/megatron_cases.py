@@ -211,6 +211,7 @@ CASES: dict[str, Case] = {
         4,
         partial(resumed_bits, parallel=Parallel(), modules=only(("connector",))),
     ),
+    "train_cp2": (2, partial(resumed_bits, parallel=Parallel(context=2), dtype="bfloat16")),
     "bfloat16": (4, partial(resumed_bits, parallel=SPLIT, dtype="bfloat16")),
     "whole_optimizer": (
         4,

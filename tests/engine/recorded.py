@@ -122,7 +122,7 @@ def step(engine: Engine, file: Path, number: int) -> dict[str, float]:
 def sample(engine: Engine) -> dict[str, Tensor]:
     """Completions by the live weights, with bans, forced tokens, and rows that end early."""
     [question] = tiny.some_questions(1)
-    sampler = LocalSampler(engine.decoder(), TokenRules.of(engine.tokenizer), engine.replicas)
+    sampler = LocalSampler(engine.decoder(), TokenRules.of(engine.tokenizer), engine.samplers)
     rollout = sampler.complete(
         [Request(example, question) for example in examples()],
         Sampling(temperature=1.0, max_tokens=14, banned=tuple(range(20, 120)), budget=5),

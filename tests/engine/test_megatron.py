@@ -32,6 +32,7 @@ CASES = [
     *(f"loading_{name}" for name in OTHER_LAYOUTS),
     *(f"train_{name}" for name in PATTERNS),
     "train_connector_dp4",
+    "train_cp2",
     "bfloat16",
     "whole_optimizer",
     "whole_optimizer_connector",
@@ -43,7 +44,19 @@ CASES = [
     "original",
 ]
 # Left to `make test-all`: what stands between cases that run always.
-EXHAUSTIVE = ("tp2", "tp4", "train_connector_llm", "train_vision_llm", "whole_optimizer")
+EXHAUSTIVE = (
+    "tp2",
+    "tp4",
+    "tp2_sequence",
+    "cp2_pp2",
+    "cp2_dp2_whole_optimizer",
+    "cp4",
+    "loading_cp2_dp2",
+    "train_connector_llm",
+    "train_vision_llm",
+    "train_cp2",
+    "whole_optimizer",
+)
 RESUMED = [case for case in CASES if case.startswith(("train_", "whole_")) or case == "bfloat16"]
 TOLERANCE = 1e-5
 Tensors = dict[str, Tensor]
@@ -291,7 +304,7 @@ def test_what_is_saved_is_the_moment_it_was_asked_for(folder: Path) -> None:
         assert rank["digests"][0] == rank["digests"][1]
 
 
-@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.parametrize("layout", marked(OTHER_LAYOUTS, ("cp2_dp2",)))
 def test_a_checkpoint_goes_on_in_other_layouts(
     folder: Path, truth: tuple[recorded.Seen, Tensors], layout: str
 ) -> None:

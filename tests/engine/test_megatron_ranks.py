@@ -10,15 +10,19 @@ from r1v3.engine.megatron.ranks import connect
 from r1v3.trainer import stage
 
 
-@pytest.mark.parametrize(("processes", "tensor", "pipeline"), [(4, 3, 1), (2, 2, 2), (6, 2, 2)])
+@pytest.mark.parametrize(
+    ("processes", "tensor", "pipeline", "context"),
+    [(4, 3, 1, 1), (2, 2, 2, 1), (6, 2, 2, 1), (4, 1, 1, 3), (4, 2, 2, 2)],
+)
 def test_a_number_of_processes_that_does_not_fit_is_refused(
-    monkeypatch: pytest.MonkeyPatch, processes: int, tensor: int, pipeline: int
+    monkeypatch: pytest.MonkeyPatch, processes: int, tensor: int, pipeline: int, context: int
 ) -> None:
     """Fails if ranks would wait for others that nobody starts."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    wanted = f"does not divide the {processes} processes; start a multiple of {tensor * pipeline} "
+    ranks = tensor * pipeline * context
+    wanted = f"does not divide the {processes} processes; start a multiple of {ranks} "
     with pytest.raises(ValueError, match=wanted):
-        connect(Parallel(tensor=tensor, pipeline=pipeline))
+        connect(Parallel(tensor=tensor, pipeline=pipeline, context=context))
 
 
 def test_several_processes_without_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ class HFEngine:
         self.balanced = balanced
         self.model = model
         self.config = model.config
-        self.ranks = self.replicas = ranks
+        self.ranks = self.replicas = self.samplers = ranks
         self.tokenizer = tokenizer
         self.max_grad_norm = max_grad_norm
         self.temperature = temperature

@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from r1v3.config import Stage
 from r1v3.data.batch import Batch, cut_ahead
 from r1v3.engine.contract import LossFn
-from r1v3.engine.head import Head
+from r1v3.engine.head import ContextTokens, Head
 from r1v3.engine.megatron.checkpoint import AsyncWriting, load_sharded, save_sharded
 from r1v3.engine.megatron.decoder import Decoder
 from r1v3.engine.megatron.optimizer import MegatronAdamW, wrap
 from r1v3.engine.shares import replica_shares
 from r1v3.model.conversion import load_config
 from r1v3.model.flops import Dimensions
+from r1v3.model.megatron.context import context_part
 from r1v3.model.megatron.hf_saving import write_hf
 from r1v3.model.megatron.hf_weights import export_hf, load_hf
 from r1v3.model.megatron.internvl import InternVL
@@ -35,7 +36,7 @@ _Use = Callable[[Head, int], tuple[Tensor, dict[str, Tensor]]]
 
 
 class MegatronEngine:
-    """A `contract.Engine` over tensor-, pipeline- and data-parallel ranks.
+    """A `contract.Engine` over tensor-, pipeline-, context- and data-parallel ranks.
 
     `r1v3.engine.megatron.ranks.connect` comes first. Every rank is given all micro-batches; the
     replicas share them by their operations, and every rank returns the outputs of all.
@@ -63,6 +64,9 @@ class MegatronEngine:
         trained = check_modules(modules)
         self.tokenizer, self.temperature, self.ranks = tokenizer, temperature, ranks
         self.replicas = Ranks(parallel_state.get_data_parallel_group_gloo())
+        self.samplers = Ranks(
+            parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
+        )
         self.config = load_config(folder)
         parallel = config.parallel
         self.device = torch.device(config.device)
@@ -151,7 +155,8 @@ class MegatronEngine:
         mine = self._mine(micro_batches)
         self._cut_ahead(micro_batches, mine)
         found: dict[int, tuple[float, dict[str, Tensor]]] = {}
-        # The schedule divides losses by the micro-batches, and reduction by the replicas.
+        # The schedule divides losses by the micro-batches, and reduction by the replicas; that
+        # context-parallel ranks add up their gradients, both know.
         scale = len(mine) * self.replicas.size
 
         def forward(batches: Iterator[int], model: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -159,7 +164,8 @@ class MegatronEngine:
             packed = self._pack(micro_batches[index])
 
             def loss_of(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                loss, output = use(self._head(hidden, packed), index)
+                head = self._head(hidden, packed, micro_batches[index].loss_mask)
+                loss, output = use(head, index)
                 kept = {name: value.detach().cpu() for name, value in output.items()}
                 found[index] = float(loss.detach()), kept
                 return loss * scale, {}
@@ -178,7 +184,10 @@ class MegatronEngine:
             )
         elif not forward_only:
             finalize_model_grads([self._runs])
-        reports = parallel_state.get_tensor_model_parallel_rank() == 0
+        reports = (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
         everything: dict[int, tuple[float, dict[str, Tensor]]] = {}
         for one in self.ranks.gather(found if reports else {}):
             everything |= one
@@ -188,24 +197,34 @@ class MegatronEngine:
     def _pack(self, batch: Batch) -> Packed:
         if not self.model.pre_process:
             batch = replace(batch, pixels=None)  # only the first stage looks at pictures
-        packed = pack(batch, image_token_id=self.config.image_token_id, multiple_of=self._rows)
+        image, ranks = self.config.image_token_id, parallel_state.get_context_parallel_world_size()
+        if ranks == 1:
+            packed = pack(batch, image_token_id=image, multiple_of=self._rows)
+        else:
+            rank = parallel_state.get_context_parallel_rank()
+            whole = pack(batch, image_token_id=image)
+            packed = context_part(whole, rank, ranks, multiple_of=self._rows)
         return packed.to(self.device)
 
-    def _head(self, hidden: Tensor, packed: Packed) -> Head:
+    def _head(self, hidden: Tensor, packed: Packed, loss_mask: Tensor) -> Head:
         """The head on the last stage; its gather sums gradients over the shards."""
         sharded = parallel_state.get_tensor_model_parallel_world_size() > 1
         states = self.model.gather_hidden(hidden, reduce_grad=sharded)
-        mask = torch.zeros(packed.shape, dtype=torch.bool, device=self.device)
-        mask.view(-1)[packed.places] = True
+        context = None
+        if parallel_state.get_context_parallel_world_size() > 1:
+            mask = torch.zeros(packed.shape, dtype=torch.bool, device=self.device)
+            mask.view(-1)[packed.places] = True
+            context = ContextTokens(mask, parallel_state.get_context_parallel_group())
         return Head(
             states.index_select(0, packed.hidden_rows),
             self.model.head_weight,
             packed.token_ids,
-            mask,
+            loss_mask.to(self.device),
             self.temperature,
             vocab_size=self.model.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group() if sharded else None,
             reduce_hidden_grad=not sharded,
+            context=context,
         )
 
     def decoder(self) -> Decoder:

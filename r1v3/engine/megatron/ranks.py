@@ -1,4 +1,4 @@
-"""One tensor-, pipeline- and data-parallel job of the processes that torchrun started."""
+"""One tensor-, pipeline-, context- and data-parallel job of the processes that torchrun started."""
 
 import os
 import warnings
@@ -15,14 +15,15 @@ def connect(parallel: Parallel, *, device: str = "cpu") -> Ranks:
     Devices and backends are those of `join_job`.
 
     Raises:
-        ValueError: the number of processes is not a multiple of tensor x pipeline.
+        ValueError: the number of processes is not a multiple of tensor x pipeline x context.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size % (parallel.tensor * parallel.pipeline):
+    if size % parallel.model_ranks:
+        context = f" x parallel.context {parallel.context}" if parallel.context > 1 else ""
         raise ValueError(
-            f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline} does not "
-            f"divide the {size} processes; start a multiple of "
-            f"{parallel.tensor * parallel.pipeline} with torchrun --nproc-per-node"
+            f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}{context} "
+            f"does not divide the {size} processes; start a multiple of {parallel.model_ranks} "
+            "with torchrun --nproc-per-node"
         )
     # megatron-core warns of every extension that is not installed, torch of how it is called.
     warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -39,6 +40,7 @@ def connect(parallel: Parallel, *, device: str = "cpu") -> Ranks:
         parallel_state.initialize_model_parallel(
             parallel.tensor,
             parallel.pipeline,
+            context_parallel_size=parallel.context,
             distributed_timeout_minutes=max(1, round(parallel.timeout_seconds / 60)),
         )
         # Nothing random is left in training, but megatron-core wants its generators seeded.

@@ -9,13 +9,21 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from r1v3.model.megatron.context import ContextPart
 from r1v3.model.megatron.packing import Packed
+
+# torch 2.13 deprecates the second name in favor of the first, which older versions lack.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @functools.cache
@@ -38,17 +46,26 @@ class _GatherKeys(torch.autograd.Function):
     """rows[index], whose gradient adds up in float32 and in the order of the segments.
 
     A prompt's rows are keys of each of its samples; adding their gradients by atomic operations, or
-    in bfloat16, would give other bits in every run or lose small terms.
+    in bfloat16, would give other bits in every run or lose small terms. With a group the rows are
+    those of all its ranks, in their order.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, lengths: list[int]) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, index: Tensor, lengths: list[int], group: ProcessGroup | None
+    ) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.shape, ctx.lengths = rows.shape, lengths
+        ctx.lengths, ctx.group, ctx.own = lengths, group, rows.shape
+        if group is not None:
+            own, rows = rows.contiguous(), rows.new_empty(group.size() * len(rows), *rows.shape[1:])
+            _all_gather(rows, own, group=group)
+        ctx.shape = rows.shape
         return rows.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
         total = torch.zeros(
             ctx.shape,
@@ -58,7 +75,10 @@ class _GatherKeys(torch.autograd.Function):
         for rows, part in zip(index.split(ctx.lengths), gradient.split(ctx.lengths), strict=True):
             # Rows are distinct within a segment, so that nothing is added concurrently.
             total.index_add_(0, rows, part.to(total.dtype))
-        return total.to(gradient.dtype), None, None
+        if ctx.group is not None:
+            everyone, total = total, total.new_empty(ctx.own)
+            _reduce_scatter(total, everyone, group=ctx.group)
+        return total.to(gradient.dtype), None, None, None
 
 
 def _segment_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -137,12 +157,17 @@ class KeyValueCache:
 
 
 class PackedLayout(AttentionLayout):
-    """Segments of a packed sequence; with a `cache`, the keys and values are recorded in it."""
+    """Segments of a packed sequence; with a `cache`, the keys and values are recorded in it.
+
+    The keys and values of a `ContextPart` are those of all context-parallel ranks.
+    """
 
     def __init__(self, packed: Packed, cache: KeyValueCache | None = None) -> None:
         super().__init__()
         self.packed = packed
         self.cache = cache
+        split = isinstance(packed, ContextPart)
+        self.group = parallel_state.get_context_parallel_group() if split else None
         queries, keys = zip(*packed.segments, strict=True)
         self.query_lengths, self.key_lengths = list(queries), list(keys)
 
@@ -150,8 +175,10 @@ class PackedLayout(AttentionLayout):
         if self.cache is not None:
             self.cache.fill(layer, key, value, self.packed.prompt_starts)
         index = self.packed.key_index
-        if len(index) > len(query):
-            key, value = (_GatherKeys.apply(x, index, self.key_lengths) for x in (key, value))
+        if self.group is not None or len(index) > len(query):
+            key, value = (
+                _GatherKeys.apply(x, index, self.key_lengths, self.group) for x in (key, value)
+            )
         if (flash := flash_attention(query)) is not None:
             return flash.flash_attn_varlen_func(
                 query,

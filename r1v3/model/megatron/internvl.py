@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import InternVLConfig
 
 from r1v3.model.megatron.attention import AttentionLayout, PackedLayout
+from r1v3.model.megatron.context import ContextPart
 from r1v3.model.megatron.layers import language_block
 from r1v3.model.megatron.options import (
     ModelOptions,
@@ -104,6 +105,7 @@ class InternVL(MegatronModule):
         """Run this stage on a packed micro-batch that lies on the model's device.
 
         Args:
+            packed: all of it, or this rank's `ContextPart`.
             layout: the keys its rows attend to; `PackedLayout(packed)` by default.
 
         Returns:
@@ -140,7 +142,13 @@ class InternVL(MegatronModule):
             self._check_images(packed, 0)
             return self._touch_image_parameters(hidden)
         features = self.vision_projection(pixel_shuffle(self.vision_model(packed.pixel_values)))
+        if isinstance(packed, ContextPart):
+            # Every rank has encoded some of the tiles, and its rows need any of their features.
+            group = parallel_state.get_context_parallel_group()
+            features = gather_from_sequence_parallel_region(features, group=group)[: packed.tiles]
         self._check_images(packed, features.shape[:-1].numel())
+        if isinstance(packed, ContextPart):
+            features = features.flatten(0, 1).index_select(0, packed.feature_index)
         slots = packed.image_slots[:, None, None]
         return hidden.masked_scatter(slots, features.to(hidden.dtype))
 

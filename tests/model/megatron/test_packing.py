@@ -1,6 +1,7 @@
-"""A pack holds every sequence of its batch exactly, and nothing else."""
+"""A pack holds every sequence of its batch exactly, and nothing else; so do its parts together."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from r1v3.data.batch import Batch
+from r1v3.model.megatron.context import context_part
 from r1v3.model.megatron.packing import Packed, pack, pack_prompts
 
 IMAGE = 7
@@ -128,3 +130,64 @@ def test_an_empty_prompt_is_refused() -> None:
         pack_prompts(ids, mask, None, image_token_id=IMAGE)
     with pytest.raises(ValueError, match="no prompt"):
         pack_prompts(ids[:0], mask[:0], None, image_token_id=IMAGE)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    batch=batches(),
+    ranks=st.sampled_from([2, 3, 4]),
+    multiple_of=st.sampled_from([1, 4]),
+    tiles=st.integers(0, 5),
+)
+def test_context_parts_are_their_pack(
+    batch: Batch, ranks: int, multiple_of: int, tiles: int
+) -> None:
+    """Fails if a row, label, tile or image slot is lost or doubled between context-parallel ranks,
+    or a row attends to anything but its own past; sequences may be shorter than a chunk a rank."""
+    whole = pack(batch, image_token_id=IMAGE)
+    # Every row is known by its token, which is 0 in padding.
+    names = torch.arange(1, len(whole.input_ids) + 1)
+    pixels = torch.rand(tiles, 3, 2, 2) if tiles else None
+    whole = replace(whole, input_ids=names, pixel_values=pixels)
+    parts = [context_part(whole, rank, ranks, multiple_of=multiple_of) for rank in range(ranks)]
+    rows = torch.cat([part.input_ids for part in parts])
+    assert len({len(part.input_ids) for part in parts}) == 1 and len(rows) % multiple_of == 0
+    assert torch.equal(rows[rows > 0].sort().values, names)
+    filled = [int((part.input_ids > 0).sum()) for part in parts]
+    assert max(filled) - min(filled) <= 2
+
+    seen, features = visible(whole), whole.image_slots.cumsum(0)
+    for part in parts:
+        for row, keys in visible(part).items():
+            if name := int(part.input_ids[row]):
+                assert torch.equal(rows[keys], seen[name - 1] + 1)
+                assert part.position_ids[row] == whole.position_ids[name - 1]
+        in_slots = part.input_ids[part.image_slots]
+        assert torch.equal(features[in_slots - 1], part.feature_index + 1)
+        assert (part.tiles, part.image_tokens) == (tiles, whole.image_tokens)
+    labels = torch.cat([part.places for part in parts]).argsort()
+    for name in ("places", "token_ids"):
+        joined = torch.cat([getattr(part, name) for part in parts])[labels]
+        assert torch.equal(joined, getattr(whole, name))
+    predictors = torch.cat([part.input_ids[part.hidden_rows] for part in parts])[labels]
+    assert torch.equal(predictors, whole.hidden_rows + 1)
+    if pixels is not None:
+        shares = [part.pixel_values for part in parts if part.pixel_values is not None]
+        assert len({len(share) for share in shares}) == 1
+        assert torch.equal(torch.cat(shares)[:tiles], pixels)
+
+
+def test_context_parts_have_the_same_work() -> None:
+    """Fails if the rank with the end of every sequence makes the others wait."""
+    batch = Batch(
+        prompt_ids=torch.ones(1, 100, dtype=torch.int64),
+        prompt_mask=torch.ones(1, 100, dtype=torch.bool),
+        pixels=None,
+        tiles=torch.zeros(1, dtype=torch.int64),
+        response_ids=torch.ones(3, 1001, dtype=torch.int64),
+        loss_mask=torch.arange(1001) < torch.tensor([[1001], [400], [7]]),
+        group_size=3,
+    )
+    whole = pack(batch, image_token_id=IMAGE)
+    attended = [sum(map(len, visible(context_part(whole, rank, 4)).values())) for rank in range(4)]
+    assert max(attended) < 1.02 * min(attended)
