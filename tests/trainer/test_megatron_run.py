@@ -1,5 +1,5 @@
-"""The stages under torchrun on megatron-core: they learn what one process learns, survive kills and
-polite stops, and resume to the same bits."""
+"""The stages as ranks on megatron-core: they learn what one process learns, survive kills and polite
+stops under torchrun, and resume to the same bits."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ import torch
 
 from r1v3.model.internvl import load_model
 from r1v3.trainer.metrics import comparable, read_metrics
-from tests.processes import PATIENCE, end, environment, free_port
+from tests.processes import PATIENCE, end, environment, free_port, run_ranks
 from tests.tiny_run import finished, home, leftovers, stage_arguments, succeed, write_configs
 
 pytest.importorskip("megatron.core")
@@ -86,10 +86,10 @@ def grpo(*more: str) -> list[str]:
 
 @functools.cache
 def whole() -> Path:
-    """An uninterrupted GRPO stage at TP2 x PP2."""
+    """An uninterrupted GRPO stage at TP2 x PP2, as torchrun would start it."""
     folder = home() / "megatron-grpo"
     write_configs(folder)
-    run(folder, 4, *grpo())
+    run_ranks("tests.trainer.forked_rank", 4, folder, *grpo())
     return folder
 
 
@@ -102,7 +102,7 @@ def weights(folder: Path) -> bytes:
 
 
 def test_the_split_run_is_the_single_process() -> None:
-    """Fails if torchrun with TP2 x PP2 would sample, reward or learn something else than `hf`."""
+    """Fails if ranks at TP2 x PP2 would sample, reward or learn something else than `hf`."""
     single, _ = finished("grpo")
     for found, wanted in zip(lines(whole()), lines(single), strict=True):
         assert found.keys() == wanted.keys()
