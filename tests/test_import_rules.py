@@ -45,7 +45,7 @@ FORBIDDEN = {
         "r1v3.trainer", "r1v3.evaluation", "r1v3.plan", "r1v3.report", "r1v3.suite", "r1v3.serve",
     ),
     "evaluation": ("r1v3.trainer", "r1v3.plan", "r1v3.report", "r1v3.suite", "r1v3.serve"),
-    "suite": ("r1v3.trainer", "r1v3.plan", "r1v3.report", "r1v3.serve"),
+    "suite": ("r1v3.trainer", "r1v3.plan", "r1v3.serve"),
     "serve": ("r1v3.trainer", "r1v3.plan", "r1v3.report", "r1v3.suite"),
     "report": (
         "r1v3.model", "r1v3.engine", "r1v3.rollout", "r1v3.trainer", "r1v3.plan", "r1v3.suite",

@@ -163,7 +163,8 @@ def _thought_budget(base: type) -> type:
             budget = thought_budget(asked(params, THOUGHT_BUDGET))
             if budget is None:
                 return None
-            return _Request(BudgetedThought(budget, self._forced), output)
+            longest = getattr(params, "max_tokens", None)
+            return _Request(BudgetedThought(budget, self._forced, longest), output)
 
         def is_argmax_invariant(self) -> bool:
             """Return that greedy decoding is changed too."""

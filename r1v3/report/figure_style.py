@@ -41,6 +41,8 @@ MODE_COLORS = {
 ARM_COLORS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#6b6b6b",
 )  # fmt: skip
+# Mode, dash and name of the lines that have no budget.
+UNBUDGETED = (("slow", ":", "slow thinking"), ("nothink", "-.", "NoThink"))
 PART_COLORS = {"vision": "#D55E00", "connector": "#009E73", "llm": "#0072B2"}
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -130,6 +132,37 @@ def interval_point(
         lw=1.4,
         label=label,
     )
+
+
+def budget_curves(
+    axes: Axes,
+    closed: Sequence[tuple[int, Score]],
+    cut: Sequence[tuple[int, Score]],
+    lines: Sequence[tuple[str, str, Score]],
+    color: str,
+    label: str | None,
+) -> None:
+    """Accuracy against a budget: of thoughts closed by force, and of responses cut off there.
+
+    Args:
+        closed, cut: a score for each budget in tokens.
+        lines: name, dash and score of what has no budget.
+        label: stands in front of the names in the legend; None leaves them out.
+    """
+    for budget, found in closed:
+        interval_point(axes, budget, found, color)
+    for points, style, name in (
+        (closed, "-", "thought closed by force"),
+        (cut, "s--", "response cut off"),
+    ):
+        if points:
+            at, values = zip(*((b, 100 * s.accuracy) for b, s in points), strict=True)
+            shown = None if label is None else f"{label}{name}"
+            alpha = 0.7 if points is cut else 1.0
+            axes.plot(at, values, style, color=color, ms=5, alpha=alpha, label=shown)
+    for name, dash, found in lines:
+        shown = None if label is None else f"{label}{name} ({found.tokens:.0f} tokens)"
+        axes.axhline(100 * found.accuracy, color=color, lw=1.2, ls=dash, label=shown)
 
 
 def log_y(axes: Axes) -> None:

@@ -96,7 +96,7 @@ def _draw_selection(run: RunFolder, figure: Figure) -> bool:
     scatter.margins(x=0.16, y=0.12)
     scatter.set_xlabel("Entropy at critical tokens (nats); labels are GRPO steps")
     scatter.set_ylabel("Validation accuracy (%)")
-    scatter.set_title(_correlation_title(entropy_correlation(found)))
+    scatter.set_title(correlation_title(entropy_correlation(found)))
     top, bottom = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
     steps = [c.step for c in found]
     top.plot(steps, [100 * c.accuracy for c in found], "o-", color=STAGE_COLORS["grpo"], ms=5)
@@ -120,7 +120,8 @@ def _draw_selection(run: RunFolder, figure: Figure) -> bool:
     return True
 
 
-def _correlation_title(measured: Correlation) -> str:
+def correlation_title(measured: Correlation) -> str:
+    """A rank correlation over checkpoints, as a title."""
     if measured.spearman is None:
         return f"Spearman's ρ undefined (n = {measured.n} checkpoints)"
     return f"Spearman's ρ = {measured.spearman:+.2f} (n = {measured.n} checkpoints)"

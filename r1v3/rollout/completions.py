@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from r1v3.data.thoughts import follow_tags, inside_tag
+from r1v3.data.thoughts import BudgetedThought, follow_tags, inside_tag
 from r1v3.rollout.contract import Rollout, Sampling, TokenRules
 
 # A log-prob is at most 0; float32 rounding may leave it a little above.
@@ -187,6 +187,32 @@ def close_thought(
         if reopened:
             due = min(place + 1 + sampling.budget, last)
     return None
+
+
+def closed_by_server(
+    completion: Completion, budget: int, max_tokens: int, rules: TokenRules
+) -> Completion:
+    """Return a completion with the ranges in which a server has closed its thoughts.
+
+    Raises:
+        ValueError: a thought went on beyond its budget; names the token.
+    """
+    thought = BudgetedThought(budget, rules.closing.forced, max_tokens)
+    starts: list[int] = []
+    forced = rules.closing.forced
+    for place, token in enumerate(completion.token_ids):
+        wanted = thought.forced_token()
+        if wanted is not None:
+            if token != wanted:
+                raise ValueError(f"token {place} goes on with a thought of {budget} tokens")
+            if not starts or place >= starts[-1] + len(forced):
+                starts.append(place)
+        thought.read(rules.closing.text(token))
+    ranges = tuple((start, start + len(forced)) for start in starts)
+    logprobs = list(completion.logprobs)
+    for start, stop in ranges:
+        logprobs[start:stop] = [0.0] * (stop - start)
+    return replace(completion, logprobs=tuple(logprobs), forced=ranges)
 
 
 def assemble(completions: Sequence[Completion], pad_id: int) -> Rollout:

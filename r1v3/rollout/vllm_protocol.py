@@ -15,6 +15,10 @@ Read from the documentation of vLLM 0.32 and from its source of September 2026
 - `logit_bias` of -100 is the ban that both model runners know; they add it before the softmax.
 - Log-probs at the sampling temperature and after bans need `--logprobs-mode processed_logprobs`;
   vLLM's default is before both. `probe` tells the two apart.
+- A chat cannot be continued by token ids, so a thought over pictures is closed by the server, with
+  r1v3's logits processor (`vllm serve --logits-processors r1v3.integrations.vllm:ThoughtBudget`),
+  which `vllm_xargs` asks for. vLLM ignores arguments that no processor knows, so every completion
+  is checked for it.
 - Completion i of a request with seed s is drawn with seed s + i. Greedy decoding wants n = 1.
 - The placeholder is `<image>` for a model folder in the original layout (InternVLChatModel,
   SkyworkR1VChatModel) and `<IMG_CONTEXT>` for a native one (InternVLForConditionalGeneration).
@@ -40,7 +44,13 @@ from r1v3.data.special_tokens import IMAGE_CONTEXT
 from r1v3.data.tiles import decode_picture
 from r1v3.http import RequestFailed
 from r1v3.model.conversion.config import is_original, read_config
-from r1v3.rollout.completions import Completion, ban_list, check_completion, check_prompt
+from r1v3.rollout.completions import (
+    Completion,
+    ban_list,
+    check_completion,
+    check_prompt,
+    closed_by_server,
+)
 from r1v3.rollout.contract import Request, Sampling, TokenRules
 
 # vLLM raises lower temperatures to this one (`sampling_params._MAX_TEMP`).
@@ -58,6 +68,7 @@ class Call:
         body: without the model's name, which differs from server to server.
         prompt_ids: the prompt that the server must report.
         count: number of completions.
+        budget: tokens after which the server closes a thought; None sets no limit.
     """
 
     path: str
@@ -66,6 +77,7 @@ class Call:
     count: int
     max_tokens: int
     banned: frozenset[int]
+    budget: int | None = None
 
     @property
     def max_bytes(self) -> int:
@@ -164,7 +176,10 @@ def chat_call(
     step: int,
     placeholder: str,
 ) -> Call:
-    """Build the request for completions of a prompt with pictures, rendered by the server."""
+    """Build the request for completions of a prompt with pictures, rendered by the server.
+
+    A budget in `sampling` is kept by the server.
+    """
     images = iter(request.sample.images)
     messages = []
     for message in request.sample.prompt:
@@ -183,9 +198,12 @@ def chat_call(
     }
     if request.max_tiles is not None:
         body["mm_processor_kwargs"] = tiling(request.max_tiles, placeholder)
+    if sampling.budget is not None:
+        body["vllm_xargs"] = {"thought_budget": sampling.budget}
     prompt = request.example.prompt_ids
     banned = frozenset(ban_list(sampling, rules))
-    return Call("/v1/chat/completions", body, prompt, count, max_tokens, banned)
+    path = "/v1/chat/completions"
+    return Call(path, body, prompt, count, max_tokens, banned, sampling.budget)
 
 
 def read_answer(call: Call, reply: bytes, rules: TokenRules, origin: str) -> list[Completion]:
@@ -193,7 +211,8 @@ def read_answer(call: Call, reply: bytes, rules: TokenRules, origin: str) -> lis
 
     Raises:
         RequestFailed: the answer is malformed or impossible; another server may do better.
-        ValueError: the server completed another prompt, as `check_prompt`.
+        ValueError: the server completed another prompt, as `check_prompt`, or does not close
+            thoughts.
     """
     chat = "messages" in call.body
     try:
@@ -226,7 +245,16 @@ def read_answer(call: Call, reply: bytes, rules: TokenRules, origin: str) -> lis
         except ValueError as error:
             reason = f"impossible answer: choice {choice['index']}: {error}"
             raise RequestFailed(reason, retry=True) from error
-    return found
+    if call.budget is None:
+        return found
+    try:
+        return [closed_by_server(one, call.budget, call.max_tokens, rules) for one in found]
+    except ValueError as error:
+        raise ValueError(
+            f"{origin} does not close thoughts over pictures ({error}); it must be started with "
+            "--logits-processors r1v3.integrations.vllm:ThoughtBudget, or sample locally or "
+            "colocated"
+        ) from error
 
 
 def _logprobs(given: object, chat: bool) -> object:

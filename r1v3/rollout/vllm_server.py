@@ -22,6 +22,7 @@ None of this has been run against a real vLLM, only against a server that speaks
 import asyncio
 import json
 from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -118,22 +119,18 @@ class VLLMServers:
         """See `contract.Sampler.complete`. Entropies are NaN: vLLM does not compute them.
 
         A thought budget is kept by further requests for the rows it cuts, which continue their
-        token ids; a chat cannot be continued by token ids, so it is for prompts without pictures.
+        token ids; over pictures the server closes thoughts itself, see `vllm_protocol`.
 
         Raises:
             ValueError: a setting vLLM cannot keep, or a server completed another prompt than the
-                trainer's, reports log-probs of another kind, or does not apply bans.
+                trainer's, reports log-probs of another kind, or does not apply bans or budgets.
             NoServers: requests are unanswered, with every server and its last failure.
         """
         check_sampling(sampling)
         budget = sampling.budget
         if budget is not None and budget >= sampling.max_tokens:
             budget = None
-        if budget is not None and any(request.sample.images for request in requests):
-            raise ValueError(
-                f"budget {budget}: vLLM's chat endpoint cannot continue token ids, so a thought "
-                "over pictures cannot be closed there; sample locally or colocated"
-            )
+        sampling = replace(sampling, budget=budget)
         # The completions of greedy decoding are one, and vLLM wants to be asked for one.
         count = group_size if sampling.temperature > 0 else 1
         seeds = _seeds(len(requests), generator)
@@ -145,14 +142,15 @@ class VLLMServers:
                     later_seeds[i * count : (i + 1) * count] = _seeds(count, own)
 
         def sample() -> list[Completion]:
-            length = sampling.max_tokens if budget is None else budget
-            found = [Completion()] * (len(requests) * count)
-            if length:
-                calls = [
-                    self._call(request, sampling, count, length, seed)
-                    for request, seed in zip(requests, seeds, strict=True)
-                ]
-                found = [row for rows in self._answers(calls) for row in rows]
+            calls = [
+                self._call(request, sampling, count, seed)
+                for request, seed in zip(requests, seeds, strict=True)
+            ]
+            answers = iter(self._answers([call for call in calls if call.max_tokens]))
+            nothing = [Completion()] * count
+            found = [
+                row for call in calls for row in (next(answers) if call.max_tokens else nothing)
+            ]
             if budget is not None:
                 prompts = [request.example.prompt_ids for request in requests for _ in range(count)]
                 found = self._go_on(prompts, found, sampling, later_seeds)
@@ -163,9 +161,8 @@ class VLLMServers:
             found = [row for row in found for _ in range(group_size)]
         return assemble(found, self.rules.pad_id)
 
-    def _call(
-        self, request: Request, sampling: Sampling, count: int, max_tokens: int, seed: int
-    ) -> Call:
+    def _call(self, request: Request, sampling: Sampling, count: int, seed: int) -> Call:
+        """The first request for a prompt; without pictures it ends where a budget is spent."""
         if request.sample.images:
             step = -1 if self.step is None else self.step
             return chat_call(
@@ -173,15 +170,14 @@ class VLLMServers:
                 sampling,
                 self.rules,
                 count=count,
-                max_tokens=max_tokens,
+                max_tokens=sampling.max_tokens,
                 seed=seed,
                 step=step,
                 placeholder=self._placeholder,
             )
         ids = request.example.prompt_ids
-        return completion_call(
-            ids, sampling, self.rules, count=count, max_tokens=max_tokens, seed=seed
-        )
+        length = sampling.max_tokens if sampling.budget is None else sampling.budget
+        return completion_call(ids, sampling, self.rules, count=count, max_tokens=length, seed=seed)
 
     def _go_on(
         self,

@@ -11,6 +11,8 @@ from r1v3.config import StudyFigure, modes_of
 from r1v3.report.figure_style import (
     ARM_COLORS,
     MODE_COLORS,
+    UNBUDGETED,
+    budget_curves,
     draw_png,
     interval_point,
     label_points,
@@ -165,19 +167,14 @@ class _Painter:
         known = [(b, s) for b, s in closed if s is not None]
         if not known:
             return False
-        for b, s in known:
-            interval_point(axes, b, s, color)
-        name = label and f"{label}thought closed by force"
-        line = [100 * s.accuracy for _, s in known]
-        axes.plot([b for b, _ in known], line, color=color, label=name)
         cut = [(b, mode_score(run, f"cut-{b}", self.figure.where)) for b in budgets]
-        name = label and f"{label}response cut off"
-        pairs = [(b, 100 * s.accuracy) for b, s in cut if s is not None]
-        axes.plot(*zip(*pairs, strict=True), "s--", color=color, ms=5, alpha=0.7, label=name)
-        for mode, dash, shown in (("slow", ":", "slow thinking"), ("nothink", "-.", "NoThink")):
-            if (found := mode_score(run, mode, self.figure.where)) is not None:
-                name = label and f"{label}{shown} ({found.tokens:.0f} tokens)"
-                axes.axhline(100 * found.accuracy, color=color, lw=1.2, ls=dash, label=name)
+        lines = [
+            (name, dash, found)
+            for mode, dash, name in UNBUDGETED
+            if (found := mode_score(run, mode, self.figure.where)) is not None
+        ]
+        kept = [(b, s) for b, s in cut if s is not None]
+        budget_curves(axes, known, kept, lines, color, label)
         return True
 
     def _checkpoints(self, canvas: Figure) -> bool:

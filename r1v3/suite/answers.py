@@ -23,6 +23,9 @@ class Answer:
         finish: `length` where the limit came first; `too long` and `truncated picture` were not
             asked.
         entropy: mean over sampled tokens in nats; None where the engine does not tell.
+        critical_tokens: how many of them are critical, as `monitor.words` had them when it was
+            asked; see `r1v3.data.words`.
+        critical_entropy: mean over these, in nats; None where there are none, or as `entropy`.
         ids: the tokens, where they are kept.
     """
 
@@ -33,6 +36,8 @@ class Answer:
     tokens: int
     finish: Finish
     entropy: float | None = None
+    critical_tokens: int = 0
+    critical_entropy: float | None = None
     ids: list[int] | None = None
 
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from r1v3.config import Suite
 from r1v3.data.encoding import encode_sample, share_tiles, verify
 from r1v3.data.images import TruncatedImage
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.sample import Sample
+from r1v3.data.words import expand_words
 from r1v3.evaluation.policy import Policy, mode_sampling
 from r1v3.ranks import Ranks
 from r1v3.rollout.contract import Request, Rollout
@@ -58,6 +60,7 @@ class Asker:
         self.sampling, self.thinking = mode_sampling(
             config.decoding, config.monitor.words, policy.tokenizer, mode
         )
+        self._critical = torch.tensor(expand_words(policy.tokenizer, config.monitor.words))
 
     def ask(
         self,
@@ -163,13 +166,14 @@ class Asker:
         self, batch: Sequence[tuple[Question, Request]], rollout: Rollout, texts: Sequence[str]
     ) -> list[Answer]:
         lengths = rollout.mask.sum(1).tolist()
-        sampled = rollout.sampled.sum(1).clamp(min=1)
-        entropies = (rollout.entropy.where(rollout.sampled, 0.0).sum(1) / sampled).tolist()
+        entropies = _means(rollout.entropy, rollout.sampled)
+        critical = rollout.sampled & torch.isin(rollout.response_ids, self._critical)
+        critical_entropies = _means(rollout.entropy, critical)
+        critical_tokens = critical.sum(1).tolist()
         found = []
         for i, (question, request) in enumerate(batch):
             for k in range(self.config.samples):
                 row = i * self.config.samples + k
-                known = math.isfinite(entropies[row])
                 found.append(
                     Answer(
                         question.id,
@@ -178,7 +182,9 @@ class Asker:
                         texts[row],
                         lengths[row],
                         "stop" if rollout.finished[row] else "length",
-                        round(entropies[row], 4) if known else None,
+                        entropies[row],
+                        critical_tokens[row],
+                        critical_entropies[row],
                         rollout.response_ids[row, : lengths[row]].tolist()
                         if self.config.cuts
                         else None,
@@ -196,6 +202,12 @@ class Asker:
         new = [answer for answer in found if answer.sample not in have.get(answer.row, set())]
         self.ranks.on_main(lambda: answers.append(new))
         notify(len(new))
+
+
+def _means(entropy: Tensor, where: Tensor) -> list[float | None]:
+    """Mean entropy [rows] of the tokens at `where` [rows, T]; None where none is known."""
+    means = entropy.where(where, 0.0).sum(1) / where.sum(1)
+    return [round(mean, 4) if math.isfinite(mean) else None for mean in means.tolist()]
 
 
 def _with_pictures(

@@ -37,6 +37,7 @@ class Benchmark:
         check: raises ValueError for a partial set, naming what it lacks.
         grouping: the score in the first column.
         views: further scores, by name.
+        phrases: whether thoughts that say they cannot see the picture are counted (table 5).
         differences: of prompt or scoring from the report's that no setting can remove.
     """
 
@@ -53,4 +54,5 @@ class Benchmark:
     check: Callable[[Sequence[Question]], None] = complete_as_it_is
     grouping: Grouping = each_question
     views: Mapping[str, Grouping] = field(default_factory=dict)
+    phrases: bool = False
     differences: tuple[str, ...] = ()

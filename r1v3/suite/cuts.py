@@ -5,7 +5,6 @@ beginning of the long one; `budget-N`, which closes the thought and goes on, is 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +26,4 @@ def cut(
         if answer.ids is None:
             raise ValueError(f"row {answer.row} was kept without its tokens and cannot be cut")
         text = tokenizer.decode(answer.ids[:length], skip_special_tokens=False)
-        yield replace(
-            answer, text=str(text), tokens=length, finish="length", entropy=None, ids=None
-        )
+        yield Answer(answer.row, answer.sample, answer.seed, str(text), length, "length")

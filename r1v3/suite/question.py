@@ -60,6 +60,13 @@ class Response:
             return ""
         return final_text(self.text).strip()
 
+    @property
+    def thought(self) -> str:
+        """The text in front of the last `</think>`; all of it where the thought never ended."""
+        if not self.thinking:
+            return ""
+        return self.text.rpartition(THINK_CLOSE)[0] if THINK_CLOSE in self.text else self.text
+
     @cached_property
     def answer(self) -> str | None:
         """The final answer, see `r1v3.rewards.extract_answer`."""

@@ -264,11 +264,18 @@ def _score(config: Suite, chosen: Sequence[Loaded]) -> Record:
                     thinking=mode != "nothink",
                     protocol=config.protocol,
                     judge=judge,
+                    phrases=loaded.benchmark.phrases and mode == "slow",
                 )
             except Incomplete as error:
                 record.incomplete[f"{key} {mode}"] = str(error)
                 continue
             record.scores.setdefault(key, {})[mode] = scored(loaded.benchmark, mode, outcomes)
+            if mode == "slow":
+                slow = outcomes
+            elif "slow" in record.scores[key]:
+                record.mode_gains.setdefault(key, {})[mode] = gain(
+                    *(loaded.benchmark.grouping(o.questions, o.right) for o in (slow, outcomes))
+                )
             record.differences[key] = differences(config, loaded)
             at = folder / config.name / "outcomes" / f"{key}.{mode}.json"
             _write_outcomes(at, outcomes)
@@ -295,6 +302,15 @@ def _write(folder: Path, record: Record) -> None:
         if sheet.printed:
             sheet.show(console)
     say(f"{folder / 'scores.md'} also has the categories of every benchmark")
+    try:
+        from r1v3.suite.figures import write_figures
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        say("figures need matplotlib: pip install 'r1v3[demo]'")
+        return
+    if drawn := write_figures(folder):
+        say(f"{drawn[0].parent} has {', '.join(file.name for file in drawn)}")
 
 
 def _write_outcomes(path: Path, outcomes: Outcomes) -> None:

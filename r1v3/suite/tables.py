@@ -11,8 +11,10 @@ from rich.table import Table as RichTable
 
 from r1v3.suite.benchmarks import BENCHMARKS
 from r1v3.suite.metrics import Measured
+from r1v3.suite.phrases import REPORT_SCORES
 from r1v3.suite.score import Scored
 
+_KINDS = {"said": "say so", "others": "the others"}
 _TABLE_1 = (
     "Benchmark", "Report", "Ours", "95 %", "Open right", "Questions", "Tokens",
     "Unfinished", "Judged", "No verdict", "Differs",
@@ -27,6 +29,7 @@ class Record:
         checkpoint, protocol, judge: how they came about.
         scores: by benchmark, then by mode.
         gains: of this checkpoint over `compared`, in the same order.
+        mode_gains: of the other modes over mode slow, in the same order.
         differences: from the report's settings, by benchmark.
         incomplete: why a benchmark has no score, by benchmark and mode.
     """
@@ -37,6 +40,7 @@ class Record:
     compared: str | None = None
     scores: dict[str, dict[str, Scored]] = field(default_factory=dict)
     gains: dict[str, dict[str, Measured]] = field(default_factory=dict)
+    mode_gains: dict[str, dict[str, Measured]] = field(default_factory=dict)
     differences: dict[str, list[str]] = field(default_factory=dict)
     incomplete: dict[str, str] = field(default_factory=dict)
 
@@ -96,6 +100,7 @@ def sheets(record: Record) -> list[Sheet]:
     found = [_table_1(record)]
     if any(len(modes) > 1 for modes in record.scores.values()):
         found.append(_modes(record))
+    found.append(_phrases(record))
     if record.gains:
         found.append(_gains(record))
     found += _details(record)
@@ -149,6 +154,7 @@ def _modes(record: Record) -> Sheet:
             mode,
             percent(one.score.value),
             _interval(one.score),
+            _points(record.mode_gains.get(key, {}).get(mode)),
             f"{one.tokens:.0f}",
             f"{percent(one.unfinished)} %",
             "" if one.entropy is None else f"{one.entropy:.3f}",
@@ -156,8 +162,47 @@ def _modes(record: Record) -> Sheet:
         for key, modes in record.scores.items()
         for mode, one in modes.items()
     ]
-    columns = ("Benchmark", "Mode", "Score", "95 %", "Tokens", "Unfinished", "Entropy, nats")
-    return Sheet("Table 4: decoding modes", columns, rows, [])
+    columns = (
+        *("Benchmark", "Mode", "Score", "95 %", "Over slow, points"),
+        *("Tokens", "Unfinished", "Entropy, nats"),
+    )
+    notes = []
+    if any(mode.startswith("cut-") for modes in record.scores.values() for mode in modes):
+        notes.append("cut-N: the answers of mode slow, cut after N tokens")
+    if any(record.mode_gains.values()):
+        notes.append("over slow: paired by question")
+    return Sheet("Table 4: decoding modes", columns, rows, notes)
+
+
+def _points(gain: Measured | None) -> str:
+    return "" if gain is None else f"{100 * gain.value + 0.0:+.1f} {_interval(gain)}"
+
+
+def _phrases(record: Record) -> Sheet:
+    rows, notes = [], []
+    for key, modes in record.scores.items():
+        found = modes["slow"].phrases if "slow" in modes else None
+        if found is None:
+            continue
+        for kind, (count, measured) in (("said", found.said), ("others", found.others)):
+            report, of = REPORT_SCORES[kind]
+            rows.append(
+                (
+                    f"{BENCHMARKS[key].title}: {_KINDS[kind]}",
+                    f"{percent(report)} of {of}",
+                    "" if measured is None else percent(measured.value),
+                    "" if measured is None else _interval(measured),
+                    str(count),
+                )
+            )
+        if found.difference is not None:
+            both = found.difference
+            notes.append(
+                f"on the {both.units} questions with answers of both kinds: {_points(both)} points"
+            )
+        notes.append(f"{found.in_answers} answers say so behind the thought")
+    columns = ("Thoughts", "Report", "Ours", "95 %", "Answers")
+    return Sheet("Table 5: thoughts that say the picture cannot be seen", columns, rows, notes)
 
 
 def _gains(record: Record) -> Sheet:
@@ -184,8 +229,8 @@ def _details(record: Record) -> list[Sheet]:
         for kind, names in one.labels.items():
             if len(names) <= 40:
                 rows += [
-                    (kind, name, percent(value), str(count))
-                    for name, (value, count) in names.items()
+                    (kind, name, percent(part.accuracy), str(part.questions))
+                    for name, part in names.items()
                 ]
         title = f"{BENCHMARKS[key].title} ({mode}) by category"
         found.append(Sheet(title, ("Kind", "Category", "Score", "Questions"), rows, [], False))

@@ -49,7 +49,8 @@ class SpeakingServer(LoopbackServer):
         faults: done to the next completion requests, one each; probes are left alone.
         asked: bodies of the completion requests so far. controls: paths of the other POSTs.
         loads: folder that `reload_weights` loads from. raw: log-probs from before the bias.
-        placeholder: what stands for a picture in a chat.
+        placeholder: what stands for a picture in a chat. closes: it has the logits processor for
+        thought budgets.
     """
 
     def __init__(self, net: InternVLForConditionalGeneration, port: int = 0) -> None:
@@ -60,6 +61,7 @@ class SpeakingServer(LoopbackServer):
         self.loads: Path | None = None
         self.raw = False
         self.placeholder = IMAGE_CONTEXT
+        self.closes = True
         self.ending = threading.Event()
         server = self
 
@@ -138,7 +140,8 @@ class SpeakingServer(LoopbackServer):
             empty = np.zeros((0, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3), dtype=np.uint8)
             example = Example(tuple(body["prompt"]), empty)
         banned = tuple(int(k) for k, bias in body["logit_bias"].items() if bias == -100)
-        sampling = Sampling(body["temperature"], body["max_tokens"], banned)
+        budget = body.get("vllm_xargs", {}).get("thought_budget") if self.closes else None
+        sampling = Sampling(body["temperature"], body["max_tokens"], banned, budget)
         found = local(self.net, example, sampling, body["n"], body["seed"])
         prompt = list(example.prompt_ids)
         choices = []

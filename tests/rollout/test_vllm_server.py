@@ -219,8 +219,37 @@ def test_a_spent_thought_is_closed_and_goes_on(two: list[SpeakingServer]) -> Non
     assert (batch_free.response_ids[:, : len(forced)] == torch.tensor(forced)).all()
     cut_off = complete(client(two), TEXTS[:1], Sampling(1.0, 6, (RULES.stop_id,), 4))
     assert cut_off.response_ids[:, 6 - len(forced) :].tolist() == [list(forced)] * G
-    with pytest.raises(ValueError, match="budget 4: .* sample locally"):
-        complete(client(two), PICTURES[:1], budgeted)
+
+
+def test_a_spent_thought_over_pictures_is_closed_by_the_server(two: list[SpeakingServer]) -> None:
+    """Fails if a thought over a picture is not cut, is cut elsewhere than one over text, or if the
+    tag that the server forced counts as sampled."""
+    forced = RULES.closing.forced
+    mixed = [PICTURES[0], TEXTS[0], PICTURES[1]]
+    found = complete(client(two), mixed, Sampling(1.0, 20, (RULES.stop_id,), 4))
+    tag = slice(4, 4 + len(forced))
+    assert found.mask.all() and found.response_ids.shape == (3 * G, 20)
+    assert (found.response_ids[:, tag] == torch.tensor(forced)).all()
+    assert (~found.sampled[:, tag]).all() and (found.logprobs[:, tag] == 0).all()
+    assert found.sampled[:, :4].all() and found.sampled[:, tag.stop :].all()
+    chats = [body for server in two for body in server.asked if "messages" in body]
+    assert len(chats) == 2 and all(body["n"] == G for body in chats)  # one request for each
+    at_once = complete(client(two), mixed, Sampling(1.0, 20, (RULES.stop_id,), 0))
+    assert (at_once.response_ids[:, : len(forced)] == torch.tensor(forced)).all()
+    fits = complete(client(two), PICTURES[:1], Sampling(1.0, 6, (RULES.stop_id,), 4))
+    assert fits.response_ids[:, 6 - len(forced) :].tolist() == [list(forced)] * G
+    free = complete(client(two), PICTURES[:1], Sampling(1.0, 6, (RULES.stop_id,), 6))
+    assert free.sampled.all()
+
+
+def test_a_server_that_does_not_close_thoughts_is_told_from_one_that_does(
+    two: list[SpeakingServer],
+) -> None:
+    """Fails if scores under a budget come from servers that ignore it."""
+    for server in two:
+        server.closes = False
+    with pytest.raises(ValueError, match="must be started with --logits-processors r1v3"):
+        complete(client(two), PICTURES[:1], Sampling(1.0, 20, (RULES.stop_id,), 4))
 
 
 @pytest.mark.parametrize(

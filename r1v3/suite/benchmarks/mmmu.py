@@ -21,6 +21,7 @@ BENCHMARK = Benchmark(
     columns=("index", "question", "answer", "A", "split"),
     question=_question,
     kit_rule=kit.choice_rule,
+    phrases=True,
     kit_name="MMMU_DEV_VAL",
     differences=("the report's rule also counted a box in the thought",),
 )
