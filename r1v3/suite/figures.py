@@ -91,10 +91,10 @@ def _draw_domains(shown: list[Checkpoint], figure: Figure) -> bool:
     if not domains:
         return False
     axes = figure.subplots()
-    width = 0.6 / max(1, len(by_domain) - 1)
+    width = 0.4 / max(1, len(by_domain) - 1)
     for i, (name, found) in enumerate(by_domain.items()):
         label: str | None = name
-        shift = (i - (len(by_domain) - 1) / 2) * width if len(by_domain) > 1 else 0.0
+        shift = (i - (len(by_domain) - 1) / 2) * width
         for at, domain in enumerate(domains):
             if domain in found:
                 color = ARM_COLORS[i % len(ARM_COLORS)]
@@ -127,13 +127,12 @@ def _draw_entropy(shown: list[Checkpoint], figure: Figure) -> bool:
     axes = figure.subplots()
     for entropy, mean in zip(entropies, means, strict=True):
         interval_point(axes, entropy, mean, ARM_COLORS[0])
-    axes.set_title(correlation_title(correlation(entropies, [mean.accuracy for mean in means])))
-    axes.set_xlabel("Entropy at critical tokens (nats)")
+    title = correlation_title(correlation(entropies, [mean.accuracy for mean in means]))
     names = ", ".join(BENCHMARKS[key].title for key in common[:3])
     more = f" and {len(common) - 3} more" if len(common) > 3 else ""
-    of = "Score" if len(common) == 1 else "Mean score"
+    axes.set(title=f"{title} on {names}{more}", xlabel="Entropy at critical tokens (nats)")
+    of = "Score" if len(common) == 1 else f"Mean score of {len(common)} benchmarks"
     axes.set_ylabel(f"{of} (%, 95 % interval)")
-    axes.annotate(f"on {names}{more}", (0.99, 0.01), xycoords="axes fraction", ha="right")
     axes.margins(x=0.16, y=0.14)
     figure.draw_without_rendering()
     points = [(x, 100 * mean.accuracy) for x, mean in zip(entropies, means, strict=True)]

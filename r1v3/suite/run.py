@@ -249,7 +249,7 @@ def _score(config: Suite, chosen: Sequence[Loaded]) -> Record:
     tokenizer = load_tokenizer(config.model)
     record = Record(config.name, config.protocol, named, config.compare)
     for loaded in chosen:
-        key = loaded.benchmark.key
+        key, unpaired = loaded.benchmark.key, list[str]()
         for mode in [*modes_of(config), *(f"cut-{n}" for n in config.cuts)]:
             answers = answer_file(config, loaded, "slow" if mode.startswith("cut-") else mode)
             kept = answers.read()
@@ -280,11 +280,16 @@ def _score(config: Suite, chosen: Sequence[Loaded]) -> Record:
             at = folder / config.name / "outcomes" / f"{key}.{mode}.json"
             _write_outcomes(at, outcomes)
             if config.compare is not None:
-                _compare(record, folder / config.compare, loaded.benchmark, mode, outcomes)
+                other = folder / config.compare
+                if not _compare(record, other, loaded.benchmark, mode, outcomes):
+                    unpaired.append(mode)
             exported = config.protocol == "kit" and not mode.startswith("cut-")
             if exported and loaded.benchmark.kit_name is not None:
                 parts = (loaded.benchmark, loaded.tables, loaded.asked)
                 write_predictions(folder / "kit", config, *parts, mode, answers)
+        if unpaired:
+            place = f"{key} {', '.join(unpaired)} against {config.compare}"
+            record.incomplete[place] = "not scored there, or on other rows"
     _write(folder / config.name, record)
     if judge is not None and judge.rejected is not None:
         say(judge.rejected)
@@ -327,21 +332,18 @@ def _write_outcomes(path: Path, outcomes: Outcomes) -> None:
 
 def _compare(
     record: Record, other: Path, benchmark: Benchmark, mode: str, outcomes: Outcomes
-) -> None:
-    """Pair with the outcomes of another checkpoint on the same rows."""
-    at = other / "outcomes" / f"{benchmark.key}.{mode}.json"
-    place = f"{benchmark.key} {mode} against {other.name}"
+) -> bool:
+    """Pair with the outcomes of another checkpoint; False where it has none on the same rows."""
     try:
-        kept = read_json_object(at)
+        kept = read_json_object(other / "outcomes" / f"{benchmark.key}.{mode}.json")
     except OSError:
-        record.incomplete[place] = f"{at} is missing: score that checkpoint first"
-        return
+        return False
     if kept["rows"] != [question.id for question in outcomes.questions]:
-        record.incomplete[place] = f"{at} is of other rows"
-        return
+        return False
     before = benchmark.grouping(outcomes.questions, np.array(kept["right"], dtype=bool))
     after = benchmark.grouping(outcomes.questions, outcomes.right)
     record.gains.setdefault(benchmark.key, {})[mode] = gain(before, after)
+    return True
 
 
 def differences(config: Suite, loaded: Loaded) -> list[str]:

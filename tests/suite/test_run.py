@@ -233,6 +233,8 @@ def test_a_cut_is_what_a_shorter_run_gives(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"benchmarks": ["mmstar"]}
     long = run_suite(config(tmp_path, cuts=budgets, **settings)).scores["mmstar"]
     assert list(long) == ["slow", *(f"cut-{n}" for n in budgets)]
+    figure = tmp_path / "run" / "suite" / "tiny" / "figures" / "budgets-mmstar.png"
+    assert figure.read_bytes().startswith(b"\x89PNG")
     for n in budgets:
         short = run_suite(config(tmp_path, **settings, **{"decoding.max_tokens": n}))
         one, other = long[f"cut-{n}"], short.scores["mmstar"]["slow"]
