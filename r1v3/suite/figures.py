@@ -38,7 +38,7 @@ class Checkpoint:
     scores: dict[str, dict[str, dict[str, Any]]]
 
     def slow(self, key: str) -> dict[str, Any] | None:
-        """What mode slow scored on a benchmark."""
+        """The scores of mode slow on a benchmark, if there are."""
         return self.scores.get(key, {}).get("slow")
 
 

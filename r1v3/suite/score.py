@@ -137,7 +137,7 @@ def verdicts(
 
 
 class _Tally:
-    """What is read of answers, cell by cell of [questions, samples]."""
+    """The account of the answers read so far, cell by cell of [questions, samples]."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.there, self.said = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
