@@ -66,7 +66,7 @@ def group_advantages(
     else:
         offsets = _offsets(groups, rewards)
     codes = BASELINES.index(baseline), SCALES.index(scale), SINGLETONS.index(singleton)
-    return _group_advantages_op(rewards.detach(), ids, offsets, length, *codes, ddof, eps)
+    return _group_advantages_op(rewards, ids, offsets, length, *codes, ddof, eps)
 
 
 def _ids(ids: Tensor, rewards: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""The stages as ranks on megatron-core: they learn what one process learns, survive kills and polite
-stops under torchrun, and resume to the same bits."""
+"""The stages as ranks on megatron-core: they learn what one process learns, survive kills and
+polite stops under torchrun, and resume to the same bits."""
 
 import contextlib
 import functools
