@@ -99,7 +99,7 @@ def step_time(
     ideal = sum(
         f + b for work in works for f, b in stage_costs(dims, work, (dims.layers,), MODULES)
     )
-    replicas = gpus // (parallel.tensor * parallel.pipeline)
+    replicas = gpus // parallel.model_ranks
     if balanced:
         assert config.micro_batch_tokens is not None
         layers = stage_layers(
@@ -117,8 +117,9 @@ def step_time(
             for pack in packs
             for p, rows in pack
         ]
+    ranks = parallel.tensor * parallel.context
     costs = [
-        [(f / RATE / parallel.tensor, b / RATE / parallel.tensor) for f, b in one]
+        [(f / RATE / ranks, b / RATE / ranks) for f, b in one]
         for one in (stage_costs(dims, work, layers, MODULES) for work in works)
     ]
     totals = [sum(f + b for f, b in one) for one in costs]

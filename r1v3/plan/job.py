@@ -31,7 +31,8 @@ class Job:
     """One stage laid out on a cluster.
 
     packing: the micro-batches of a step. prompts, group: sampled prompts of a step, and completions
-    of each. rows: sequences that one replica of the model decodes at a time with `local` rollouts.
+    of each. rows: sequences that one copy of the model decodes at a time with `local` rollouts;
+    context-parallel ranks are a copy each.
     """
 
     cluster: Cluster
@@ -113,15 +114,18 @@ def job_of(
     if config.engine != "megatron":
         raise ValueError(f"engine {config.engine} is one process; the plan needs engine=megatron")
     parallel = config.parallel
-    model_ranks = parallel.tensor * parallel.pipeline
-    if cluster.gpus % model_ranks:
+    if cluster.gpus % parallel.model_ranks:
+        context = f" x context {parallel.context}" if parallel.context > 1 else ""
         raise ValueError(
             f"{cluster.gpus} GPUs are not a multiple of tensor {parallel.tensor} x pipeline "
-            f"{parallel.pipeline} = {model_ranks}"
+            f"{parallel.pipeline}{context} = {parallel.model_ranks}"
         )
-    data = cluster.gpus // model_ranks
+    data = cluster.gpus // parallel.model_ranks
+    # Context-parallel ranks share what one replica trains on, and sample for themselves.
+    samplers = data * parallel.context
+    trains = isinstance(config, Supervised | GRPO)
     sequence = _sequence(config, dims, sequence_length, text_tokens)
-    prompts, group, rows = _samples(config, data)
+    prompts, group, rows = _samples(config, samplers)
     layout = RankLayout(
         world=cluster.gpus,
         tensor=parallel.tensor,
@@ -132,7 +136,6 @@ def job_of(
         dtype=config.dtype,
     )
     shards = _shards(config, dims)
-    trains = isinstance(config, Supervised | GRPO)
     modules = config.modules.model_dump() if isinstance(config, Supervised | GRPO) else {}
     rollout = config.rollout if isinstance(config, GRPO | Evaluate) else None
     return Job(
@@ -143,7 +146,7 @@ def job_of(
         modules=modules,
         trains=trains,
         distributed_optimizer=parallel.distributed_optimizer,
-        packing=packing_of(config, data, sequence),
+        packing=packing_of(config, data if trains else samplers, sequence),
         prompts=prompts,
         group=group,
         rows=rows,
@@ -168,6 +171,7 @@ def _shards(config: Stage, dims: Dimensions) -> memory.Shards:
         padded_heads=-(-dims.vision_heads // HEAD_MULTIPLE) * HEAD_MULTIPLE,
         padded_vocab=-(-dims.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         cuda=config.device != "cpu",
+        context=parallel.context,
     )
 
 
@@ -196,14 +200,15 @@ def _sequence(
     return LongestSample(prompt, length - prompt, tiles)
 
 
-def _samples(config: Stage, data: int) -> tuple[int, int, int]:
-    """(prompts sampled in a step, completions of each, rows decoded at a time by a replica)."""
+def _samples(config: Stage, samplers: int) -> tuple[int, int, int]:
+    """(prompts sampled in a step, completions of each, rows that one of the samplers decodes at a
+    time)."""
     if isinstance(config, GRPO):
-        rows = -(-config.prompts_per_step // data) * config.group_size
+        rows = -(-config.prompts_per_step // samplers) * config.group_size
         return config.prompts_per_step // config.gradient_steps, config.group_size, rows
     if isinstance(config, Evaluate):
-        prompts = -(-config.batch_prompts // data)
-        return prompts * data, config.samples, prompts * config.samples
+        prompts = -(-config.batch_prompts // samplers)
+        return prompts * samplers, config.samples, prompts * config.samples
     return 0, 1, 0
 
 

@@ -79,7 +79,8 @@ class Shards:
 
     layers: language layers of each pipeline stage. element: bytes of weights and activations.
     padded_heads, padded_vocab: of the vision tower and the vocabulary. cuda: fused RMS norm and
-    flash attention; without, the CPU's operators, which keep more.
+    flash attention; without, the CPU's operators, which keep more. context: ranks over which the
+    tokens of a micro-batch, its labels and its tiles are divided.
     """
 
     tensor: int
@@ -90,6 +91,7 @@ class Shards:
     padded_heads: int
     padded_vocab: int
     cuda: bool = True
+    context: int = 1
 
     @property
     def pipeline(self) -> int:
@@ -100,6 +102,37 @@ class Shards:
     def scatter(self) -> int:
         """Over how many ranks the tokens between layers are split."""
         return self.tensor if self.sequence else 1
+
+    def segments(self, pack: Pack) -> list[tuple[int, int, int]]:
+        """(rows, keys, how many) of the segments of a context-parallel rank.
+
+        A divided segment is an early and a late chunk, here those of the first rank; the chunks of
+        the others have the same rows and keys together.
+        """
+        inputs = pack.response_tokens - 1
+        whole = [
+            (pack.prompt_tokens, pack.prompt_tokens, pack.prompts),
+            (inputs, pack.keys_each, pack.responses),
+        ]
+        if self.context == 1:
+            return whole
+        found = []
+        for rows, keys, count in whole:
+            chunk = -(-rows // (2 * self.context))
+            found += [(chunk, keys - rows + chunk, count), (chunk, keys, count)]
+        return found
+
+    def rows(self, pack: Pack) -> int:
+        """Rows of a pack that one context-parallel rank runs through the layers."""
+        return sum(rows * count for rows, _, count in self.segments(pack))
+
+    def keys(self, pack: Pack) -> int:
+        """Rows of all segments' keys on one context-parallel rank."""
+        return sum(keys * count for _, keys, count in self.segments(pack))
+
+    def share(self, count: int) -> int:
+        """A context-parallel rank's share of labels or tiles."""
+        return -(-count // self.context)
 
 
 def stage_parameters(dims: Dimensions, shards: Shards, stage: int) -> dict[str, int]:
@@ -136,18 +169,18 @@ def norm_saved(shards: Shards, width: int) -> int:
 
 def layer_saved(dims: Dimensions, shards: Shards, pack: Pack) -> int:
     """Bytes one language layer keeps for its backward without recomputation."""
-    e, tp, t = shards.element, shards.tensor, pack.tokens
+    e, tp, t = shards.element, shards.tensor, shards.rows(pack)
     heads = dims.heads // tp * dims.head_dim
     kv = max(dims.kv_heads // tp, 1) * dims.head_dim
     norms = 2 * (norm_saved(shards, dims.hidden) + dims.hidden * e) * (t // shards.scatter)
     rotary = 4 * dims.head_dim * e * t
-    attention = (2 * heads * e + 4 * dims.heads // tp) * t + 2 * kv * e * pack.keys
+    attention = (2 * heads * e + 4 * dims.heads // tp) * t + 2 * kv * e * shards.keys(pack)
     gated = 5 * dims.ffn // tp * e * t
     total = norms + rotary + attention + gated
     if not shards.cuda:
         # Outputs of segments before they are joined, and masks that flash attention never makes.
         total += heads * e * t
-        total += pack.responses * (pack.response_tokens - 1) * pack.keys_each * e
+        total += sum(n * keys * count * e for n, keys, count in shards.segments(pack) if n != keys)
     return total
 
 
@@ -205,7 +238,7 @@ class Activations:
 
 def image_kept(dims: Dimensions, shards: Shards, pack: Pack, modules: Mapping[str, bool]) -> float:
     """Bytes that vision tower and connector keep of a micro-batch in flight."""
-    tiles, e = pack.all_tiles, shards.element
+    tiles, e = shards.share(pack.all_tiles), shards.element
     if not tiles:
         return 0.0
     total = 0
@@ -223,14 +256,14 @@ def image_kept(dims: Dimensions, shards: Shards, pack: Pack, modules: Mapping[st
 
 def layers_kept(dims: Dimensions, shards: Shards, pack: Pack, stage: int) -> float:
     """Bytes that a stage's language layers keep of a micro-batch in flight."""
-    t, count = pack.tokens, shards.layers[stage]
+    t, count = shards.rows(pack), shards.layers[stage]
     rows = dims.hidden * shards.element * (t // shards.scatter)
     total = 4 * dims.head_dim * t  # rotary angles
     if shards.recompute:
         total += count * rows
     else:
         # The list of keys is one tensor for all layers.
-        total += count * layer_saved(dims, shards, pack) + 8 * pack.keys
+        total += count * layer_saved(dims, shards, pack) + 8 * shards.keys(pack)
     if stage == 0 and shards.sequence and count:
         # The first layer's part of the tokens is a view of all of them.
         if shards.recompute:
@@ -246,7 +279,7 @@ def head_workspace(
     dims: Dimensions, shards: Shards, pack: Pack, trained: bool
 ) -> tuple[float, float]:
     """(fused, materialized) bytes of the head's forward and backward on the last stage."""
-    e, t, m, h = shards.element, pack.tokens, pack.labels, dims.hidden
+    e, t, m, h = shards.element, shards.rows(pack), shards.share(pack.labels), dims.hidden
     columns = shards.padded_vocab // shards.tensor
     # All tokens gathered and their gradient; the counted rows, their gradient in both precisions.
     hidden = 2 * t * h * e + m * h * (2 * e + 4)
@@ -258,7 +291,7 @@ def head_workspace(
 def layer_workspace(dims: Dimensions, shards: Shards, pack: Pack) -> float:
     """Bytes at the worst moment of a language layer's backward: what recomputation brings back,
     and gradients within the MLP, or the gathered input and gradient of a full-width product."""
-    e, t, h = shards.element, pack.tokens, dims.hidden
+    e, t, h = shards.element, shards.rows(pack), dims.hidden
     gradients = t * e * (2 * max(dims.ffn // shards.tensor, h) + 2 * h // shards.scatter)
     return float(gradients + (layer_saved(dims, shards, pack) if shards.recompute else 0))
 
@@ -291,10 +324,10 @@ def activations(
     if stage == 0:
         kept += image_kept(dims, shards, pack, modules)
         if modules["vision"]:
-            layer = max(layer, vision_workspace(dims, shards, pack.all_tiles))
+            layer = max(layer, vision_workspace(dims, shards, shards.share(pack.all_tiles)))
     if shards.pipeline > 1:
         # One activation to send and one gradient received.
-        layer += 2 * dims.hidden * shards.element * (pack.tokens // shards.scatter)
+        layer += 2 * dims.hidden * shards.element * (shards.rows(pack) // shards.scatter)
     fused = materialized = 0.0
     if stage == shards.pipeline - 1:
         fused, materialized = head_workspace(dims, shards, pack, modules["llm"])
@@ -336,7 +369,8 @@ class State:
 
         Args:
             parameters: of this rank, by part.
-            data: data-parallel ranks, over which the distributed optimizer shards its state.
+            data: data- and context-parallel ranks, over which the distributed optimizer shards its
+                state.
         """
         trained = sum(count for part, count in parameters.items() if modules.get(part, False))
         each = 8 if element == 4 else 12

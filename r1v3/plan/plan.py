@@ -143,7 +143,7 @@ def _rank(job: Job, dims: Dimensions, stage: int, parameters: dict[str, int]) ->
         parameters,
         job.modules,
         element=shards.element,
-        data=job.data,
+        data=job.data * shards.context,
         distributed=job.distributed_optimizer,
     )
     asleep = cuda and job.rollout is not None and job.rollout.engine == "vllm"
@@ -159,7 +159,7 @@ def _rank(job: Job, dims: Dimensions, stage: int, parameters: dict[str, int]) ->
         )
     return RankPlan(
         stage=stage,
-        count=shards.tensor * job.data,
+        count=shards.tensor * shards.context * job.data,
         layers=shards.layers[stage],
         parameters=parameters,
         state=state,

@@ -32,9 +32,10 @@ def print_plan(
         larger: where nothing is proposed, the number of GPUs on which the stage would fit, and how.
     """
     job, pack = plan.job, plan.job.pack
+    context = f"context {job.shards.context} x " if job.shards.context > 1 else ""
     console.print(
         f"[bold]{title}[/]: {job.cluster.gpus} GPUs = tensor {job.shards.tensor} x pipeline "
-        f"{job.shards.pipeline} {list(job.shards.layers)} x data {job.data}",
+        f"{job.shards.pipeline} {list(job.shards.layers)} x {context}data {job.data}",
         highlight=False,
         soft_wrap=True,
     )
@@ -178,6 +179,7 @@ def as_json(plan: Plan, proposals: Sequence[Proposal]) -> dict[str, Any]:
         "memory": job.cluster.memory,
         "tensor": job.shards.tensor,
         "pipeline": job.shards.pipeline,
+        "context": job.shards.context,
         "data": job.data,
         "layers": list(job.shards.layers),
         "micro_batch": asdict(job.pack) | {"tokens": job.pack.tokens},

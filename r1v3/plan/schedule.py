@@ -77,7 +77,7 @@ def simulate(costs: Sequence[Sequence[Cost]]) -> float:
 
 def step_seconds(job: Job, dims: Dimensions) -> float:
     """Return the time of a training step at the stated rate, of the replica that takes longest."""
-    rate = job.cluster.flops * job.shards.tensor
+    rate = job.cluster.flops * job.shards.tensor * job.shards.context
     costs: list[list[Cost]] = []
     for pack, count in job.packing.packs.items():
         stages = stage_costs(

@@ -124,6 +124,9 @@ def neighbors(config: Stage, dims: Dimensions) -> Iterator[tuple[str, ...]]:
     for tensor in _SPLITS:
         if tensor != parallel.tensor:
             yield (f"parallel.tensor={tensor}", f"parallel.sequence={str(tensor > 1).lower()}")
+    for context in _SPLITS:
+        if context != parallel.context:
+            yield (f"parallel.context={context}",)
     for stages in _SPLITS:
         if stages != parallel.pipeline:
             first = "null" if stages == 1 else str(balanced_first(dims, stages))

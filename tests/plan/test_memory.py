@@ -1,10 +1,10 @@
 """The plan's formulas against bytes counted in the real modules, rank by rank."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,13 @@ def wide() -> InternVLConfig:
     )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One rank of a layout."""
 
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     stage: int = 0
     data: int = 2
     sequence: bool = False
@@ -111,11 +112,18 @@ class Case:
             padded_heads=8,
             padded_vocab=512,
             cuda=False,
+            context=self.context,
         )
 
+    @property
+    def pack(self) -> Pack:
+        if self.peak:
+            return Pack(1, 4, 400, 401, 2)
+        # Two prompts of 31 tokens with 3 responses of 34: 2 * 31 + 6 * 33 = 260 rows, even. Where
+        # they are divided, chunks of two ranks are 8 rows each.
+        return Pack(2, 3, 31, 34, 2) if self.context == 1 else Pack(2, 3, 32, 33, 2)
 
-# Two prompts of 31 tokens with 3 responses of 34: 2 * 31 + 6 * 33 = 260 rows, even.
-PACK = Pack(prompts=2, group=3, prompt_tokens=31, response_tokens=34, tiles=2)
+
 CASES = (
     Case(state=True),
     Case(tensor=2, sequence=True, dtype="bfloat16", state=True, data=4),
@@ -124,6 +132,7 @@ CASES = (
     Case(tensor=2, sequence=True, pipeline=2, stage=0, first=2, recompute="full"),
     Case(tensor=2, sequence=True, pipeline=2, stage=1, first=2, dtype="bfloat16", state=True),
     Case(pipeline=2, stage=1, first=2, recompute="full", dtype="bfloat16"),
+    Case(context=2, tensor=2, sequence=True, data=1, state=True),
     Case(tensor=8, sequence=True, recompute="full", peak=True),
     Case(tensor=2, sequence=True, recompute="full", peak=True),
 )
@@ -139,7 +148,7 @@ def measured() -> list[dict[str, Any]]:
                 **vars(case),
                 "modules": case.modules,
                 "config": (wide() if case.peak else config()).to_dict(),
-                "pack": (1, 4, 400, 401) if case.peak else (2, 3, 31, 34),
+                "pack": dataclasses.astuple(case.pack)[:4],
             }
         )
         for case in CASES
@@ -169,11 +178,15 @@ def test_parameters_of_a_rank(index: int) -> None:
 def test_saved_activations_of_a_rank(index: int) -> None:
     """Fails if the plan promises room that the backward's saved tensors need, or the reverse."""
     case, found = CASES[index], measured()[index]
-    assert (found["tokens"], found["keys"], found["labels"]) == (PACK.tokens, PACK.keys, 204)
-    dims = Dimensions.of(config())
-    kept = layers_kept(dims, case.shards, PACK, case.stage)
+    dims, pack, shards = Dimensions.of(config()), case.pack, case.shards
+    assert (found["tokens"], found["keys"]) == (shards.rows(pack), shards.keys(pack))
+    if case.context == 1:
+        assert (found["tokens"], found["keys"], found["labels"]) == (pack.tokens, pack.keys, 204)
+    else:
+        assert abs(found["labels"] - pack.labels / case.context) <= pack.responses
+    kept = layers_kept(dims, shards, pack, case.stage)
     if case.stage == 0:
-        kept += image_kept(dims, case.shards, PACK, case.modules)
+        kept += image_kept(dims, shards, pack, case.modules)
     # Token ids and masks of the embedding are what the formulas leave out.
     assert found["saved"] == pytest.approx(kept, rel=0.01)
 
@@ -185,7 +198,11 @@ def test_gradients_and_optimizer_state_of_a_rank(index: int) -> None:
     counts = stage_parameters(Dimensions.of(config()), case.shards, case.stage)
     trained = sum(n for part, n in counts.items() if case.modules[part])
     state = State.of(
-        counts, case.modules, element=case.shards.element, data=case.data, distributed=True
+        counts,
+        case.modules,
+        element=case.shards.element,
+        data=case.data * case.context,
+        distributed=True,
     )
     assert state.weights == sum(counts.values()) * case.shards.element
     assert state.gradients == 4 * trained
@@ -199,7 +216,7 @@ def test_the_worst_moment_of_a_recomputed_layer(index: int) -> None:
     """Fails if a step needs more at some moment of its backward than the plan has room for, or if
     the plan is so careful that it refuses what would run."""
     case, found = CASES[index], measured()[index]
-    dims, pack = Dimensions.of(wide()), Pack(1, 4, 400, 401, 2)
+    dims, pack = Dimensions.of(wide()), case.pack
     kept = layers_kept(dims, case.shards, pack, 0) + image_kept(dims, case.shards, pack, ALL)
     assert found["tokens"] == pack.tokens
     planned = kept + layer_workspace(dims, case.shards, pack)

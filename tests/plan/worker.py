@@ -21,6 +21,7 @@ from transformers import InternVLConfig
 
 from r1v3.data.batch import Batch
 from r1v3.model.megatron import attention, cpu
+from r1v3.model.megatron.context import context_part
 from r1v3.model.megatron.internvl import InternVL
 from r1v3.model.megatron.options import ModelOptions
 from r1v3.model.megatron.packing import Packed, pack
@@ -127,10 +128,13 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """One rank of one layout."""
     config = InternVLConfig(**case["config"])
     tensor, stage, stages = case["tensor"], case["stage"], case["pipeline"]
-    world = tensor * stages * case["data"]
+    context = case["context"]
+    world = tensor * stages * context * case["data"]
     rank = stage * (world // stages)
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    parallel_state.initialize_model_parallel(tensor, stages, create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(
+        tensor, stages, context_parallel_size=context, create_gloo_process_groups=False
+    )
     try:
         model_parallel_cuda_manual_seed(0)
         dtype = getattr(torch, case["dtype"])
@@ -147,7 +151,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             parts[part] = parts.get(part, 0) + parameter.numel()
             parameter.requires_grad_(case["modules"][part])
         given = batch(config, *case["pack"])
-        packed = pack(given, image_token_id=config.image_token_id, multiple_of=tensor)
+        if context == 1:
+            packed = pack(given, image_token_id=config.image_token_id, multiple_of=tensor)
+        else:
+            whole = pack(given, image_token_id=config.image_token_id)
+            packed = context_part(whole, 0, context, multiple_of=tensor)
         if stage:
             rows = len(packed.input_ids) // (tensor if case["sequence"] else 1)
             width = config.text_config.hidden_size
