@@ -1,5 +1,6 @@
 """The presets of the 38B: the report's numbers, and a plan that fits every stated cluster."""
 
+import json
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import InternVLConfig
 
-from r1v3.config import load
+from r1v3.config import GRPO, load
 from r1v3.model.flops import Dimensions
 from r1v3.plan.job import TEXT_TOKENS, Cluster, job_of, model_folder
 from r1v3.plan.plan import Plan, make_plan
@@ -98,6 +99,40 @@ def test_grpo_uses_every_gpu_of_a_larger_cluster(name: str) -> None:
     assert plans[64].seconds > 3.5 * plans[256].seconds
     undivided = planned(name, 64, "micro_batch_tokens=null")
     assert undivided.fits == (name == "grpo_4k")
+
+
+def test_64k_is_divided_among_context_parallel_ranks() -> None:
+    """Fails if the preset of 65,536 tokens would not fit its clusters, differs from the 32k's in
+    more than its length, or a rank's activations do not fall with the ranks that share them."""
+    file = FOLDER.parent / "r1v3-38b-64k" / "grpo.yaml"
+    config = load(GRPO, file)
+    assert model_folder(config, file) == file.parent / "model"
+    longer = Dimensions.of(InternVLConfig.from_pretrained(file.parent / "model"))
+    model, of_32k = (
+        json.loads((folder / "model" / "config.json").read_text())
+        for folder in (file.parent, FOLDER)
+    )
+    theta = model["text_config"]["rope_parameters"].pop("rope_theta")
+    assert theta == pytest.approx(1e6 * 3 ** (128 / 126))
+    of_32k["text_config"]["rope_parameters"].pop("rope_theta")
+    of_32k["text_config"]["max_position_embeddings"] = 65536
+    assert model == of_32k
+    changed = {"run", "model", "decoding", "micro_batch_tokens", "parallel"}
+    shorter = preset("grpo_32k").model_dump(exclude=changed)
+    assert config.model_dump(exclude=changed) == shorter
+    for gpus in (32, 64, 128, 256):
+        plan = make_plan(job_of(config, longer, Cluster(gpus)), longer)
+        assert plan.problems == [] and plan.overflow < -0.5e9
+        assert 65000 < plan.job.sequence_tokens <= 65536
+    moving = {}
+    for context in (1, 2, 4):
+        split = load(GRPO, file, [f"parallel.context={context}"])
+        plan = make_plan(job_of(split, longer, Cluster(64)), longer)
+        moving[context] = [rank.activations for rank in plan.ranks if rank.activations is not None]
+    for context in (2, 4):
+        for whole, part in zip(moving[1], moving[context], strict=True):
+            # The gradient of the head's weight is whole on every rank.
+            assert part.total < whole.total / context + 1e9
 
 
 def test_a_budget_of_less_than_one_sequence_is_named() -> None:
