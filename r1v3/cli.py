@@ -16,6 +16,9 @@ app = typer.Typer(
     help="The Skywork-R1V3 recipe: SFT, GRPO, connector tuning, selection, evaluation.",
 )
 INTERRUPTED = 130
+# How a verb goes on that was interrupted.
+RESUME = "go on with --resume"
+AGAIN = "start it again to go on"
 # Packages that only some verbs need, and the extra that brings them.
 EXTRAS = {
     "sklearn": "demo",
@@ -35,8 +38,11 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 
 
 @contextmanager
-def _friendly() -> Iterator[None]:
-    """User errors become one line on stderr and exit code 1; an interruption exits with 130."""
+def _friendly(go_on: str = "") -> Iterator[None]:
+    """User errors become one line on stderr and exit code 1; an interruption exits with 130.
+
+    `go_on` tells how a verb goes on that was interrupted; without it, nothing is left to go on.
+    """
     from r1v3.trainer.interrupt import StageInterrupted
 
     try:
@@ -47,7 +53,8 @@ def _friendly() -> Iterator[None]:
         typer.secho(str(stopped), fg="yellow", err=True)
         raise typer.Exit(INTERRUPTED) from stopped
     except KeyboardInterrupt as stopped:
-        typer.secho("interrupted; what was saved is kept: go on with --resume", err=True)
+        kept = go_on and f"; what was saved is kept: {go_on}"
+        typer.secho(f"interrupted{kept}", fg="yellow", err=True)
         raise typer.Exit(INTERRUPTED) from stopped
     except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
         typer.secho(_error_line(error), fg="red", err=True)
@@ -65,7 +72,7 @@ def _error_line(error: Exception) -> str:
     from r1v3.ranks import is_lost_peer
 
     if is_lost_peer(error):
-        text = f"another rank has died or hangs; checkpoints are kept: go on with --resume ({text})"
+        text = f"another rank has died or hangs; checkpoints are kept: {RESUME} ({text})"
     return f"error: rank {os.environ['RANK']}: {text}"
 
 
@@ -97,7 +104,7 @@ def demo(
     resume: Resume = False,
 ) -> None:
     """The whole recipe on handwritten digits, in minutes on a laptop, with a report at the end."""
-    with _friendly():
+    with _friendly(RESUME):
         from r1v3.demo import run_demo
         from r1v3.shipped_files import shipped
 
@@ -145,7 +152,7 @@ def data(
 )
 def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Cold-start supervised fine-tuning (and, from an architecture, pre-training)."""
-    with _friendly():
+    with _friendly(RESUME):
         from r1v3.config import SFT, load
 
         loaded = load(SFT, config, overrides or [])
@@ -160,7 +167,7 @@ def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False)
 @app.command(epilog="Example: r1v3 grpo configs/demo/grpo.yaml run=runs/mine loss.clip_high=0.28")
 def grpo(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Group relative policy optimization."""
-    with _friendly():
+    with _friendly(RESUME):
         from r1v3.config import GRPO, load
 
         loaded = load(GRPO, config, overrides or [])
@@ -175,7 +182,7 @@ def grpo(config: ConfigFile, overrides: Overrides = None, resume: Resume = False
 @app.command(epilog="Example: r1v3 connector configs/demo/connector.yaml run=runs/mine")
 def connector(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Connector-only tuning."""
-    with _friendly():
+    with _friendly(RESUME):
         from r1v3.config import Connector, load
 
         loaded = load(Connector, config, overrides or [])
@@ -200,7 +207,7 @@ def select(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command("eval", epilog="Example: r1v3 eval configs/demo/eval.yaml run=runs/mine name=grpo")
 def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Score one checkpoint in all decoding modes."""
-    with _friendly():
+    with _friendly(AGAIN):
         from r1v3.config import Evaluate, load
         from r1v3.evaluation.evaluate import evaluate as run_evaluation
         from r1v3.local_job import local_job
@@ -230,7 +237,7 @@ def suite(
     ] = False,
 ) -> None:
     """Run and score the report's public benchmarks; started again, it asks what is missing."""
-    with _friendly():
+    with _friendly(AGAIN):
         from r1v3.config import Suite, load
         from r1v3.local_job import local_job
         from r1v3.suite.run import run_suite, score_suite
@@ -258,18 +265,13 @@ def distill(
     ] = False,
 ) -> None:
     """Make cold-start data from a teacher's answers; started again, it asks what is missing."""
-    with _friendly():
+    with _friendly(AGAIN):
         from r1v3.config import Distill, load
         from r1v3.distill.run import run_distill
-        from r1v3.trainer.interrupt import StageInterrupted
 
-        try:
-            run_distill(
-                load(Distill, config, overrides or []), estimate_only=estimate, build_only=build
-            )
-        except KeyboardInterrupt as stopped:
-            told = "interrupted; every answer that came is kept: start it again to go on"
-            raise StageInterrupted(told) from stopped
+        run_distill(
+            load(Distill, config, overrides or []), estimate_only=estimate, build_only=build
+        )
 
 
 @app.command(
@@ -290,7 +292,7 @@ def study(
     ] = False,
 ) -> None:
     """Run experiments of the report and judge its findings; started again, it goes on."""
-    with _friendly():
+    with _friendly(AGAIN):
         from r1v3.study.run import run_studies
 
         if not run_studies(files, out, quick=quick, jobs=jobs, printing=print_):

@@ -207,3 +207,25 @@ def test_without_typer_the_command_says_what_to_install(monkeypatch: pytest.Monk
     with pytest.raises(SystemExit) as stop:
         r1v3.__main__.main()
     assert "pip install" in str(stop.value)
+
+
+@pytest.mark.parametrize(
+    ("verb", "wanted"),
+    [
+        ("grpo", "interrupted; what was saved is kept: go on with --resume\n"),
+        ("eval", "interrupted; what was saved is kept: start it again to go on\n"),
+        ("distill", "interrupted; what was saved is kept: start it again to go on\n"),
+        ("select", "interrupted\n"),
+    ],
+)
+def test_ctrl_c_names_the_way_that_a_verb_goes_on(
+    monkeypatch: pytest.MonkeyPatch, verb: str, wanted: str
+) -> None:
+    """Fails if a verb without `--resume` sends people to it, or ends in a traceback."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("r1v3.config.load", interrupted)
+    done = RUNNER.invoke(app, [verb, "some.yaml"])
+    assert (done.exit_code, done.stderr) == (130, wanted)
