@@ -59,7 +59,10 @@ FORBIDDEN = {
 }  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "r1v3"} | set(sys.stdlib_module_names)
 # Importing these takes seconds, or fails where the package is optional.
-NEVER_AT_TOP = ("vllm", "wandb", "flash_attn", "transformer_engine", "apex", "verl", "trl")
+NEVER_AT_TOP = (
+    "vllm", "wandb", "flash_attn", "transformer_engine", "apex", "verl", "trl", "slime", "openrlhf",
+    "nemo_rl", "prime_rl", "swift",
+)  # fmt: skip
 # Of r1v3 itself, an adapter loads what is light in another stack's process.
 ADAPTERS_MAY_IMPORT = ("r1v3.kernels", "r1v3.rewards", "r1v3.integrations", "r1v3.data.words",
                        "r1v3.data.thoughts")  # fmt: skip

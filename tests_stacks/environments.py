@@ -10,6 +10,7 @@ change.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from r1v3.integrations.versions import TESTED
+from r1v3.integrations.versions import COMMITS, TESTED, requirement
 from tests_stacks.sources import FOLDER as SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ class Stack:
         packages: distributions; those in `TESTED` are installed in that version.
         tests: files below tests_stacks.
         sources: distributions of which the Python files alone are unpacked, see
-            `tests_stacks.sources`.
+            `tests_stacks.sources`; those in `COMMITS` by git.
         bare: distributions that are installed without what they ask for, because that includes
             builds of torch or torchvision for other machines; what they need is in `packages`.
     """
@@ -52,7 +53,7 @@ class Stack:
 
 def pinned(*packages: str) -> list[str]:
     """Distributions in the version that they are tested in, if there is one."""
-    return [f"{name}=={TESTED[name]}" if name in TESTED else name for name in packages]
+    return [requirement(name) if name in TESTED else name for name in packages]
 
 
 STACKS = {
@@ -68,6 +69,14 @@ STACKS = {
     "verl": Stack(
         ("verl", "megatron-core", "cachetools", "uvicorn", "fastapi", "sympy", "mpmath"),
         ("test_verl.py",),
+    ),
+    "trainers": Stack(
+        ("megatron-core", "transformers", "pydantic", "jaxtyping", "beartype"),
+        (
+            *("test_slime.py", "test_openrlhf.py", "test_nemo_rl.py", "test_prime_rl.py"),
+            *("test_swift.py", "test_trainers_two_ranks.py"),
+        ),
+        sources=("slime", "openrlhf", "nemo-rl", "prime-rl", "ms-swift"),
     ),
     "clients": Stack(("openai",), ("test_openai.py",)),
     "evalscope": Stack(("evalscope",), ("test_evalscope.py",)),
@@ -115,16 +124,40 @@ def build_wheel() -> Path:
 
 
 def unpack(distribution: str, environment: Path) -> None:
-    """Unpack the Python files of a distribution's wheel below `sources.FOLDER`."""
+    """Unpack the Python files of a distribution below `sources.FOLDER`.
+
+    They come from its wheel, or from its repository; where that is out of reach, its tests skip.
+    """
     target = SOURCES / distribution
-    shutil.rmtree(target, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
+        if distribution in COMMITS:
+            clone(*COMMITS[distribution], Path(folder), target)
+            return
         pip = (environment / "bin" / "python", "-m", "pip", "-q", "download", "--no-deps")
-        wanted = f"{distribution}=={TESTED[distribution]}"
-        run(*pip, "--only-binary", ":all:", "-d", folder, wanted)
+        run(*pip, "--only-binary", ":all:", "-d", folder, requirement(distribution))
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(target, [n for n in archive.namelist() if n.endswith(".py")])
+            for name in archive.namelist():
+                if name.endswith(".py"):
+                    file = target / re.sub(r"^[^/]+\.data/(pure|plat)lib/", "", name)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(archive.read(name))
+
+
+def clone(url: str, commit: str, folder: Path, target: Path) -> None:
+    """Check one commit of a repository out in a folder, and keep its Python files in `target`."""
+    git = ("git", "-C", folder)
+    try:
+        run("git", "init", "-q", folder)
+        run(*git, "fetch", "-q", "--depth", "1", url, commit)
+        run(*git, "checkout", "-q", "FETCH_HEAD")
+    except subprocess.CalledProcessError:
+        print(f"{url} could not be fetched: tests of its functions will be skipped", flush=True)
+        return
+    for file in folder.rglob("*.py"):
+        there = target / file.relative_to(folder)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, there)
 
 
 def prepare(name: str, wheel: Path) -> Path:
@@ -142,8 +175,11 @@ def prepare(name: str, wheel: Path) -> Path:
         if stack.bare:
             run(*pip, "--no-deps", *pinned(*stack.bare))
         for source in stack.sources:
-            unpack(source, folder)
+            shutil.rmtree(SOURCES / source, ignore_errors=True)
         stamp.write_text(wanted, encoding="utf-8")
+    for source in stack.sources:
+        if not (SOURCES / source).is_dir():
+            unpack(source, folder)
     run(*pip, "--no-deps", "--force-reinstall", wheel)
     return folder
 

@@ -8,7 +8,7 @@ from operator import attrgetter
 from types import TracebackType
 from typing import Any
 
-from r1v3.integrations.versions import TESTED
+from r1v3.integrations.versions import TESTED, requirement
 
 # Replacements that are in place, by id: a name that leads to one is not rebound again.
 _ours: dict[int, object] = {}
@@ -24,6 +24,8 @@ class Name:
         parameters: names of its parameters in order, keyword-only ones after "*", as
             `parameters_of` writes them.
         replacement: the object that callers find instead.
+        wraps: `replacement` is called with what was there and returns that object, which can hand
+            back what r1v3 does not compute.
         member: attributes from the object on to what `parameters` describes, for one whose own
             signature says nothing: "forward" of an autograd function.
     """
@@ -33,6 +35,7 @@ class Name:
     parameters: str
     replacement: Any
     member: str = ""
+    wraps: bool = False
 
     @property
     def dotted(self) -> str:
@@ -111,8 +114,9 @@ def rebind(distribution: str, names: list[Name]) -> Rebound:
     undoing: list[tuple[str, object, str, object]] = []
     for name, owner in found:
         attribute = name.path.split(".")[-1]
-        undoing.append((name.dotted, owner, attribute, getattr(owner, attribute)))
-        setattr(owner, attribute, name.replacement)
+        stock = getattr(owner, attribute)
+        undoing.append((name.dotted, owner, attribute, stock))
+        setattr(owner, attribute, name.replacement(stock) if name.wraps else name.replacement)
         bound = getattr(owner, attribute)
         _ours[id(bound)] = bound
     return Rebound(undoing)
@@ -146,8 +150,8 @@ def _owner(distribution: str, name: Name) -> Any:
         getattr(owner, name.path.split(".")[-1])
     except ModuleNotFoundError as error:
         if error.name == package:
-            pinned = f"{distribution}=={TESTED[distribution]}"
-            raise ImportError(f"{package} is not installed; pip install {pinned}") from error
+            wanted = requirement(distribution)
+            raise ImportError(f"{package} is not installed; pip install {wanted}") from error
         if error.name is None or not error.name.startswith(package + "."):
             raise
         raise RuntimeError(_missing(distribution, name)) from error

@@ -287,15 +287,13 @@ def linear_cross_entropy(
 
 def _megatron_logits() -> Name:
     """The method of verl's Megatron engine that reads the logits, with its replacement."""
-    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
-
-    replacement = logits_processor(MegatronEngineWithLMHead._lm_head_logits_processor)
     return Name(
         "verl.workers.engine.megatron.transformer_impl",
         "MegatronEngineWithLMHead._lm_head_logits_processor",
         "self, logits, label, temperature, *, calculate_sum_pi_squared, calculate_entropy, "
         "distillation_use_topk, distillation_only, logits_processor_func, batch, data_format",
-        replacement,
+        logits_processor,
+        wraps=True,
     )
 
 
