@@ -1,6 +1,5 @@
 // The module r1v3._C: CPU kernels, and CUDA kernels when built with them.
-// Tensors arrive as addresses, so that the module does not depend on a torch version. The callers in
-// r1v3/kernels check shapes, dtypes and devices; here only numbers are checked. Address 0 = absent.
+// The callers in r1v3/kernels check shapes, dtypes and devices; here only numbers are checked.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,32 +11,19 @@
 #include <string>
 #include <vector>
 
+#include "binding.h"
 #include "cpu/capability.h"
 #include "cpu/gemm.h"
 #include "cpu/ops.h"
 #include "cpu/pages.h"
 #include "cpu/sampling.h"
 #ifdef R1V3_WITH_CUDA
-#include "cuda/logits_grpo_loss.h"
+#include "cuda/bindings.h"
 #endif
-
-namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
-using WithoutGil = py::call_guard<py::gil_scoped_release>;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void require(bool ok, const std::string& name, double value, const char* right) {
-  if (!ok) {
-    throw std::invalid_argument(name + " must be " + right + ", got " + std::to_string(value));
-  }
-}
+using namespace r1v3::binding;
 
 void check_dtype(int dtype) {
   require(dtype >= 0 && dtype <= 2, "dtype", dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
@@ -223,36 +209,6 @@ void gemm(int a_dtype, Address a, int64_t rows, int64_t a_stride, int64_t a_k_st
              add, num_threads);
 }
 
-#ifdef R1V3_WITH_CUDA
-int logits_grpo_loss_cluster(int dtype, int64_t vocab) {
-  require(dtype == 0 || dtype == 1, "dtype", dtype, "0 (float32) or 1 (bfloat16)");
-  return r1v3::logits_grpo_loss_cluster(dtype, vocab);
-}
-
-void logits_grpo_loss_cuda(Address logits, std::array<int64_t, 3> logits_layout, Address gradient,
-                           std::array<int64_t, 3> gradient_layout, int dtype, int64_t n_rows,
-                           int64_t width, int64_t vocab, Address token_ids, Address loss_scale,
-                           Address old_logprobs, Address advantages, Address weights,
-                           Address ref_logprobs, double temperature,
-                           const std::vector<double>& options, Address logprobs, Address entropy,
-                           int blocks, Address stream) {
-  require(dtype == 0 || dtype == 1, "dtype", dtype, "0 (float32) or 1 (bfloat16)");
-  require(temperature > 0.0, "temperature", temperature, "> 0");
-  require(vocab >= 0 && vocab <= width, "vocab", static_cast<double>(vocab), "in [0, width]");
-  require(blocks >= 1, "blocks", blocks, ">= 1");
-  const auto layout = [](Address data, const std::array<int64_t, 3>& strides) {
-    return r1v3::RowLayout{at<void>(data), strides[0], strides[1], strides[2]};
-  };
-  const char* error = r1v3::logits_grpo_loss_cuda(
-      layout(logits, logits_layout), layout(gradient, gradient_layout), dtype, n_rows, width, vocab,
-      {at<const int64_t>(token_ids), at<const float>(loss_scale), at<const float>(old_logprobs),
-       at<const float>(advantages), at<const float>(weights), at<const float>(ref_logprobs)},
-      temperature, r1v3::grpo_options(options), at<float>(logprobs), at<float>(entropy), blocks,
-      at<void>(stream));
-  if (error) throw std::runtime_error(std::string("logits_grpo_loss_cuda: ") + error);
-}
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -314,14 +270,7 @@ PYBIND11_MODULE(_C, m) {
         arg("a_k_stride"), arg("b_dtype"), arg("b"), arg("columns"), arg("b_stride"), arg("b_k_stride"), arg("k"),
         arg("c"), arg("c_stride"), arg("add"), arg("num_threads"), arg("capability") = "");
 #ifdef R1V3_WITH_CUDA
-  m.def("logits_grpo_loss_cluster", &logits_grpo_loss_cluster, WithoutGil(), arg("dtype"),
-        arg("vocab"),
-        "Blocks per cluster that hold such a row on the current device, 0 where none do.");
-  m.def("logits_grpo_loss_cuda", &logits_grpo_loss_cuda, WithoutGil(), arg("logits"),
-        arg("logits_layout"), arg("gradient"), arg("gradient_layout"), arg("dtype"), arg("n_rows"),
-        arg("width"), arg("vocab"), arg("token_ids"), arg("loss_scale"), arg("old_logprobs"),
-        arg("advantages"), arg("weights"), arg("ref_logprobs"), arg("temperature"),
-        arg("options"), arg("logprobs"), arg("entropy"), arg("blocks"), arg("stream"));
+  r1v3::define_cuda(m);
   m.attr("built_with_cuda") = true;
 #else
   m.attr("built_with_cuda") = false;

@@ -6,11 +6,7 @@
 // shared memory, and then knows the loss's slope and turns its copy into the gradient. Slices are
 // at most half of a multiprocessor's shared memory where a cluster of up to 8 allows it, so that
 // one row's loads run under another's arithmetic and stores.
-#include <cooperative_groups.h>
-#include <cuda_runtime.h>
-
-#include <utility>
-
+#include "device.h"
 #include "grpo_row.h"
 #include "logits_grpo_loss.h"
 
@@ -18,7 +14,6 @@ namespace r1v3 {
 namespace {
 
 using namespace grpo;
-namespace cg = cooperative_groups;
 
 constexpr int kLargestCluster = 8;  // portable on every architecture with clusters
 
@@ -55,25 +50,6 @@ __device__ Token token_of(const GrpoTokens& tokens, int64_t row) {
     if (tokens.weights != nullptr) token.weight = tokens.weights[row];
   }
   return token;
-}
-
-// Past the first-level cache, and first to leave the second: no logit is read twice.
-__device__ __forceinline__ void copy_vector(Vector* to, const void* from, uint64_t policy) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(address),
-               "l"(from), "l"(policy)
-               : "memory");
-}
-
-__device__ __forceinline__ uint64_t evict_first() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-template <int kPending>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 template <typename T>
@@ -134,15 +110,19 @@ __device__ void write_gradient(T* out, const Vector* shared, const Slice& slice,
 
 #endif
 
+// Shared memory of a block: its vectors of the row follow.
+struct Exchange {
+  State warps[kWarps];
+  State blocks[kLargestCluster];
+};
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) logits_grpo_loss_kernel(const Arguments a) {
-#if __CUDA_ARCH__ >= 900
-  extern __shared__ Vector shared[];
-  __shared__ State warp_states[kWarps];
-  __shared__ State block_states[kLargestCluster];
-  cg::cluster_group cluster = cg::this_cluster();
-  const int blocks = static_cast<int>(cluster.num_blocks());
-  const int rank = static_cast<int>(cluster.block_rank());
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  Exchange& exchange = *shared_memory<Exchange>();
+  auto* shared = reinterpret_cast<Vector*>(&exchange + 1);
+  const int blocks = cluster_blocks();
+  const int rank = cluster_rank();
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t row = blockIdx.x / blocks;
   const T* in = row_of<T>(a.logits, row);
@@ -162,8 +142,7 @@ __global__ void __launch_bounds__(kThreads, 2) logits_grpo_loss_kernel(const Arg
     fill_zero(out, a.vocab, a.width, rank, blocks);
     return;
   }
-  // Distributed shared memory may be written once every block of the cluster has started.
-  auto started = cluster.barrier_arrive();
+  announce_start();
   const Split split = split_row<T>(reinterpret_cast<uintptr_t>(in), a.vocab, blocks);
   const Slice slice = slice_of<T>(split, token.label, rank, blocks, thread);
   const uint64_t policy = evict_first();
@@ -175,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 2) logits_grpo_loss_kernel(const Arg
       const int v = step * kThreads + thread;
       if (v < slice.count) copy_vector(shared + v, from + v * kLanes<T>, policy);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
   }
   const float scale = kLog2E / a.temperature;
   State state = empty_state();
@@ -199,21 +178,23 @@ __global__ void __launch_bounds__(kThreads, 2) logits_grpo_loss_kernel(const Arg
     state.t = to_float(reinterpret_cast<const T*>(shared + slice.token_vector)[slice.token_lane]);
   }
   state = merge_lanes(state, 32, scale);
-  if (thread % 32 == 0) warp_states[thread / 32] = state;
+  if (thread % 32 == 0) exchange.warps[thread / 32] = state;
   __syncthreads();
   if (thread < 32) {
-    state = merge_lanes(thread < kWarps ? warp_states[thread] : empty_state(), kWarps, scale);
+    state = merge_lanes(thread < kWarps ? exchange.warps[thread] : empty_state(), kWarps, scale);
   }
-  cluster.barrier_wait(std::move(started));
+  wait_for_start();
   if (thread < 32) {
     state = {__shfl_sync(~0u, state.m, 0), __shfl_sync(~0u, state.s, 0),
              __shfl_sync(~0u, state.w, 0), __shfl_sync(~0u, state.t, 0)};
-    if (thread < blocks) *cluster.map_shared_rank(block_states + rank, thread) = state;
+    if (thread < blocks) *in_block(&exchange.blocks[rank], thread) = state;
   }
   // No block reads another's memory after this, so each may end when it likes.
-  cluster.sync();
-  state = block_states[0];
-  for (int other = 1; other < blocks; ++other) state = merge(state, block_states[other], scale);
+  cluster_barrier();
+  state = exchange.blocks[0];
+  for (int other = 1; other < blocks; ++other) {
+    state = merge(state, exchange.blocks[other], scale);
+  }
   const Result result = finish(state, token, a.vocab, a.temperature, a.options);
   if (rank == 0 && thread == 0) {
     a.logprobs[row] = result.logprob;
@@ -225,9 +206,10 @@ __global__ void __launch_bounds__(kThreads, 2) logits_grpo_loss_kernel(const Arg
 #endif
 }
 
-size_t slice_bytes(int dtype, int64_t vocab, int blocks) {
+// Shared memory of a block of a cluster that holds a row.
+int64_t block_bytes(int dtype, int64_t vocab, int blocks) {
   const int64_t vectors = vocab / (dtype == 0 ? kLanes<float> : kLanes<bf16>);
-  return static_cast<size_t>((vectors + blocks - 1) / blocks) * kVectorBytes;
+  return static_cast<int64_t>(sizeof(Exchange)) + (vectors + blocks - 1) / blocks * kVectorBytes;
 }
 
 const void* kernel_of(int dtype) {
@@ -268,23 +250,21 @@ struct Device {
   }
 };
 
-constexpr int kFixedBytes = (kWarps + kLargestCluster) * sizeof(State);
-
 // As much shared memory for the kernel as the device gives a block. Not as much as the next launch
 // needs: another host thread's launch would find the limit changed.
 bool allow_shared_memory(int dtype, const Device& device) {
   return cudaFuncSetAttribute(kernel_of(dtype), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              device.shared_per_block - kFixedBytes) == cudaSuccess;
+                              device.shared_per_block) == cudaSuccess;
 }
 
 // Whether clusters of `blocks` can run with `resident` blocks on each multiprocessor.
 bool fits(int dtype, int64_t vocab, int blocks, int resident, const Device& device) {
-  const int64_t bytes = static_cast<int64_t>(slice_bytes(dtype, vocab, blocks));
-  if (bytes + kFixedBytes > device.shared_per_block) return false;
-  const int64_t per_block = bytes + kFixedBytes + device.reserved_per_block;
-  if (per_block * resident > device.shared_per_multiprocessor) return false;
+  const int64_t bytes = block_bytes(dtype, vocab, blocks);
+  if (bytes > device.shared_per_block) return false;
+  const int64_t all = (bytes + device.reserved_per_block) * resident;
+  if (all > device.shared_per_multiprocessor) return false;
   int clusters = 0;
-  const Launch launch(blocks, 1, bytes, nullptr);
+  const Launch launch(blocks, 1, static_cast<size_t>(bytes), nullptr);
   return cudaOccupancyMaxActiveClusters(&clusters, kernel_of(dtype), &launch.config) ==
              cudaSuccess &&
          clusters > 0;
@@ -315,7 +295,7 @@ const char* logits_grpo_loss_cuda(const RowLayout& logits, const RowLayout& grad
   if (n_rows > INT32_MAX / blocks) return "too many rows for one launch";
   Arguments arguments = {logits, gradient, width, vocab, tokens, static_cast<float>(temperature),
                          single_precision(options), logprobs, entropy};
-  const size_t bytes = slice_bytes(dtype, vocab, blocks);
+  const auto bytes = static_cast<size_t>(block_bytes(dtype, vocab, blocks));
   const void* kernel = kernel_of(dtype);
   const Launch launch(blocks, n_rows, bytes, static_cast<cudaStream_t>(stream));
   void* parameters[] = {&arguments};

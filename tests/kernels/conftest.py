@@ -3,8 +3,9 @@
 In a plain run `backend` is the compiled CPU kernels, then the reference that stands in for them,
 then what a CUDA device runs, where there is one. With TRITON_INTERPRET=1
 (`test_triton_interpreter.py` starts such a process) it is the Triton kernels, on CPU tensors
-through the same public functions. Tensors that a test creates without naming a device are on the
-device of its backend.
+through the same public functions. "emulated", which a test of
+`logits_grpo_loss` asks for, is its CUDA kernel on CPU tensors. Tensors that a test creates without
+naming a device are on the device of its backend.
 """
 
 import functools
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from r1v3.kernels import cpu, devices
+from tests.kernels.emulated import take_the_cuda_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # On a test, or as the marks of a parameter: left to `make test-all` by the interpreter, which takes
@@ -61,6 +63,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         )
     if request.param in ("triton", "reference"):
         monkeypatch.setattr(cpu, "supports", lambda tensor: False)
+    elif request.param == "emulated":
+        take_the_cuda_kernel(monkeypatch)
     elif request.param == "compiled" and not cpu.supports(torch.zeros(1)):
         pytest.skip("r1v3._C is not built")
     with warnings.catch_warnings(), torch.device(_device_of(request.param)):

@@ -10,9 +10,15 @@ from torch import Tensor
 
 from r1v3.kernels import grpo_loss, logits_grpo_loss, logprobs_and_entropy, reference
 from r1v3.kernels.arguments import METRICS
-from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED, slow_interpreted
+from tests.kernels.conftest import BACKENDS, CPU_BACKENDS, INTERPRETED, slow_interpreted
 
-pytestmark = pytest.mark.usefixtures("backend")
+EMULATED = pytest.param("emulated", marks=pytest.mark.slow)
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.parametrize(
+        "backend", BACKENDS if INTERPRETED else (*BACKENDS, EMULATED), indirect=True
+    ),
+]
 B, T = 3, 5
 DTYPES = [torch.float32, torch.bfloat16]
 if not INTERPRETED:  # which is slow
@@ -344,7 +350,7 @@ def test_gradcheck() -> None:
 class TestCompiled:
     @pytest.fixture(autouse=True)
     def fresh_compiler(self, backend: str) -> None:
-        if backend == "reference":
+        if backend in ("reference", "emulated"):
             pytest.skip("once is enough")
         torch._dynamo.reset()
 

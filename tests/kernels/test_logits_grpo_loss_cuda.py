@@ -228,41 +228,6 @@ def test_edge_rows(emulator: Any) -> None:
             assert math.isnan(logprob) and math.isnan(entropy) and gradient.isnan().all()
 
 
-# ---- launches ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The host's side, built for a device that is played."""
-    library = tmp_path_factory.mktemp("launches") / "launches.so"
-    folder = ROOT / "tests/kernels/cuda_host"
-    command = ["c++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}"]
-    subprocess.run([*command, str(folder / "launches.cpp"), "-o", str(library)], check=True)
-    found = ctypes.CDLL(str(library))
-    found.last_launch.restype = ctypes.c_int64
-    return found
-
-
-@pytest.mark.parametrize(("vocab", "blocks"), [(18_976, 1), (151_674, 4), (900_000, 8)])
-def test_rows_get_the_blocks_they_need(vocab: int, blocks: int, launches: Any) -> None:
-    """Fails if a row gets a cluster that cannot hold it, or more blocks than leave room for two."""
-    assert launches.cluster(ctypes.c_int64(vocab)) == blocks
-
-
-def test_a_row_that_is_too_long_is_refused(launches: Any) -> None:
-    """Fails if a launch is tried that no device can hold."""
-    assert launches.cluster(ctypes.c_int64(2_000_000)) == 0
-
-
-def test_launches_of_two_host_threads_do_not_disturb_each_other(launches: Any) -> None:
-    """Fails if one thread's launch lowers the limit of shared memory under another's."""
-    vocab = ctypes.c_int64(151_674)
-    for size in (20_000, 151_674):
-        assert launches.cluster(ctypes.c_int64(size)) > 0
-    assert launches.interrupted_launch(vocab, 4) == 0
-    assert launches.last_launch() == -(-(151_674 // 8) // 4) * 16
-
-
 # ---- machine code --------------------------------------------------------------------------
 
 
@@ -296,8 +261,9 @@ def test_two_blocks_fit_a_multiprocessor(cubin: Path) -> None:
     for usage in kernels:
         assert usage["STACK"] == usage["LOCAL"] == 0, usage
         assert usage["REG"] * 512 * 2 <= 65536, usage
-    # Half of 228 kB, less 1 kB that the system takes, holds a quarter of 152,064 bfloat16 logits.
-    assert 152_064 // 8 // 4 * 16 + max(usage["SHARED"] for usage in kernels) <= 114 * 1024
+        # Half of 228 kB, less what the system takes and the states that warps and blocks exchange,
+        # holds a quarter of 152,064 bfloat16 logits.
+        assert 152_064 // 8 // 4 * 16 + (16 + 8) * 16 + usage["SHARED"] <= 114 * 1024
 
 
 def test_the_row_moves_in_16_byte_pieces(cubin: Path) -> None:
