@@ -20,7 +20,7 @@
 
 namespace r1v3::grpo {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 // Loads in flight are waited for in this many groups, so that sums start before the row is here.
 constexpr int kGroups = 4;

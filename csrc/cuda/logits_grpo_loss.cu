@@ -4,8 +4,9 @@
 // A row of 152,064 bfloat16 logits is 304 kB, more than one multiprocessor holds: a cluster of
 // blocks keeps it in its shared memories, exchanges the softmax statistics through distributed
 // shared memory, and then knows the loss's slope and turns its copy into the gradient. Slices are
-// at most half of a multiprocessor's shared memory where a cluster of up to 8 allows it, so that
-// one row's loads run under another's arithmetic and stores.
+// a fifth of a multiprocessor's shared memory where a cluster of up to 8 allows it, so that one
+// row's loads run under others' arithmetic, waiting and stores. Blocks are small, because every
+// thread of a block goes through the exchange of statistics.
 #include "device.h"
 #include "grpo_row.h"
 #include "logits_grpo_loss.h"
@@ -16,6 +17,7 @@ namespace {
 using namespace grpo;
 
 constexpr int kLargestCluster = 8;  // portable on every architecture with clusters
+constexpr int kResident = 5;        // blocks of a multiprocessor, where rows allow it
 
 struct Arguments {
   RowLayout logits, gradient;
@@ -30,9 +32,11 @@ struct Arguments {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 template <typename T>
-__device__ T* row_of(const RowLayout& layout, int64_t row) {
-  return static_cast<T*>(layout.data) + row / layout.inner * layout.stride_outer +
-         row % layout.inner * layout.stride_inner;
+__device__ T* row_of(const RowLayout& layout, uint32_t row) {
+  // A launch has less than 2^31 rows, and dividing 64 bits is a hundred instructions.
+  const auto inner = static_cast<uint32_t>(layout.inner);
+  return static_cast<T*>(layout.data) + row / inner * layout.stride_outer +
+         row % inner * layout.stride_inner;
 }
 
 __device__ Token token_of(const GrpoTokens& tokens, int64_t row) {
@@ -117,14 +121,14 @@ struct Exchange {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) logits_grpo_loss_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, kResident) logits_grpo_loss_kernel(const Arguments a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   Exchange& exchange = *shared_memory<Exchange>();
   auto* shared = reinterpret_cast<Vector*>(&exchange + 1);
   const int blocks = cluster_blocks();
   const int rank = cluster_rank();
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t row = blockIdx.x / blocks;
+  const uint32_t row = blockIdx.x / static_cast<uint32_t>(blocks);
   const T* in = row_of<T>(a.logits, row);
   T* out = row_of<T>(a.gradient, row);
   const bool writes = a.gradient.data != nullptr;
@@ -276,7 +280,7 @@ int logits_grpo_loss_cluster(int dtype, int64_t vocab) {
   Device device;
   int found = 0;
   if (device.read() && device.major >= 9 && allow_shared_memory(dtype, device)) {
-    for (int resident : {2, 1}) {
+    for (int resident = kResident; resident > 0; --resident) {
       for (int blocks = 1; blocks <= kLargestCluster && found == 0; blocks *= 2) {
         if (fits(dtype, vocab, blocks, resident, device)) found = blocks;
       }

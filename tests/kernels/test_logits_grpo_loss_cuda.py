@@ -1,7 +1,8 @@
 """The CUDA kernel of `logits_grpo_loss`: its arithmetic on the CPU, its machine code for sm_90.
 
 The device code's row algorithm is a header; `emulate_grpo_row.cpp` runs it with loops in place of
-threads, so index arithmetic, order of reduction and rounding are compared without a GPU.
+threads, fast enough for every alignment and every branch of the loss. `test_cuda_emulated.py` runs
+the kernel itself, thread by thread.
 """
 
 import ctypes
@@ -151,7 +152,7 @@ def test_model_vocabularies(emulator: Any, vocab: int) -> None:
     for offset in range(8):
         label = int(torch.randint(vocab, ()))
         row = offset_row(vocab, torch.bfloat16, offset)
-        check(emulator, row, label, blocks=4, in_place=offset % 2 == 1)
+        check(emulator, row, label, blocks=8, in_place=offset % 2 == 1)
     check(emulator, offset_row(vocab, torch.float32, 1), vocab - 1, blocks=8)
 
 
@@ -249,8 +250,8 @@ def cuobjdump(*arguments: str) -> str:
     ).stdout
 
 
-def test_two_blocks_fit_a_multiprocessor(cubin: Path) -> None:
-    """Fails if registers spill, or leave no room for the second block that hides latency."""
+def test_five_blocks_fit_a_multiprocessor(cubin: Path) -> None:
+    """Fails if registers spill, or leave no room for the blocks that hide latency."""
     report = cuobjdump("--dump-resource-usage", str(cubin))
     kernels = [
         {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
@@ -260,10 +261,10 @@ def test_two_blocks_fit_a_multiprocessor(cubin: Path) -> None:
     assert len(kernels) == len(DTYPES)
     for usage in kernels:
         assert usage["STACK"] == usage["LOCAL"] == 0, usage
-        assert usage["REG"] * 512 * 2 <= 65536, usage
-        # Half of 228 kB, less what the system takes and the states that warps and blocks exchange,
-        # holds a quarter of 152,064 bfloat16 logits.
-        assert 152_064 // 8 // 4 * 16 + (16 + 8) * 16 + usage["SHARED"] <= 114 * 1024
+        assert usage["REG"] * 128 * 5 <= 65536, usage
+        # A fifth of 228 kB, less what the system takes and the states that warps and blocks
+        # exchange, holds an eighth of 152,064 bfloat16 logits.
+        assert 5 * (152_064 // 8 // 8 * 16 + (4 + 8) * 16 + usage["SHARED"]) <= 228 * 1024
 
 
 def test_the_row_moves_in_16_byte_pieces(cubin: Path) -> None:

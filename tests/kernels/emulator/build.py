@@ -25,7 +25,9 @@ def load(root: Path = ROOT) -> Any:
         subprocess.CalledProcessError: the sources do not compile.
     """
     library = _built(root)
-    spec = importlib.util.spec_from_file_location("emulated", library)
+    # By another name for other sources: pybind11 gives the same module for the same name.
+    name = f"{library.parent.name}.emulated"
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
