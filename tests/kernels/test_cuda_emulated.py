@@ -55,7 +55,7 @@ class Rows:
         return values.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset())
 
     def accesses(self, device: Any) -> tuple[Tensor, Tensor]:
-        """How often the last launch read and wrote each element of the memory."""
+        """Reads and writes of each element of the memory by the last launch."""
         units = self.memory.element_size() // 2
         counts = torch.zeros(2, self.memory.numel() * units, dtype=torch.uint8)
         pointers = [row.data_ptr() for row in counts]
@@ -169,7 +169,7 @@ class Case:
 
 
 def _tokens(draw: random.Random, n: int) -> dict[str, Tensor]:
-    """What is known of n tokens, some of which do not count and hold NaN."""
+    """Terms of n tokens, some of which do not count and hold NaN."""
     tokens = {"loss_scale": torch.rand(n) + 0.1, "advantages": torch.randn(n)}
     if draw.random() < 0.7:
         tokens["old_logprobs"] = -torch.rand(n) * 9
@@ -348,7 +348,7 @@ def test_the_public_function_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(("vocab", "blocks"), [(18_976, 1), (151_674, 8), (900_000, 8)])
 def test_rows_get_the_blocks_they_need(vocab: int, blocks: int, device: Any) -> None:
-    """Fails if a row gets a cluster that cannot hold it, or more blocks than leave room for five."""
+    """Fails if a row gets too few blocks to hold it, or more than room for five needs."""
     assert device.logits_grpo_loss_cluster(1, vocab) == blocks
 
 
