@@ -7,6 +7,7 @@ a file. Standard library only, so that any part of the package can use it.
 
 import ctypes
 import errno
+import hashlib
 import json
 import math
 import numbers
@@ -16,10 +17,65 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+# Size in bytes and SHA-256 in hexadecimal.
+FileDigest = tuple[int, str]
+
+
+class HashedFile:
+    """A new file that is hashed while it is written, from its first byte to its last.
+
+    A context manager; leaving it without an error makes the file durable. `digest` is then its
+    size and SHA-256.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "xb")
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes; return how many."""
+        self._hash.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        """Return the bytes written so far."""
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Hand what is written to the system."""
+        self._file.flush()
+
+    @property
+    def digest(self) -> FileDigest:
+        """Size in bytes and SHA-256 of the closed file."""
+        return self._size, self._hash.hexdigest()
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._file:
+            if error is None:
+                self._file.flush()
+                self._size = self._file.tell()
+                os.fsync(self._file.fileno())
+
+
+def digest_of(path: Path) -> FileDigest:
+    """Read the size and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

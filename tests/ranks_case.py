@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from r1v3.files import FileDigest
 from r1v3.ranks import Ranks
 from r1v3.trainer import checkpoint
 
@@ -39,13 +40,13 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     ranks = Ranks(dist.group.WORLD)
     report = talking(ranks)
     root, hashed = folder / "ranks", list[str]()
-    sha256 = checkpoint._sha256
+    digest_of = checkpoint.digest_of
 
-    def counting(file: Path) -> str:
+    def counting(file: Path) -> FileDigest:
         hashed.append(file.name)
-        return sha256(file)
+        return digest_of(file)
 
-    checkpoint._sha256 = counting
+    checkpoint.digest_of = counting
 
     def write_model(directory: Path) -> None:
         for number in range(2):
@@ -77,9 +78,9 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         report["damaged"] = str(error)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        latest = checkpoint.latest_checkpoint(root, ranks)
-    report["latest"], report["warnings"] = latest and latest.name, len(caught)
-    checkpoint._sha256 = sha256
+        latest = checkpoint.load_latest(root, ranks)
+    report["latest"], report["warnings"] = latest and latest.path.name, len(caught)
+    checkpoint.digest_of = digest_of
     return report
 
 

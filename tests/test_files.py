@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import math
 import os
@@ -257,3 +258,15 @@ def test_everything_is_on_disk_before_it_gets_its_name(
     synced.clear()
     files.replace_directory(make_tree(tmp_path / "new", "x"), tmp_path / "final")
     assert {(tmp_path / "final" / "inner" / "b").stat().st_ino, tmp_path.stat().st_ino} <= synced
+
+
+def test_a_file_is_hashed_while_it_is_written(tmp_path: Path) -> None:
+    """Fails if the digest is not that of the bytes on disk, or an existing file is overwritten."""
+    with files.HashedFile(tmp_path / "a") as file:
+        assert [file.write(b"ab"), file.tell(), file.write(memoryview(b"c")), file.tell()] == [
+            *(2, 2, 1, 3)
+        ]
+    assert (tmp_path / "a").read_bytes() == b"abc"
+    assert file.digest == files.digest_of(tmp_path / "a") == (3, hashlib.sha256(b"abc").hexdigest())
+    with pytest.raises(FileExistsError):
+        files.HashedFile(tmp_path / "a")

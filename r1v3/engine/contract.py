@@ -9,6 +9,7 @@ from transformers import InternVLConfig, PreTrainedTokenizerFast
 
 from r1v3.data.batch import Batch
 from r1v3.engine.head import Head
+from r1v3.files import FileDigest
 from r1v3.ranks import Ranks
 
 # loss_fn(head, index of the micro-batch) -> (scalar loss, tensors to return). The loss comes
@@ -41,7 +42,14 @@ class Decoder(Protocol):
 
 
 class Writing(Protocol):
-    """Files that all ranks together are writing in the background."""
+    """Files that all ranks together are writing in the background.
+
+    Attributes:
+        digests: after `wait`, of the files that this rank has hashed while it wrote them, by their
+            path in the directory.
+    """
+
+    digests: Mapping[str, FileDigest]
 
     def done(self) -> bool:
         """Return whether all files are written; the same on every rank."""
@@ -118,6 +126,10 @@ class Engine(Protocol):
 
     def optimizer_tensors(self) -> Mapping[str, Tensor]:
         """Return the optimizer state for the checkpoint; empty where `save_state` writes it."""
+        ...
+
+    def state_bytes(self) -> int:
+        """Return about how many bytes the files of `save_state` have, of all ranks together."""
         ...
 
     def save_state(self, directory: Path) -> Writing | None:

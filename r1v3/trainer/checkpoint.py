@@ -10,7 +10,6 @@ call these functions together, see the same file system, and each hashes a part 
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -28,6 +27,8 @@ from torch import Tensor
 
 from r1v3.engine.contract import Writing
 from r1v3.files import (
+    FileDigest,
+    digest_of,
     human_bytes,
     read_json_object,
     remove_leftovers,
@@ -72,6 +73,7 @@ def start_checkpoint(
     tensors: Mapping[str, Tensor],
     state: dict[str, Any],
     write_model: Callable[[Path], Writing | None],
+    model_bytes: int = 0,
     keep: int | None = 2,
     keep_models: int | None = 0,
     ranks: Ranks = ALONE,
@@ -86,6 +88,8 @@ def start_checkpoint(
         state: JSON values with string keys and finite numbers (tuples come back as lists).
         write_model: fills the directory it is given with the model's files; or starts to, and
             returns the writing to wait for.
+        model_bytes: of these files, so that the first checkpoint is refused as well where there is
+            no room for it; later ones are compared with the one before, too.
         keep: intact checkpoints to keep, the new one included; None keeps all. The disk needs
             room for one more, because old ones go only after the new one is in place.
         keep_models: older checkpoints to keep the models of; None keeps all.
@@ -101,7 +105,7 @@ def start_checkpoint(
         raise ValueError(f"keep_models must be >= 0 or None, got {keep_models}")
     _check_state("state", state)
     root = Path(root)
-    needed = _estimate_bytes(root, tensors)
+    needed = _estimate_bytes(root, tensors, model_bytes)
 
     def prepare() -> Path:
         root.mkdir(parents=True, exist_ok=True)
@@ -150,7 +154,8 @@ class PendingCheckpoint:
             if self.writing is not None:
                 self.writing.wait()
             self.ranks.barrier()
-            _write_manifest(self.temporary, self.step, self.ranks)
+            digests = {} if self.writing is None else self.writing.digests
+            _write_manifest(self.temporary, self.step, self.ranks, digests)
             self.ranks.on_main(place)
         return final
 
@@ -187,20 +192,19 @@ def load_checkpoint(path: Path, ranks: Ranks = ALONE) -> Loaded:
     return Loaded(step=step, tensors=tensors, state=state, path=path)
 
 
-def latest_checkpoint(root: Path, ranks: Ranks = ALONE) -> Path | None:
-    """Return the newest checkpoint below `root` that is intact, or None.
+def load_latest(root: Path, ranks: Ranks = ALONE) -> Loaded | None:
+    """Verify and read the newest checkpoint below `root` that is intact; None where there is none.
 
-    A broken newer one is named in a warning and left where it is.
+    A broken newer one is named in a warning of the first rank and left where it is.
     """
     for _, path in sorted(_checkpoints(Path(root)), reverse=True):
         if is_model_only(path):
             continue
         try:
-            _verify(path, ranks)
+            return load_checkpoint(path, ranks)
         except CheckpointError as error:
-            warnings.warn(f"checkpoint {path} is broken and is skipped: {error}", stacklevel=2)
-        else:
-            return path
+            if ranks.is_main:
+                warnings.warn(f"checkpoint {path} is broken and is skipped: {error}", stacklevel=2)
     return None
 
 
@@ -214,19 +218,28 @@ def _write_own_files(
     write_json(directory / STATE, {"step": step, "state": state})
 
 
-def _write_manifest(directory: Path, step: int, ranks: Ranks) -> None:
-    """Write sizes and digests of all files; each rank hashes a part of them."""
+def _write_manifest(
+    directory: Path, step: int, ranks: Ranks, own: Mapping[str, FileDigest]
+) -> None:
+    """Write sizes and digests of all files; what no rank hashed while writing is shared among all.
+
+    Args:
+        own: the digests that this rank has.
+    """
     mode = (directory / STATE).stat().st_mode & 0o777
     names = sorted(
         file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()
     )
+    known = {name: digest for part in ranks.gather(dict(own)) for name, digest in part.items()}
     found = {}
-    for name in names[ranks.rank :: ranks.size]:
+    for name in [name for name in names if name not in known][ranks.rank :: ranks.size]:
         # safetensors makes files that only their owner can read, whatever the umask.
         (directory / name).chmod(mode)
-        size, digest = (directory / name).stat().st_size, _sha256(directory / name)
-        found[name] = {"size": size, "sha256": digest}
-    files = dict(sorted(item for part in ranks.gather(found) for item in part.items()))
+        found[name] = digest_of(directory / name)
+    digests = known | {
+        name: digest for part in ranks.gather(found) for name, digest in part.items()
+    }
+    files = {name: {"size": size, "sha256": sha} for name, (size, sha) in sorted(digests.items())}
     document = {"format": _FORMAT, "step": step, "files": files}
     ranks.on_main(lambda: write_json(directory / MANIFEST, document))
 
@@ -262,17 +275,18 @@ def _check_state(where: str, value: Any) -> None:
         raise ValueError(f"{where} is {value}, which JSON cannot hold; use None")
 
 
-def _estimate_bytes(root: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the new tensors and of the model in the newest earlier checkpoint."""
+def _estimate_bytes(root: Path, tensors: Mapping[str, Tensor], model_bytes: int) -> int:
+    """Bytes of the new tensors and of the model, which may be the newest earlier checkpoint's."""
     own = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     for _, path in sorted(_checkpoints(root), reverse=True):
         try:
             _, files = _read_manifest(path)
         except CheckpointError:
             continue
-        own += sum(size for name, (size, _) in files.items() if name != TENSORS)
+        earlier = sum(size for name, (size, _) in files.items() if name != TENSORS)
+        model_bytes = max(model_bytes, earlier)
         break
-    return own + 64 * 1024  # the JSON files
+    return own + model_bytes + 64 * 1024  # the JSON files
 
 
 def _disk_full(error: BaseException | None) -> bool:
@@ -408,13 +422,8 @@ def _problem(file: Path, size: int, digest: str) -> str | None:
             return f"{file} is missing (expected {size} bytes, sha256 {digest})"
         if (found_size := file.stat().st_size) != size:
             return f"{file} has {found_size} bytes, expected {size}"
-        if (found := _sha256(file)) != digest:
+        if (found := digest_of(file)[1]) != digest:
             return f"{file} is altered: sha256 is {found}, expected {digest}"
     except OSError as error:
         return f"{file} cannot be read: {error}"
     return None
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

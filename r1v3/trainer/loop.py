@@ -107,6 +107,7 @@ class Checkpoints:
             tensors=self.engine.optimizer_tensors(),
             state=state,
             write_model=self.engine.save_state,
+            model_bytes=self.engine.state_bytes(),
             keep=self.keep,
             keep_models=self.keep_models,
             ranks=self.engine.ranks,

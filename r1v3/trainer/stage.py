@@ -23,7 +23,7 @@ from r1v3.files import (
 )
 from r1v3.progress import say
 from r1v3.ranks import Ranks
-from r1v3.trainer.checkpoint import Loaded, latest_checkpoint, load_checkpoint
+from r1v3.trainer.checkpoint import Loaded, load_checkpoint, load_latest
 from r1v3.trainer.record import NothingToDo, check_resume, differences, digests, flat, write_start
 
 
@@ -120,14 +120,13 @@ def resume(name: str, run: Path, engine: Engine, wanted: bool) -> Loaded | None:
         return None
     # Half-written or half-deleted folders of a killed run; nothing else would remove them.
     engine.ranks.on_main(lambda: remove_leftovers(root, ".step-*.tmp"))
-    path = latest_checkpoint(root, engine.ranks)
-    if path is None:
+    loaded = load_latest(root, engine.ranks)
+    if loaded is None:
         broken = sorted(root.glob("step-*"))
         if not broken:
             return None
-        path = broken[-1]
-    loaded = load_checkpoint(path, engine.ranks)
-    engine.load_state(path, loaded.tensors)
+        loaded = load_checkpoint(broken[-1], engine.ranks)
+    engine.load_state(loaded.path, loaded.tensors)
     return loaded
 
 

@@ -14,6 +14,7 @@ from r1v3.config import Parallel, Stage
 from r1v3.data.encoding import collate
 from r1v3.engine.megatron.engine import MegatronEngine
 from r1v3.engine.megatron.ranks import connect
+from r1v3.model.megatron.hf_saving import own_shards
 from r1v3.model.parts import PARTS
 from tests import ranks_case, tiny
 from tests.engine import recorded
@@ -71,6 +72,10 @@ def saving(folder: Path, name: str) -> Result:
     engine = an_engine(folder, SPLIT)
     recorded.step(engine, rollout, 0)
     writing = save_state(engine, folder, "state")
+    engine.ranks.on_main((folder / "divided").mkdir)
+    parts = own_shards(
+        engine.model, folder / "divided", engine.tokenizer, ranks=engine.ranks, least=1
+    ).write(folder / "divided")
     wanted = recorded.step(engine, rollout, 1)
     after = keep(engine, folder / f"{name}.safetensors", recorded.weights(engine))
     writing.wait()
@@ -78,6 +83,9 @@ def saving(folder: Path, name: str) -> Result:
     again.load_state(folder / "state", {})
     return {
         "done": writing.done(),
+        "written": writing.digests,
+        "held": engine.optimizer.state_bytes(engine.replicas.rank),
+        "parts": list(parts),
         "metrics": [wanted, recorded.step(again, rollout, 1)],
         "digests": [after, digest(recorded.weights(again))],
     }

@@ -7,24 +7,30 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import r1v3
+from r1v3.files import FileDigest, HashedFile, digest_of
 from r1v3.trainer.checkpoint import (
     CheckpointError,
     is_model_only,
-    latest_checkpoint,
     load_checkpoint,
+    load_latest,
     model_files,
     remove_old,
 )
 from tests.trainer.checkpoints import names, save
 
 REPOSITORY = Path(r1v3.__path__[0]).parent
+
+
+def latest_path(root: Path) -> Path | None:
+    loaded = load_latest(root)
+    return None if loaded is None else loaded.path
 
 
 def test_what_was_saved_is_loaded_and_the_model_files_lie_beside_it(tmp_path: Path) -> None:
@@ -209,20 +215,53 @@ def test_latest_skips_broken_checkpoints_with_a_warning_that_names_them(tmp_path
     for other in ("best", "step-abc", ".step-000050.0123.tmp", "step-7"):
         (tmp_path / other).mkdir()
     (tmp_path / "step-000077").write_text("a file")
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-1000000"
+    assert latest_path(tmp_path) == tmp_path / "step-1000000"
     cut(tmp_path / "step-1000000" / "model.safetensors")
     (tmp_path / "step-999999" / "manifest.json").unlink()
     with pytest.warns(UserWarning) as caught:
-        assert latest_checkpoint(tmp_path) == tmp_path / "step-000010"
+        assert latest_path(tmp_path) == tmp_path / "step-000010"
     messages = [str(warning.message) for warning in caught]
     assert "step-1000000 is broken" in messages[0] and "model.safetensors has" in messages[0]
     assert "step-999999 is broken" in messages[1]
     assert len(messages) == 2
 
 
+def test_what_was_hashed_while_it_was_written_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a checkpoint's files are read twice: after they were written, or to resume."""
+    read: list[str] = []
+
+    def reading(file: Path) -> FileDigest:
+        read.append(file.name)
+        return digest_of(file)
+
+    class Written:
+        digests: ClassVar[dict[str, FileDigest]] = {}
+
+        def done(self) -> bool:
+            return True
+
+        def wait(self) -> None:
+            pass
+
+    def write_model(directory: Path) -> Written:
+        with HashedFile(directory / "model.safetensors") as file:
+            file.write(b"weights")
+        Written.digests["model.safetensors"] = file.digest
+        return Written()
+
+    monkeypatch.setattr("r1v3.trainer.checkpoint.digest_of", reading)
+    save(tmp_path, 1, write_model=write_model)
+    assert sorted(read) == ["trainer.json", "trainer.safetensors"]
+    read.clear()
+    assert latest_path(tmp_path) == tmp_path / "step-000001"
+    assert sorted(read) == ["model.safetensors", "trainer.json", "trainer.safetensors"]
+
+
 def test_latest_of_nothing_is_none(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path / "none") is None
-    assert latest_checkpoint(tmp_path) is None
+    assert load_latest(tmp_path / "none") is None
+    assert load_latest(tmp_path) is None
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path: Path) -> None:
@@ -271,12 +310,12 @@ def test_of_older_checkpoints_only_the_models_stay(
         assert {file.name for file in model_files(left)} == {"config.json", "model.safetensors"}
         with pytest.raises(CheckpointError, match="holds only its model"):
             load_checkpoint(left)
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-000050"
+    assert latest_path(tmp_path) == tmp_path / "step-000050"
     assert [load_checkpoint(tmp_path / f"step-{step:06d}").step for step in whole] == whole
     # With all whole ones gone, there is nothing to resume from, and nobody is warned of damage.
     for step in whole:
         shutil.rmtree(tmp_path / f"step-{step:06d}")
-    assert latest_checkpoint(tmp_path) is None
+    assert load_latest(tmp_path) is None
 
 
 def test_a_reduction_that_is_killed_loses_no_model(
@@ -396,4 +435,4 @@ def test_saving_and_loading_give_no_warnings(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_checkpoint(save(tmp_path, 1))
-        assert latest_checkpoint(tmp_path) == tmp_path / "step-000001"
+        assert latest_path(tmp_path) == tmp_path / "step-000001"

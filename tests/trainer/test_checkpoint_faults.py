@@ -38,6 +38,18 @@ def test_too_little_space_is_found_before_writing(
     assert names(tmp_path) == ["step-000001"]
 
 
+def test_the_first_checkpoint_is_refused_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a job that has no room for its checkpoints finds out while it writes the first."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=6_900_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    settings = {"tensors": {"w": torch.zeros(1_000_000)}, "write_model": pytest.fail}
+    with pytest.raises(OSError, match="needs 6.7 MiB, 6.6 MiB are free"):
+        save(tmp_path, 1, model_bytes=3_000_000, **settings)
+    assert names(tmp_path) == []
+
+
 def test_a_write_that_fails_half_way_is_one_clear_error(tmp_path: Path) -> None:
     """RLIMIT_FSIZE ends a real write of safetensors as a full disk does (os error 27)."""
     save(tmp_path, 1)
@@ -121,7 +133,7 @@ KILLS = """
     import os, random, signal, sys, time, warnings
     from pathlib import Path
     import torch
-    from r1v3.trainer.checkpoint import latest_checkpoint, load_checkpoint, start_checkpoint
+    from r1v3.trainer.checkpoint import load_latest, start_checkpoint
 
     warnings.simplefilter("error")
     torch.set_num_threads(1)
@@ -159,7 +171,7 @@ KILLS = """
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         os.close(reader)
         in_the_middle += any(name.startswith(".") for name in os.listdir(root))
-        loaded = load_checkpoint(latest_checkpoint(root))
+        loaded = load_latest(root)
         assert loaded.step >= last, (loaded.step, last)
         last = loaded.step
         assert loaded.state == {"n": [last]}

@@ -283,6 +283,10 @@ class HFEngine:
         """See `contract.Engine.optimizer_tensors`."""
         return optimizer_tensors(self.optimizer, self.trainable)
 
+    def state_bytes(self) -> int:
+        """See `contract.Engine.state_bytes`."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
     def save_state(self, directory: Path) -> None:
         """See `contract.Engine.save_state`."""
         self.save(directory)

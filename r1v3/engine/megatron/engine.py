@@ -16,14 +16,14 @@ from r1v3.config import Stage
 from r1v3.data.batch import Batch, cut_ahead
 from r1v3.engine.contract import LossFn
 from r1v3.engine.head import ContextTokens, Head
-from r1v3.engine.megatron.checkpoint import AsyncWriting, load_sharded, save_sharded
+from r1v3.engine.megatron.checkpoint import BackgroundWriting, load_sharded, save_sharded
 from r1v3.engine.megatron.decoder import Decoder
 from r1v3.engine.megatron.optimizer import MegatronAdamW, wrap
 from r1v3.engine.shares import replica_shares
 from r1v3.model.conversion import load_config
 from r1v3.model.flops import Dimensions
 from r1v3.model.megatron.context import context_part
-from r1v3.model.megatron.hf_saving import write_hf
+from r1v3.model.megatron.hf_saving import entries_of, own_shards, write_hf
 from r1v3.model.megatron.hf_weights import export_hf, load_hf
 from r1v3.model.megatron.internvl import InternVL
 from r1v3.model.megatron.options import ModelOptions
@@ -248,11 +248,17 @@ class MegatronEngine:
         """Return nothing: `save_state` writes the optimizer's shards."""
         return {}
 
-    def save_state(self, directory: Path) -> AsyncWriting:
-        """See `contract.Engine.save_state`; weights and optimizer are copied before it returns."""
-        self.save(directory)
-        return save_sharded(directory, self.model, self.optimizer, self.ranks)
+    def state_bytes(self) -> int:
+        """See `contract.Engine.state_bytes`."""
+        weights = sum(entry.bytes for entry in entries_of(self.model).values())
+        return weights + sum(self.ranks.gather(self.optimizer.state_bytes(self.replicas.rank)))
+
+    def save_state(self, directory: Path) -> BackgroundWriting:
+        """See `contract.Engine.save_state`; what this rank writes is copied before it returns."""
+        shards = own_shards(self.model, directory, self.tokenizer, ranks=self.ranks)
+        return save_sharded(directory, shards, self.model, self.optimizer, self.ranks)
 
     def load_state(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
         """See `contract.Engine.load_state`; the layout may be another than the one that saved."""
+        load_hf(self.model, directory)
         load_sharded(directory, self.model, self.optimizer)

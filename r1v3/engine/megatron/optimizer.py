@@ -84,6 +84,19 @@ class MegatronAdamW:
                 # A rank without trained parameters counts too: megatron-core wants a count to save.
                 state[_NOTHING] = {"step": torch.tensor(0.0)}
 
+    def state_bytes(self, replica: int) -> int:
+        """Return the bytes of the state that this rank of a data-parallel group has to store."""
+        if not self.distributed and replica:
+            return 0  # the same as the first one's
+        return sum(
+            tensor.nbytes
+            for chained in self.optimizer.chained_optimizers
+            if chained.optimizer is not None
+            for parameter, state in chained.optimizer.state.items()
+            for tensor in (parameter, *state.values())
+            if isinstance(tensor, Tensor)
+        )
+
     def zero_grad(self) -> None:
         """Zero the gradients of the previous step."""
         self.model.zero_grad_buffer()

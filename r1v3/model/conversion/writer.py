@@ -8,7 +8,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,39 +65,21 @@ class ShardWriter:
         if len({entry.name for entry in entries}) < len(entries):
             raise ValueError("two tensors have the same name")
         self.folder = folder
-        shards = _shards(entries, max_shard_bytes)
-        self.files = [
-            f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            for number in range(1, len(shards) + 1)
-        ]
-        if len(shards) == 1:
-            self.files = [SINGLE_FILE]
+        self._shards = shards_of(entries, max_shard_bytes)
+        self.files = list(self._shards)
         self._entries = {entry.name: entry for entry in entries}
         self._places: dict[str, tuple[str, int]] = {}
         self._waiting = {entry.name: entry.bytes for entry in entries}
-        for file, shard in zip(self.files, shards, strict=True):
+        for file, shard in self._shards.items():
             self._begin(file, shard)
 
     def _begin(self, file: str, shard: Sequence[Entry]) -> None:
         """Create a file of the final size, its header written."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        # Wide values first: then all are aligned to their own width.
-        for entry in sorted(shard, key=lambda entry: -entry.dtype.itemsize):
-            header[entry.name] = {
-                "dtype": _DTYPE_NAMES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [offset, offset + entry.bytes],
-            }
-            self._places[entry.name] = (file, offset)
-            offset += entry.bytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        for entry in shard:
-            self._places[entry.name] = (file, 8 + len(text) + self._places[entry.name][1])
+        text, places = header(shard)
+        self._places |= {name: (file, place) for name, place in places.items()}
         with open(self.folder / file, "xb") as opened:
-            opened.write(len(text).to_bytes(8, "little") + text)
-            opened.truncate(8 + len(text) + offset)
+            opened.write(text)
+            opened.truncate(len(text) + sum(entry.bytes for entry in shard))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of the announced dtype and shape, from any device.
@@ -112,9 +94,8 @@ class ShardWriter:
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {entry.dtype} "
                 f"{entry.shape}"
             )
-        values = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
         with self._place(name, 0, entry.bytes) as (target, place):
-            _write_at(target, values.numpy().data, place)
+            _write_at(target, byte_values(tensor), place)
 
     def copy(self, name: str, source: int, begin: int, size: int, *, at: int = 0) -> None:
         """Copy `size` bytes from byte `begin` of the file descriptor `source` to byte `at` of it.
@@ -165,20 +146,12 @@ class ShardWriter:
         for file in self.files:
             with open(self.folder / file, "rb") as opened:
                 os.fsync(opened.fileno())
-        if len(self.files) > 1:
-            entries = self._entries.values()
-            index = {
-                "metadata": {
-                    "total_parameters": sum(math.prod(entry.shape) for entry in entries),
-                    "total_size": sum(entry.bytes for entry in entries),
-                },
-                "weight_map": {name: self._places[name][0] for name in sorted(self._entries)},
-            }
-            write_json(self.folder / INDEX_FILE, index)
+        write_index(self.folder, self._shards)
         fsync_directory(self.folder)
 
 
-def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+def shards_of(entries: Sequence[Entry], limit: int) -> dict[str, list[Entry]]:
+    """Divide tensors among files of at most `limit` bytes of values, in order; name the files."""
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -187,7 +160,54 @@ def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
             size = 0
         shards[-1].append(entry)
         size += entry.bytes
-    return shards
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def header(shard: Sequence[Entry]) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the values of a file, and the place of each tensor, in order of place."""
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
+    offset = 0
+    # Wide values first: then all are aligned to their own width.
+    for entry in sorted(shard, key=lambda entry: -entry.dtype.itemsize):
+        described[entry.name] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.bytes],
+        }
+        places[entry.name] = offset
+        offset += entry.bytes
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    return text, {name: len(text) + place for name, place in places.items()}
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
+    """Write which file has which tensor, where there are several files."""
+    if len(shards) == 1:
+        return
+    entries = [entry for shard in shards.values() for entry in shard]
+    files = {entry.name: file for file, shard in shards.items() for entry in shard}
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(entry.shape) for entry in entries),
+            "total_size": sum(entry.bytes for entry in entries),
+        },
+        "weight_map": dict(sorted(files.items())),
+    }
+    write_json(folder / INDEX_FILE, index)
+
+
+def byte_values(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values, of its own memory where it is contiguous on the CPU."""
+    values = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+    return values.numpy().data
 
 
 def _write_at(descriptor: int, data: memoryview, place: int) -> None:

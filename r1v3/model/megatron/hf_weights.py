@@ -1,7 +1,7 @@
 """Megatron weights of this rank from an HF checkpoint, and HF tensors from the ranks' weights."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -162,6 +162,7 @@ def export_hf(
     *,
     to_all: bool = True,
     bucket_bytes: int = BUCKET_BYTES,
+    names: Container[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(HF-native parameter name, full tensor) of every weight of a Megatron InternVL.
 
@@ -176,6 +177,7 @@ def export_hf(
             nothing on the others, which still have to iterate.
         bucket_bytes: weights are sent together up to this many bytes of whole tensors. Beside the
             weights, a rank needs about twice the larger of this and the largest weight.
+        names: HF-native names to yield, the same on the ranks of the replica; None for all.
     Raises:
         ValueError: the model has other parameters than its configuration.
     """
@@ -186,6 +188,8 @@ def export_hf(
     wanted = to_all or (here == 0 and state.get_tensor_model_parallel_rank() == 0)
     parameters = global_parameters(model)
     shards = _where(parameters, model.hf_config)
+    if names is not None:
+        shards = [s for s in shards if any(name in names for name in s.weight.native)]
     device = next(model.parameters()).device
     for bucket in _buckets(shards, bucket_bytes // world):
         stage, dtype = bucket[0].stage, bucket[0].dtype
@@ -201,7 +205,9 @@ def export_hf(
             group = state.get_tensor_model_parallel_group()
             _all_gather(everyone, local, group=group)
         if wanted:
-            yield from _unpack(bucket, everyone.view(world, -1))
+            for name, tensor in _unpack(bucket, everyone.view(world, -1)):
+                if names is None or name in names:
+                    yield name, tensor
 
 
 def _where(parameters: Mapping[str, nn.Parameter], config: InternVLConfig) -> list[_Shard]:
