@@ -83,6 +83,21 @@ def test_the_plan_s_seconds_are_those_of_the_schedule(name: str) -> None:
     assert plan.seconds == pytest.approx(plan.hardware_flops / 64 / 400e12)
 
 
+@pytest.mark.parametrize("overrides", [(), ("parallel.first_stage_layers=22",)])
+def test_the_plan_s_seconds_count_the_filling_of_the_pipeline(overrides: tuple[str, ...]) -> None:
+    """Fails if the plan is more than 5 % from the time of 1F1B: one micro-batch through all stages,
+    and the others at the pace of the slowest stage."""
+    config = load(GRPO, cluster_step.PRESETS / "grpo_16k.yaml", overrides)
+    for gpus in (64, 256):
+        job = job_of(config, dims(), Cluster(gpus))
+        rate = job.cluster.flops * job.shards.tensor
+        pack = job.work * (1 / job.micro_batches)
+        stages = stage_costs(dims(), pack, job.shards.layers, job.modules)
+        each = [(forward + backward) / rate for forward, backward in stages]
+        one_f_one_b = sum(each) + (job.micro_batches / job.data - 1) * max(each)
+        assert make_plan(job, dims()).seconds == pytest.approx(one_f_one_b, rel=0.05)
+
+
 def test_the_command_writes_what_it_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

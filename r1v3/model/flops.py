@@ -20,7 +20,7 @@ class Dimensions:
     """The numbers of an InternVL that its cost depends on.
 
     patches: of one tile, without the class token. image_tokens: of one tile, after the pixel
-    shuffle. `*_bias` and `layer_norm` concern the vision tower.
+    shuffle. positions: of the longest sequence. `*_bias` and `layer_norm` concern the vision tower.
     """
 
     vision_layers: int
@@ -40,6 +40,7 @@ class Dimensions:
     head_dim: int
     ffn: int
     vocab: int
+    positions: int
     tied: bool
 
     @classmethod
@@ -69,6 +70,7 @@ class Dimensions:
             or text.hidden_size // text.num_attention_heads,
             ffn=text.intermediate_size,
             vocab=text.vocab_size,
+            positions=text.max_position_embeddings,
             tied=bool(config.tie_word_embeddings),
         )
 

@@ -11,6 +11,7 @@ from r1v3.config import GRPO, Evaluate, RolloutEngine, Stage, Supervised
 from r1v3.model.flops import Dimensions, Work
 from r1v3.plan import memory
 from r1v3.plan.build import RankLayout
+from r1v3.plan.host import Kept
 from r1v3.plan.packing import LongestSample, Packing, packing_of
 
 TEXT_TOKENS = 512
@@ -32,7 +33,7 @@ class Job:
 
     packing: the micro-batches of a step. prompts, group: sampled prompts of a step, and completions
     of each. rows: sequences that one copy of the model decodes at a time with `local` rollouts;
-    context-parallel ranks are a copy each.
+    context-parallel ranks are a copy each. kept: what of it stays on disk.
     """
 
     cluster: Cluster
@@ -48,6 +49,7 @@ class Job:
     rows: int
     rollout: RolloutEngine | None
     reference: bool
+    kept: Kept
 
     @property
     def pack(self) -> memory.Pack:
@@ -152,6 +154,7 @@ def job_of(
         rows=rows,
         rollout=rollout,
         reference=isinstance(config, GRPO) and config.loss.kl_coef > 0,
+        kept=Kept.of(config),
     )
 
 
@@ -196,6 +199,13 @@ def _sequence(
         raise ValueError(
             f"a prompt of {tiles} tiles and {text_tokens} words has {prompt} tokens, which leaves "
             f"no room for a response in {length}; lower max_tiles or raise the length"
+        )
+    if length > dims.positions:
+        raise ValueError(
+            f"a sequence of {length:,} tokens, {prompt:,} of them the prompt of {tiles} tiles and "
+            f"{text_tokens} words, exceeds the model's {dims.positions:,} positions "
+            "(max_position_embeddings), which no number of GPUs changes: shorten the response, or "
+            "lower max_tiles"
         )
     return LongestSample(prompt, length - prompt, tiles)
 

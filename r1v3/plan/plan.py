@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from r1v3.model.flops import Dimensions, decode_flops, forward_flops, train_flops
 from r1v3.plan import memory
 from r1v3.plan.build import BuiltRank
+from r1v3.plan.host import HostPlan, host_plan
 from r1v3.plan.job import Job
 from r1v3.plan.schedule import step_seconds
 
@@ -15,13 +16,15 @@ class RolloutMemory:
     """Memory of a rank while completions are sampled.
 
     reserved: bytes on top of the training state. sequences: full-length ones that one copy of
-    the engine holds at a time; None where it is not on these devices.
+    the engine holds at a time; None where it is not on these devices. sharing: how many, where
+    the completions of a prompt hold it once.
     """
 
     reserved: float
     weights: float
     cache: float
     sequences: int | None
+    sharing: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Plan:
 
     job: Job
     ranks: list[RankPlan]
+    host: HostPlan
     parameters: dict[str, int]
     padding: int
     flops: dict[str, float]
@@ -118,13 +122,21 @@ def make_plan(job: Job, dims: Dimensions, built: Sequence[BuiltRank] | None = No
     return Plan(
         job=job,
         ranks=ranks,
+        host=host_plan(
+            dims,
+            max(rank.state.optimizer for rank in ranks),
+            job.shards.element,
+            job.cluster.gpus,
+            dict(job.modules),
+            job.kept,
+        ),
         parameters=whole,
         padding=_padding(dims, job.shards),
         flops=flops,
         hardware_flops=sum(hardware.values()),
         seconds=step_seconds(job, dims) if job.trains else 0.0,
         rollout_flops=sampled,
-        problems=_problems(job, ranks),
+        problems=_problems(job, dims, ranks),
     )
 
 
@@ -183,7 +195,14 @@ def _rollout(job: Job, dims: Dimensions, stage: int) -> RolloutMemory | None:
         cache = max(0.0, reserved - weights - memory.VLLM_WORKSPACE)
         kv = max(dims.kv_heads // rollout.tensor, 1) * dims.head_dim
         token = 2 * kv * shards.element * dims.layers
-        return RolloutMemory(reserved, weights, cache, int(cache // (token * job.sequence_tokens)))
+        shared = token * (job.pack.response_tokens + job.pack.prompt_tokens / job.group)
+        return RolloutMemory(
+            reserved,
+            weights,
+            cache,
+            sequences=int(cache // (token * job.sequence_tokens)),
+            sharing=int(cache // shared),
+        )
     cache = job.rows * job.sequence_tokens * memory.cache_per_token(dims, shards, stage)
     logits = 2 * 4 * job.rows * shards.padded_vocab
     prompts = job.rows // job.group * job.pack.prompt_tokens
@@ -191,9 +210,9 @@ def _rollout(job: Job, dims: Dimensions, stage: int) -> RolloutMemory | None:
     return RolloutMemory(float(cache + max(logits, prefill)), 0.0, float(cache), job.rows)
 
 
-def _problems(job: Job, ranks: Sequence[RankPlan]) -> list[str]:
+def _problems(job: Job, dims: Dimensions, ranks: Sequence[RankPlan]) -> list[str]:
     """One sentence per reason why the plan does not fit."""
-    found, limit = [], job.cluster.memory
+    found, limit = _refusals(job, dims), job.cluster.memory
     for rank in ranks:
         for name, needed in (("training", rank.training), ("sampling", rank.sampling)):
             if needed > limit:
@@ -212,7 +231,22 @@ def _problems(job: Job, ranks: Sequence[RankPlan]) -> list[str]:
             f"{job.micro_batches} micro-batches leave "
             f"{job.data - job.micro_batches} of {job.data} data-parallel ranks without work"
         )
-    if job.rollout is not None and job.rollout.engine == "vllm":
-        if job.cluster.gpus % job.rollout.tensor:
-            found.append(f"{job.cluster.gpus} GPUs are no multiple of {job.rollout.tensor}")
+    return found
+
+
+def _refusals(job: Job, dims: Dimensions) -> list[str]:
+    """What vLLM would refuse at its start, however large the GPUs."""
+    if job.rollout is None or job.rollout.engine != "vllm":
+        return []
+    found, tensor = [], job.rollout.tensor
+    if job.cluster.gpus % tensor:
+        found.append(f"{job.cluster.gpus} GPUs are no multiple of {tensor}")
+    for count, name in ((dims.heads, "attention heads"), (dims.ffn, "columns of an MLP")):
+        if count % tensor:
+            found.append(f"rollout.tensor {tensor}: vLLM cannot divide {count:,} {name} by it")
+    if dims.kv_heads % tensor and tensor % dims.kv_heads:
+        found.append(
+            f"rollout.tensor {tensor}: vLLM can neither divide nor repeat {dims.kv_heads} key and "
+            "value heads"
+        )
     return found

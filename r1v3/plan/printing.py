@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from r1v3.model.parts import PARTS
-from r1v3.plan import memory
+from r1v3.plan import host, memory
 from r1v3.plan.plan import Plan, RankPlan
 from r1v3.plan.search import MORE_GPUS, Proposal
 
@@ -106,7 +106,8 @@ def _notes(plan: Plan) -> list[str]:
         lines.append(
             f"vLLM on {job.rollout.tensor} GPUs, {gb(rollout.reserved)} GB each: weights "
             f"{gb(rollout.weights)}, key-value cache {gb(rollout.cache)} for {rollout.sequences} "
-            f"sequences of {job.sequence_tokens:,} tokens, workspace {gb(memory.VLLM_WORKSPACE)}"
+            f"sequences of {job.sequence_tokens:,} tokens ({rollout.sharing} where those of a "
+            f"prompt share it), workspace {gb(memory.VLLM_WORKSPACE)}"
         )
     elif rollout is not None and rollout.sequences is not None:
         lines.append(
@@ -125,11 +126,23 @@ def _notes(plan: Plan) -> list[str]:
             f"at {job.cluster.flops / 1e12:.0f} TFLOP/s per GPU: {plan.seconds:.0f} s, pipeline "
             f"included, at full length ({reached:.0f} model TFLOP/s per GPU)"
         )
+    nodes = min(job.cluster.gpus, host.GPUS_PER_NODE)
+    copied = f", {gb(plan.host.copy)} of it while a checkpoint is written" if job.trains else ""
+    lines.append(
+        f"host memory: {gb(plan.host.node)} GB for {nodes} ranks of a node and the pictures' files"
+        f"{copied}"
+    )
+    if job.kept.checkpoints:
+        lines.append(
+            f"disk: {gb(plan.host.disk)} GB for {job.kept.checkpoints} checkpoints of "
+            f"{gb(plan.host.checkpoint)} and {job.kept.models} models of {gb(plan.host.model)}"
+        )
     if plan.rollout_flops:
         lines.append(f"sampling {plan.rollout_flops:.2e} FLOPs, bound by memory bandwidth")
     lines.append(
         f"assumed, not measured: CUDA and NCCL {gb(memory.CUDA_AND_NCCL)} GB, sleeping vLLM "
-        f"{gb(memory.VLLM_ASLEEP)} GB, flash attention and fused norms"
+        f"{gb(memory.VLLM_ASLEEP)} GB, a process {gb(host.PROCESS)} GB of its host, flash attention "
+        "and fused norms"
     )
     return lines
 
@@ -193,6 +206,7 @@ def as_json(plan: Plan, proposals: Sequence[Proposal]) -> dict[str, Any]:
         "hardware_flops": plan.hardware_flops,
         "rollout_flops": plan.rollout_flops,
         "seconds": plan.seconds,
+        "host": asdict(plan.host) | asdict(job.kept),
         "fits": plan.fits,
         "problems": plan.problems,
         "proposals": [

@@ -311,9 +311,9 @@ def test_every_rank_writes_and_hashes_its_own_part(folder: Path) -> None:
     ranks = reports(folder, "saving")
     optimizer = [f"megatron/__{rank}_0.distcp" for rank in range(4)]
     for rank, own in zip(ranks, optimizer, strict=True):
-        assert own in rank["written"] and rank["held"] > 0
-        # Weights, main parameters and moments are no more than what the rank holds of them.
-        assert rank["written"][own][0] < 1.2 * rank["held"] + 50_000
+        assert own in rank["written"]
+        # Its moments, and what describes them.
+        assert rank["held"] < rank["written"][own][0] < 2 * rank["held"]
     written = {name: digest for rank in ranks for name, digest in rank["written"].items()}
     assert sum(len(rank["written"]) for rank in ranks) == len(written) == 5
     for name, digest in written.items():

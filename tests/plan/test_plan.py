@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from r1v3.cli import app
 from r1v3.config import GRPO, SFT, load
+from r1v3.data.tiles import KEPT_BYTES
 from r1v3.model.flops import Dimensions
 from r1v3.model.internvl import count_parameters
 from r1v3.plan import memory
+from r1v3.plan.host import PROCESS, HostPlan, Kept
 from r1v3.plan.job import Cluster, job_of, model_folder, stage_layers
 from r1v3.plan.plan import make_plan
 from r1v3.plan.run import stage_kind, stored_parameters
@@ -50,12 +52,14 @@ def test_the_38b_on_128_gpus(tmp_path: Path) -> None:
 
 
 def test_a_layout_that_does_not_fit_is_refused_before_anything_is_built() -> None:
-    """Fails if an impossible layout ends in a traceback, or takes a minute to be named."""
+    """Fails if an impossible layout, or sequences that the model has no positions for, end in a
+    traceback, in advice to buy GPUs, or take a minute to be named."""
     for arguments, message in (
         (["--gpus", "24"], "24 GPUs are not a multiple of tensor 8 x pipeline 2 = 16"),
         (["engine=hf", "dtype=float32", "parallel={}"], "the plan needs engine=megatron"),
         (["parallel.first_stage_layers=64"], "0 layers are left for 1 stages"),
         (["--sequence-length", "2000"], "a prompt of 13 tiles and 512 words has 3840 tokens"),
+        (["decoding.max_tokens=32768"], "a sequence of 36,608 tokens, 3,840 of them the prompt"),
         (["--stage", "pretrain"], "stage 'pretrain' is not one of sft, grpo, connector, eval"),
     ):
         gpus = [] if "--gpus" in arguments else ["--gpus", "64"]
@@ -118,6 +122,46 @@ def test_rollouts_need_room_for_weights_and_one_sequence() -> None:
     local = plan("rollout.engine=local", "decoding.max_tokens=8192").ranks[0].rollout
     # 8 prompts of a replica x 32 rows, 12,032 tokens, 30 layers, 1 of 8 heads, keys and values.
     assert local is not None and local.cache == 256 * 12032 * 30 * 128 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("tensor", "refused"),
+    [
+        (4, []),
+        (16, ["40 attention heads"]),
+        (3, ["64 GPUs are no multiple of 3", "40 attention heads", "8 key and value heads"]),
+        (10, ["no multiple of 10", "27,648 columns of an MLP", "8 key and value heads"]),
+    ],
+)
+def test_what_vllm_refuses_does_not_fit(tensor: int, refused: list[str]) -> None:
+    """Fails if a job that vLLM ends at its start is called fine, or a possible one is refused."""
+    config = load(GRPO, GRPO_FILE, [f"rollout.tensor={tensor}"])
+    plan = make_plan(job_of(config, dims(), Cluster(64)), dims())
+    assert len(plan.problems) == len(refused)
+    for problem, told in zip(plan.problems, refused, strict=True):
+        assert told in problem
+
+
+def test_the_host_and_the_disk_are_counted() -> None:
+    """Fails if a plan leaves out the copy of a checkpoint, a folder that stays, or counts twice."""
+
+    def host(*overrides: str, gpus: int = 64) -> tuple[HostPlan, Kept]:
+        job = job_of(load(GRPO, GRPO_FILE, overrides), dims(), Cluster(gpus))
+        return make_plan(job, dims()).host, job.kept
+
+    total = sum(dims().parameters().values())
+    found, kept = host("steps=100", "checkpoint_every=10", "keep=2")
+    # bfloat16 weights; main parameters and two moments in float32.
+    assert (found.model, found.checkpoint) == (2 * total, 14 * total)
+    assert kept == Kept(checkpoints=3, models=9)
+    assert found.disk == 3 * found.checkpoint + 9 * found.model
+    # All ranks of all nodes together copy a checkpoint once; the first stage is the fuller one.
+    assert found.checkpoint <= 8 * found.copy < 1.15 * found.checkpoint
+    assert found.node - found.copy == 8 * (PROCESS + KEPT_BYTES)
+    assert host(gpus=128)[0].copy == pytest.approx(host()[0].copy / 2, rel=0.01)
+    assert host("steps=10", "checkpoint_every=10")[1] == Kept(1, 1)
+    assert host("steps=100", "checkpoint_every=10", "keep_models=1")[1] == Kept(3, 2)
+    assert host("parallel.distributed_optimizer=false")[0].copy > 3 * found.copy
 
 
 def test_the_model_is_described_by_its_folder_or_beside_the_configuration(tmp_path: Path) -> None:
