@@ -1,6 +1,8 @@
 """The processes and the engine of a stage, as its configuration says."""
 
+import logging
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,9 +33,14 @@ class Training:
 def connect(config: Stage) -> Ranks:
     """Connect the processes of the job, if there are several, and set the CPU threads of this one.
 
+    Only the first rank shows warnings from here on: the others' are the same.
+
     Raises:
         ValueError: the number of processes does not fit the parallel layout.
     """
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
     set_threads(config.threads)
     if config.engine == "megatron":
         from r1v3.engine.megatron.ranks import connect as connect_megatron

@@ -141,8 +141,8 @@ def _notes(plan: Plan) -> list[str]:
         lines.append(f"sampling {plan.rollout_flops:.2e} FLOPs, bound by memory bandwidth")
     lines.append(
         f"assumed, not measured: CUDA and NCCL {gb(memory.CUDA_AND_NCCL)} GB, sleeping vLLM "
-        f"{gb(memory.VLLM_ASLEEP)} GB, a process {gb(host.PROCESS)} GB of its host, flash attention "
-        "and fused norms"
+        f"{gb(memory.VLLM_ASLEEP)} GB, a process {gb(host.PROCESS)} GB of its host, flash "
+        "attention and fused norms"
     )
     return lines
 

@@ -1,5 +1,7 @@
 """Starting a job with the wrong number of processes, or the wrong engine, says what is right."""
 
+import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,18 @@ def test_a_process_that_is_not_told_its_rank_is_refused(
     with pytest.raises(ValueError, match="WORLD_SIZE is 2 and RANK is not set: .* with torchrun"):
         stage.connect(Stage.model_validate({"run": tmp_path, "engine": engine}))
     assert (torch.empty, torch.cuda.current_device) == before
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", 1), ("3", 0)])
+def test_warnings_come_from_one_rank(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: str, shown: int
+) -> None:
+    """Fails if a job of 64 ranks prints every warning 64 times, or never."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("logging.root.manager.disable", 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stage.connect(Stage.model_validate({"run": tmp_path}))
+        warnings.warn("of the job", stacklevel=1)
+    assert len(caught) == shown
+    assert logging.getLogger("job").isEnabledFor(logging.WARNING) == bool(shown)
