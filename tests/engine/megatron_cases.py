@@ -84,7 +84,7 @@ def saving(folder: Path, name: str) -> Result:
     return {
         "done": writing.done(),
         "written": writing.digests,
-        "held": engine.optimizer.state_bytes(engine.replicas.rank),
+        "held": engine.optimizer.state_bytes(),
         "parts": list(parts),
         "metrics": [wanted, recorded.step(again, rollout, 1)],
         "digests": [after, digest(recorded.weights(again))],

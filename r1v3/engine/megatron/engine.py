@@ -251,7 +251,7 @@ class MegatronEngine:
     def state_bytes(self) -> int:
         """See `contract.Engine.state_bytes`."""
         weights = sum(entry.bytes for entry in entries_of(self.model).values())
-        return weights + sum(self.ranks.gather(self.optimizer.state_bytes(self.replicas.rank)))
+        return weights + sum(self.ranks.gather(self.optimizer.state_bytes()))
 
     def save_state(self, directory: Path) -> BackgroundWriting:
         """See `contract.Engine.save_state`; what this rank writes is copied before it returns."""

@@ -84,8 +84,9 @@ class MegatronAdamW:
                 # A rank without trained parameters counts too: megatron-core wants a count to save.
                 state[_NOTHING] = {"step": torch.tensor(0.0)}
 
-    def state_bytes(self, replica: int) -> int:
-        """Return the bytes of the state that this rank of a data-parallel group has to store."""
+    def state_bytes(self) -> int:
+        """Return the bytes of the state that this rank has to store."""
+        replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         if not self.distributed and replica:
             return 0  # the same as the first one's
         return sum(
