@@ -60,7 +60,7 @@ TEXT = {
 
 @dataclass
 class Cost:
-    """What a rank needed; memory in bytes, times in seconds."""
+    """Costs of one rank; memory in bytes, times in seconds."""
 
     share: int
     save_peak: int = 0

@@ -235,7 +235,7 @@ def _problems(job: Job, dims: Dimensions, ranks: Sequence[RankPlan]) -> list[str
 
 
 def _refusals(job: Job, dims: Dimensions) -> list[str]:
-    """What vLLM would refuse at its start, however large the GPUs."""
+    """Reasons for which vLLM would not start, however large the GPUs."""
     if job.rollout is None or job.rollout.engine != "vllm":
         return []
     found, tensor = [], job.rollout.tensor

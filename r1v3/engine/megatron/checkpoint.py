@@ -191,7 +191,7 @@ def load_sharded(directory: Path, model: InternVL, optimizer: MegatronAdamW) -> 
 
 
 def _state(model: InternVL, optimizer: MegatronAdamW) -> dict[str, Any]:
-    """What is saved of the optimizer."""
+    """The optimizer, as megatron-core saves it."""
     weights = model.sharded_state_dict(prefix="")
     if not optimizer.distributed:
         return {"optimizer": optimizer.optimizer.sharded_state_dict(weights)}

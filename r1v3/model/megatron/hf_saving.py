@@ -31,7 +31,7 @@ _BUCKET_BYTES = 16 << 20
 
 
 def entries_of(model: "InternVL") -> dict[str, Entry]:
-    """What a model folder holds, by native name."""
+    """The tensors of a model folder, by native name."""
     dtype = next(model.parameters()).dtype
     shapes = native_shapes(model.hf_config)
     return {name: Entry(saved_name(name), dtype, shape) for name, shape in shapes.items()}
