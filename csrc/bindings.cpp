@@ -31,41 +31,41 @@ void check_dtype(int dtype) {
 
 r1v3::LogitsView checked_view(Address logits, int dtype, int64_t n_rows, int64_t row_stride,
                               int64_t vocab, Address rows, Address token_ids, double temperature,
-                              int num_threads) {
+                              Address temperatures, int num_threads) {
   check_dtype(dtype);
   require(n_rows >= 0, "n_rows", static_cast<double>(n_rows), ">= 0");
   require(vocab >= 0, "vocab", static_cast<double>(vocab), ">= 0");
   require(temperature >= 0.0, "temperature", temperature, ">= 0");
   return {at<const void>(logits), dtype,       n_rows,     row_stride, vocab, at<const int64_t>(rows),
-          at<const int64_t>(token_ids), temperature, num_threads};
+          at<const int64_t>(token_ids), temperature, num_threads, at<const double>(temperatures)};
 }
 
 void row_statistics(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
-                    Address rows, Address token_ids, double temperature, Address stats,
-                    int num_threads, const std::string& capability) {
+                    Address rows, Address token_ids, double temperature, Address temperatures,
+                    Address stats, int num_threads, const std::string& capability) {
   r1v3::row_statistics(r1v3::kernels_for(capability),
                        checked_view(logits, dtype, n_rows, row_stride, vocab, rows, token_ids,
-                                    temperature, num_threads),
+                                    temperature, temperatures, num_threads),
                        at<float>(stats));
 }
 
 void logprobs_and_entropy(Address logits, int dtype, int64_t n_rows, int64_t row_stride,
                           int64_t vocab, Address rows, Address token_ids, double temperature,
-                          Address logprobs, Address entropy, Address saved, int num_threads,
-                          const std::string& capability) {
+                          Address temperatures, Address logprobs, Address entropy, Address saved,
+                          int num_threads, const std::string& capability) {
   r1v3::logprobs_and_entropy(r1v3::kernels_for(capability),
                              checked_view(logits, dtype, n_rows, row_stride, vocab, rows, token_ids,
-                                          temperature, num_threads),
+                                          temperature, temperatures, num_threads),
                              at<float>(logprobs), at<float>(entropy), at<float>(saved));
 }
 
 void row_gradient(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
-                  Address rows, Address token_ids, double temperature, Address saved,
-                  Address grad_logprobs, Address grad_entropy, Address grad_logits,
+                  Address rows, Address token_ids, double temperature, Address temperatures,
+                  Address saved, Address grad_logprobs, Address grad_entropy, Address grad_logits,
                   int64_t grad_row_stride, int num_threads, const std::string& capability) {
   r1v3::row_gradient(r1v3::kernels_for(capability),
                      checked_view(logits, dtype, n_rows, row_stride, vocab, rows, token_ids,
-                                  temperature, num_threads),
+                                  temperature, temperatures, num_threads),
                      {at<const float>(saved), at<const float>(grad_logprobs),
                       at<const float>(grad_entropy)},
                      at<void>(grad_logits), grad_row_stride);
@@ -220,14 +220,14 @@ PYBIND11_MODULE(_C, m) {
         "Every instruction set that this machine can run, best first.");
   m.def("row_statistics", &row_statistics, WithoutGil(), arg("logits"), arg("dtype"), arg("n_rows"),
         arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"), arg("temperature"),
-        arg("stats"), arg("num_threads"), arg("capability") = "");
+        arg("temperatures") = 0, arg("stats"), arg("num_threads"), arg("capability") = "");
   m.def("logprobs_and_entropy", &logprobs_and_entropy, WithoutGil(), arg("logits"), arg("dtype"),
         arg("n_rows"), arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"),
-        arg("temperature"), arg("logprobs"), arg("entropy"), arg("saved"), arg("num_threads"),
-        arg("capability") = "");
+        arg("temperature"), arg("temperatures") = 0, arg("logprobs"), arg("entropy"),
+        arg("saved"), arg("num_threads"), arg("capability") = "");
   m.def("row_gradient", &row_gradient, WithoutGil(), arg("logits"), arg("dtype"), arg("n_rows"),
         arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"), arg("temperature"),
-        arg("saved"), arg("grad_logprobs"), arg("grad_entropy"), arg("grad_logits"),
+        arg("temperatures") = 0, arg("saved"), arg("grad_logprobs"), arg("grad_entropy"), arg("grad_logits"),
         arg("grad_row_stride"), arg("num_threads"), arg("capability") = "");
   m.def("first_outside", &first_outside, WithoutGil(), arg("ids"), arg("n"), arg("vocab"),
         arg("ignored"));

@@ -28,6 +28,10 @@ Row row_of(const LogitsView& view, int64_t i) {
           static_cast<const char*>(view.data) + number * bytes};
 }
 
+double temperature_of(const LogitsView& view, int64_t i) {
+  return view.temperatures ? view.temperatures[i] : view.temperature;
+}
+
 bool has_target(const LogitsView& view, const Row& row) {
   return row.target >= 0 && row.target < view.vocab;
 }
@@ -54,7 +58,7 @@ void row_statistics(const Kernels& kernels, const LogitsView& view, float* stats
   parallel_for(view.n_rows, view.vocab, view.num_threads, [&](int64_t i) {
     const Row row = row_of(view, i);
     const RowStatistics of_row =
-        kernels.statistics(row.data, view.dtype, view.vocab, view.temperature, true);
+        kernels.statistics(row.data, view.dtype, view.vocab, temperature_of(view, i), true);
     float* out = stats + 4 * i;
     out[0] = of_row.m;
     out[1] = static_cast<float>(of_row.s);
@@ -67,15 +71,16 @@ void logprobs_and_entropy(const Kernels& kernels, const LogitsView& view, float*
                           float* entropy, float* saved) {
   parallel_for(view.n_rows, view.vocab, view.num_threads, [&](int64_t i) {
     const Row row = row_of(view, i);
-    const RowStatistics of_row = kernels.statistics(row.data, view.dtype, view.vocab,
-                                                    view.temperature, entropy != nullptr);
+    const double temperature = temperature_of(view, i);
+    const RowStatistics of_row =
+        kernels.statistics(row.data, view.dtype, view.vocab, temperature, entropy != nullptr);
     const bool empty = of_row.s == 0.0;
     const double log_s = empty ? 0.0 : std::log(of_row.s);
     const double h = empty || !entropy ? 0.0 : log_s - of_row.w / of_row.s;
     double logprob = 0.0;
     if (has_target(view, row)) {
       const float t = kernels.element(row.data, view.dtype, row.target);
-      logprob = empty ? -INFINITY : distance(t, of_row.m, view.temperature) - log_s;
+      logprob = empty ? -INFINITY : distance(t, of_row.m, temperature) - log_s;
     }
     if (logprobs) logprobs[i] = static_cast<float>(logprob);
     if (entropy) entropy[i] = static_cast<float>(h);
@@ -99,7 +104,7 @@ void row_gradient(const Kernels& kernels, const LogitsView& view, const Gradient
     const RowGradient upstream = {saved[0], saved[1], saved[2],
                                   inputs.grad_logprobs ? inputs.grad_logprobs[i] : 0.0f,
                                   inputs.grad_entropy ? inputs.grad_entropy[i] : 0.0f};
-    kernels.gradient(row.data, view.dtype, view.vocab, row.target, view.temperature, upstream,
+    kernels.gradient(row.data, view.dtype, view.vocab, row.target, temperature_of(view, i), upstream,
                      stream, grad_base + row.number * grad_row_bytes);
   });
 }

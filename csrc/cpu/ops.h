@@ -18,6 +18,7 @@ struct LogitsView {
   const int64_t* token_ids;  // [n_rows], or null; outside [0, vocab) means no target
   double temperature;
   int num_threads;
+  const double* temperatures;  // [n_rows], or null: `temperature` for every row
 };
 
 // What a shard of the vocabulary tells the others: stats[i] = (m, s, w, t) with m the largest logit

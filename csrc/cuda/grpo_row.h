@@ -123,6 +123,13 @@ R1V3_BOTH State merge(const State& a, const State& b, float scale) {
           shrink_a * (a.w + gap_a * a.s) + shrink_b * (b.w + gap_b * b.s), a.t + b.t};
 }
 
+// log2(e) / temperature: the largest number at 0, which sends every distance but 0 below kFloor, and
+// NaN for what is no temperature.
+R1V3_BOTH float scale_of(float temperature) {
+  if (!(temperature >= 0.0f && temperature < INFINITY)) return NAN;
+  return fminf(kLog2E / fabsf(temperature), -kLowest);
+}
+
 // ---- the loss of one token -----------------------------------------------------------------
 
 // Of GrpoOptions, what a token's loss depends on.
@@ -142,6 +149,7 @@ inline TokenOptions single_precision(const GrpoOptions& options) {
 // total, 0 where the mask is False.
 struct Token {
   int64_t label;
+  float temperature;
   float loss_scale, old_logprob, advantage, weight, ref_logprob;
   bool has_old, has_ref;
 };
@@ -172,9 +180,15 @@ struct Result {
   float pull;  // dlogits = pull * (1[v = label] - p); exactly 0 where no gradient may appear
 };
 
-R1V3_BOTH Result finish(const State& state, const Token& token, int64_t vocab, float temperature,
+// (t - m) / temperature; at temperature 0, 0 for a maximum and -inf for the others.
+R1V3_BOTH float distance(float t, float m, float temperature) {
+  if (temperature != 0.0f) return (t - m) / temperature;
+  return t < m ? -INFINITY : t - m;
+}
+
+R1V3_BOTH Result finish(const State& state, const Token& token, int64_t vocab,
                         const TokenOptions& options) {
-  const float scale = kLog2E / temperature;
+  const float scale = scale_of(token.temperature);
   const bool dead = state.s == 0.0f;
   const float s = dead ? 1.0f : state.s;
   Result result;
@@ -182,11 +196,12 @@ R1V3_BOTH Result finish(const State& state, const Token& token, int64_t vocab, f
   result.log2_s = log2f(s);
   result.entropy = dead ? 0.0f : kLn2 * (result.log2_s - state.w / s);
   // Not through log2 units: the label's distance keeps the digits of x - m.
-  result.logprob = (state.t - state.m) / temperature - kLn2 * result.log2_s;
+  result.logprob = distance(state.t, state.m, token.temperature) - kLn2 * result.log2_s;
   if (dead) result.logprob = -INFINITY;
   if (token.label < 0 || token.label >= vocab) result.logprob = NAN;
   const float grad = grad_logprob(result.logprob, token, options) * token.loss_scale;
-  result.pull = dead || grad == 0.0f ? 0.0f : grad * scale * kLn2;
+  const bool flat = dead || grad == 0.0f || token.temperature == 0.0f;
+  result.pull = flat ? 0.0f : grad * scale * kLn2;
   return result;
 }
 

@@ -39,8 +39,9 @@ __device__ T* row_of(const RowLayout& layout, uint32_t row) {
          row % inner * layout.stride_inner;
 }
 
-__device__ Token token_of(const GrpoTokens& tokens, int64_t row) {
+__device__ Token token_of(const GrpoTokens& tokens, int64_t row, float temperature) {
   Token token;
+  token.temperature = temperature;
   token.label = tokens.labels[row];
   token.loss_scale = tokens.loss_scale[row];
   token.has_old = tokens.old_logprobs != nullptr;
@@ -48,6 +49,9 @@ __device__ Token token_of(const GrpoTokens& tokens, int64_t row) {
   token.advantage = token.old_logprob = token.ref_logprob = 0.0f;
   token.weight = 1.0f;
   if (token.loss_scale != 0.0f) {  // what a masked token holds is never read
+    if (tokens.temperatures != nullptr) {
+      token.temperature = static_cast<float>(tokens.temperatures[row]);
+    }
     token.advantage = tokens.advantages[row];
     if (token.has_old) token.old_logprob = tokens.old_logprobs[row];
     if (token.has_ref) token.ref_logprob = tokens.ref_logprobs[row];
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kResident) logits_grpo_loss_kernel(c
   const T* in = row_of<T>(a.logits, row);
   T* out = row_of<T>(a.gradient, row);
   const bool writes = a.gradient.data != nullptr;
-  const Token token = token_of(a.tokens, row);
+  const Token token = token_of(a.tokens, row, a.temperature);
   if (token.loss_scale == 0.0f || token.label == kIgnored) {
     // Every block of the cluster takes this way: nobody waits for it.
     if (rank == 0 && thread == 0) a.logprobs[row] = a.entropy[row] = 0.0f;
@@ -160,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kResident) logits_grpo_loss_kernel(c
     }
     commit_copies();
   }
-  const float scale = kLog2E / a.temperature;
+  const float scale = scale_of(token.temperature);
   State state = empty_state();
   float loose = 0.0f;
   if (slice.loose >= 0) {
@@ -199,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, kResident) logits_grpo_loss_kernel(c
   for (int other = 1; other < blocks; ++other) {
     state = merge(state, exchange.blocks[other], scale);
   }
-  const Result result = finish(state, token, a.vocab, a.temperature, a.options);
+  const Result result = finish(state, token, a.vocab, a.options);
   if (rank == 0 && thread == 0) {
     a.logprobs[row] = result.logprob;
     a.entropy[row] = result.entropy;

@@ -13,11 +13,13 @@ struct RowLayout {
   int64_t inner, stride_outer, stride_inner;
 };
 
-// Device memory of n tokens; null means absent for old_logprobs, weights and ref_logprobs.
+// Device memory of n tokens; null means absent for old_logprobs, weights, ref_logprobs and
+// temperatures, which else take the place of the one temperature.
 // `loss_scale` is what each token's loss is multiplied with in the total, 0 for tokens that do not count.
 struct GrpoTokens {
   const int64_t* labels;
   const float *loss_scale, *old_logprobs, *advantages, *weights, *ref_logprobs;
+  const double* temperatures;
 };
 
 // Blocks per cluster with which the current device can keep a row of `vocab` logits of this dtype

@@ -34,20 +34,65 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
-def check_logits(logits: Tensor, temperature: float, vocab_size: int | None) -> None:
-    """Raise ValueError for logits, a temperature or a vocab_size that no kernel takes."""
+def check_logits(logits: Tensor, vocab_size: int | None) -> None:
+    """Raise ValueError for logits or a vocab_size that no kernel takes."""
     if logits.dim() == 0 or not logits.is_floating_point():
         raise ValueError(
             f"logits must be a floating-point tensor [..., V], got {logits.dtype} "
             f"of shape {list(logits.shape)}"
         )
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"vocab_size must be >= 1, got {vocab_size}")
     if vocab_size is not None and vocab_size > logits.shape[-1]:
         raise ValueError(
             f"vocab_size must be at most the {logits.shape[-1]} columns of logits, got {vocab_size}"
+        )
+
+
+def as_temperature(
+    temperature: float | Tensor, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """Return a temperature as ops take it: 0-d in host memory, or float64 [rows] on the device.
+
+    Raises:
+        ValueError: for a number that is negative or not finite, or a tensor that does not hold one
+            floating-point number, or one for each row of this shape, on this device. Its values
+            are checked by the op, and on the CPU alone: see `check_temperature`.
+    """
+    if not isinstance(temperature, Tensor):
+        check_temperature(temperature)
+        return as_scalar(temperature)
+    if not temperature.is_floating_point() or temperature.device != device:
+        raise ValueError(
+            f"temperature must be a number or a floating-point tensor on {device}, "
+            f"got {temperature.dtype} on {temperature.device}"
+        )
+    if temperature.dim() == 0:
+        temperature = temperature.expand(shape)
+    check_shape("temperature", temperature, shape)
+    return temperature.detach().reshape(-1).to(torch.float64).contiguous()
+
+
+def number_or_rows(temperature: Tensor) -> float | Tensor:
+    """Return what `as_temperature` made as a number, where there is one for all rows."""
+    return float(temperature) if temperature.dim() == 0 else temperature
+
+
+def is_zero(temperature: float | Tensor) -> bool:
+    """Whether one temperature of 0 is that of all rows."""
+    return not isinstance(temperature, Tensor) and temperature == 0
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """Raise ValueError for a temperature that is negative or not finite, of a row too, on a CPU."""
+    if not isinstance(temperature, Tensor):
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+        return
+    good = (temperature >= 0) & (temperature < torch.inf)
+    if not bool(good.all()):
+        raise ValueError(
+            f"temperature must be finite and >= 0, got {temperature[~good][:8].tolist()}"
         )
 
 

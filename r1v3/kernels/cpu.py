@@ -52,13 +52,22 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def temperature_arguments(temperature: float | Tensor) -> tuple[float, int]:
+    """The number of all rows and no address, or an address of one float64 for each row."""
+    return (1.0, temperature.data_ptr()) if isinstance(temperature, Tensor) else (temperature, 0)
+
+
 def row_statistics(
-    x: Tensor, rows: Tensor | None, token_ids: Tensor | None, temperature: float, stats: Tensor
+    x: Tensor,
+    rows: Tensor | None,
+    token_ids: Tensor | None,
+    temperature: float | Tensor,
+    stats: Tensor,
 ) -> None:
     """Write (m, s, w, t) of the rows of x [*, vocab] (any row stride) to stats [n, 4]."""
     _C.row_statistics(
         x.data_ptr(), DTYPE_CODES[x.dtype], stats.shape[0], x.stride(0), x.shape[1],
-        _address(rows), _address(token_ids), temperature, stats.data_ptr(),
+        _address(rows), _address(token_ids), *temperature_arguments(temperature), stats.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -67,7 +76,7 @@ def logprobs_and_entropy(
     x: Tensor,
     rows: Tensor | None,
     token_ids: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     logprobs: Tensor,
     entropy: Tensor | None,
     saved: Tensor,
@@ -79,8 +88,8 @@ def logprobs_and_entropy(
     """
     _C.logprobs_and_entropy(
         x.data_ptr(), DTYPE_CODES[x.dtype], saved.shape[0], x.stride(0), x.shape[1],
-        _address(rows), _address(token_ids), temperature, logprobs.data_ptr(), _address(entropy),
-        saved.data_ptr(), torch.get_num_threads(),
+        _address(rows), _address(token_ids), *temperature_arguments(temperature),
+        logprobs.data_ptr(), _address(entropy), saved.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -89,7 +98,7 @@ def row_gradient(
     out: Tensor,
     rows: Tensor | None,
     token_ids: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     saved: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
@@ -97,7 +106,7 @@ def row_gradient(
     """Write the gradient of the rows of x [*, vocab] to the same rows of out; saved is [n, 3]."""
     _C.row_gradient(
         x.data_ptr(), DTYPE_CODES[x.dtype], saved.shape[0], x.stride(0), x.shape[1],
-        _address(rows), _address(token_ids), temperature, saved.data_ptr(),
+        _address(rows), _address(token_ids), *temperature_arguments(temperature), saved.data_ptr(),
         _address(grad_logprobs), _address(grad_entropy), out.data_ptr(), out.stride(0),
         torch.get_num_threads(),
     )  # fmt: skip

@@ -38,7 +38,7 @@ def logits_grpo_loss(
     gradient: Tensor | None,
     token_ids: Tensor,
     terms: TokenTerms,
-    temperature: float,
+    temperature: float | Tensor,
     vocab: int,
     blocks: int,
 ) -> tuple[Tensor, Tensor]:
@@ -48,6 +48,7 @@ def logits_grpo_loss(
 
     Args:
         token_ids: int64 [n]; a token with a loss scale of 0 or label -100 is not read.
+        temperature: a number > 0, or float64 [n].
         blocks: from `cluster`.
     """
     from r1v3.kernels.triton.logits_statistics import as_rows
@@ -62,13 +63,14 @@ def logits_grpo_loss(
     scale, advantages, old, ref, weights = terms.tensors()
     given = [None if x is None else x.contiguous() for x in
              (token_ids, scale, old, advantages, weights, ref)]  # fmt: skip
+    number, more = cpu.temperature_arguments(temperature)
     with devices.launching_on(logits):
         cpu._C.logits_grpo_loss_cuda(
             logits.data_ptr(), _layout(logits), address, layout,
             cpu.DTYPE_CODES[logits.dtype], token_ids.shape[0], logits.shape[-1], vocab,
-            *(0 if x is None else x.data_ptr() for x in given), temperature, terms.options,
+            *(0 if x is None else x.data_ptr() for x in given), number, terms.options,
             logprobs.data_ptr(), entropy.data_ptr(), blocks,
-            torch.cuda.current_stream().cuda_stream,
+            torch.cuda.current_stream().cuda_stream, **more,
         )  # fmt: skip
     return logprobs, entropy
 

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1v3.kernels import cuda, devices, reference, softmax_rows
-from r1v3.kernels.arguments import as_scalar, check_logits, check_token_ids
+from r1v3.kernels.arguments import (
+    as_temperature,
+    check_logits,
+    check_token_ids,
+    is_zero,
+    number_or_rows,
+)
 from r1v3.kernels.grpo_loss import loss_and_metrics_of_head
 from r1v3.kernels.grpo_terms import GrpoInputs, GrpoOptions, TokenTerms
 from r1v3.kernels.logprobs_and_entropy import logprobs_and_entropy
@@ -36,7 +42,7 @@ def logits_grpo_loss(
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     weights: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
     inplace_backward: bool = False,
@@ -75,8 +81,9 @@ def logits_grpo_loss(
             vocab_size exceeds the columns, an option is one that `grpo_loss` refuses, or, on
             the CPU, a label is out of range.
     """
-    check_logits(logits, temperature, vocab_size if group is None else None)
+    check_logits(logits, vocab_size if group is None else None)
     shape = tuple(logits.shape[:-1])
+    degrees = as_temperature(temperature, shape, logits.device)
     check_token_ids(token_ids, shape)
     options = GrpoOptions(clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation)
     like = logits.new_empty(shape, dtype=reference.accumulation_dtype(logits))
@@ -94,10 +101,12 @@ def logits_grpo_loss(
             inplace = inplace and softmax_rows.writable_in_place(x)
             gradient = x if inplace else x.new_empty(x.shape)
         logprobs, entropy = _logits_grpo_op(
-            x, gradient, ids, terms.tensors(), terms.options, as_scalar(temperature), vocab_size,
+            x, gradient, ids, terms.tensors(), terms.options, degrees, vocab_size,
             group_name(group),
         )  # fmt: skip
     else:
+        if degrees.dim():  # that of a token that does not count may be anything
+            temperature = torch.where(mask, degrees, 1.0).view(shape)
         logprobs, entropy = logprobs_and_entropy(
             logits, ids.view(shape), temperature=temperature, vocab_size=vocab_size, group=group,
             inplace_backward=inplace_backward,
@@ -129,21 +138,23 @@ def _logits_grpo(
         terms, options: of a `TokenTerms` of all n tokens.
     """
     own, vocab = TokenTerms.of_tensors(terms, options), vocab_size or logits.shape[-1]
-    if not group and float(temperature) > 0:
+    degrees = number_or_rows(temperature)
+    if not group and not is_zero(degrees):
         blocks = cuda.cluster(logits, vocab)
         if blocks:
-            return cuda.logits_grpo_loss(
-                logits, gradient, token_ids, own, float(temperature), vocab, blocks
-            )
+            return cuda.logits_grpo_loss(logits, gradient, token_ids, own, degrees, vocab, blocks)
     keep = (own.loss_scale != 0) & (token_ids != reference.IGNORED_TOKEN)
     if logits.device.type == "cpu" and not devices.runs_triton(logits) and not group:
         # Only the rows that count, since waiting for their number costs nothing here.
         rows = keep.nonzero().squeeze(-1)
         ids, own, mask = token_ids[rows], own[rows], None
+        degrees = softmax_rows.part_of(degrees, rows)
     else:
         rows, ids, mask = None, torch.where(keep, token_ids, reference.IGNORED_TOKEN), keep
+        if isinstance(degrees, Tensor):  # that of a token that does not count may be anything
+            degrees = torch.where(keep, degrees, 1.0)
     shard = shard_bounds(logits.shape[-1], vocab_size, group, logits.device)
-    labels = softmax_rows.RowLabels(ids, rows, float(temperature), vocab_size, shard, group)
+    labels = softmax_rows.RowLabels(ids, rows, degrees, vocab_size, shard, group)
     logprobs, entropy, saved = softmax_rows.forward(logits, labels, keep=mask)
     if gradient is not None:
         upstream = own.grad_logprobs(logprobs, mask)

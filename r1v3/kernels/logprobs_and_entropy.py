@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1v3.kernels import reference, softmax_rows
-from r1v3.kernels.arguments import as_scalar, check_logits, check_rows, check_token_ids
+from r1v3.kernels.arguments import (
+    as_temperature,
+    check_logits,
+    check_rows,
+    check_token_ids,
+    number_or_rows,
+)
 from r1v3.kernels.registration import register_op
 from r1v3.kernels.softmax_rows import RowLabels
 from r1v3.kernels.vocab_parallel import group_name, shard_bounds
@@ -23,7 +29,7 @@ def logprobs_and_entropy(
     logits: Tensor,
     token_ids: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     rows: Tensor | None = None,
     group: ProcessGroup | None = None,
@@ -43,7 +49,8 @@ def logprobs_and_entropy(
         logits: [..., V] float32, bfloat16, float16 or float64, any strides.
         token_ids: [...] integers in [0, vocabulary) or -100. Outside it a CPU tensor raises; a
             CUDA tensor gives NaN (nothing here waits for the device).
-        temperature: finite and >= 0.
+        temperature: finite and >= 0, a number or a floating-point tensor [...] with one for each
+            row (with `rows` too, which selects from it); a tensor gets no gradient.
         vocab_size: the true vocabulary where columns are padded; columns from it on carry no
             probability and get exactly zero gradient.
         rows: int64 [n], distinct indices into the flattened leading dimensions: only these rows
@@ -60,7 +67,8 @@ def logprobs_and_entropy(
 
     Raises:
         ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
-            vocab_size exceeds the columns, or, on the CPU, a label or row is out of range.
+            vocab_size exceeds the columns, or, on the CPU, a label, a row or a row's temperature is
+            out of range. A CUDA tensor gives NaN for such a temperature.
     """
     check_token_ids(token_ids, tuple(logits.shape[:-1]))
     logprobs, entropy = _results(
@@ -72,7 +80,7 @@ def logprobs_and_entropy(
 def entropy_from_logits(
     logits: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     rows: Tensor | None = None,
     group: ProcessGroup | None = None,
@@ -87,7 +95,8 @@ def entropy_from_logits(
 
     Raises:
         ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
-            vocab_size exceeds the columns, or, on the CPU, a label or row is out of range.
+            vocab_size exceeds the columns, or, on the CPU, a label, a row or a row's temperature is
+            out of range.
     """
     return _results(logits, None, rows, temperature, vocab_size, group, False, True)[1]
 
@@ -96,7 +105,7 @@ def selective_log_softmax(
     logits: Tensor,
     token_ids: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     rows: Tensor | None = None,
     group: ProcessGroup | None = None,
@@ -111,7 +120,8 @@ def selective_log_softmax(
 
     Raises:
         ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
-            vocab_size exceeds the columns, or, on the CPU, a label or row is out of range.
+            vocab_size exceeds the columns, or, on the CPU, a label, a row or a row's temperature is
+            out of range.
     """
     check_token_ids(token_ids, tuple(logits.shape[:-1]))
     return _results(logits, token_ids, rows, temperature, vocab_size, group, False, False)[0]
@@ -121,21 +131,24 @@ def _results(
     logits: Tensor,
     token_ids: Tensor | None,
     rows: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     vocab_size: int | None,
     group: ProcessGroup | None,
     inplace_backward: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_logits(logits, temperature, vocab_size if group is None else None)
+    check_logits(logits, vocab_size if group is None else None)
+    degrees = as_temperature(temperature, tuple(logits.shape[:-1]), logits.device)
     check_rows(rows)
     ids = None if token_ids is None else token_ids.reshape(-1).contiguous()
     rows = None if rows is None else rows.contiguous()
     if ids is not None and rows is not None:
         ids = ids[rows]
+    if degrees.dim() and rows is not None:
+        degrees = degrees[rows]
     inplace = inplace_backward and not torch.compiler.is_compiling()
     logprobs, entropy, _, _ = _logprobs_op(
-        logits, ids, rows, as_scalar(temperature), vocab_size, group_name(group), inplace,
+        logits, ids, rows, degrees, vocab_size, group_name(group), inplace,
         with_entropy,
     )  # fmt: skip
     shape = logits.shape[:-1] if rows is None else rows.shape
@@ -154,7 +167,7 @@ def _logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities [n], entropy [n] or [0], what the backward needs [n, 3], the shard."""
     shard = shard_bounds(logits.shape[-1], vocab_size, group, logits.device)
-    labels = RowLabels(token_ids, rows, float(temperature), vocab_size, shard, group)
+    labels = RowLabels(token_ids, rows, number_or_rows(temperature), vocab_size, shard, group)
     logprobs, entropy, saved = softmax_rows.forward(logits, labels, with_entropy=with_entropy)
     return logprobs, entropy if with_entropy else logprobs.new_empty(0), saved, shard
 
@@ -183,7 +196,7 @@ def _logits_gradient(
     grad_entropy: Tensor | None,
 ) -> None:
     """Write the gradient, which may be the logits."""
-    labels = RowLabels(token_ids, rows, float(temperature), vocab_size, shard)
+    labels = RowLabels(token_ids, rows, number_or_rows(temperature), vocab_size, shard)
     softmax_rows.backward(logits, gradient, labels, saved, grad_logprobs, grad_entropy)
 
 

@@ -32,13 +32,14 @@ def logprobs_and_entropy(
     logits: Tensor,
     token_ids: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of `token_ids` and entropy of softmax(logits / temperature), in nats.
 
-    Shapes: logits [..., V], token_ids [...], results [...] (or [len(rows)]).
+    Shapes: logits [..., V], token_ids [...], a temperature for each row [...], results [...] (or
+    [len(rows)]).
     """
     shape = logits.shape[:-1] if rows is None else rows.shape
     x = _selected(logits, vocab_size, rows)
@@ -46,7 +47,7 @@ def logprobs_and_entropy(
     ignored = ids == IGNORED_TOKEN
     if bool(((ids < 0) | (ids >= x.shape[-1])).logical_and(~ignored).any()):
         raise ValueError(f"token_ids must be in [0, {x.shape[-1]}) or -100, got {ids.tolist()[:8]}")
-    d, log_s, entropy, dead = _softmax_parts(x, temperature)
+    d, log_s, entropy, dead = _softmax_parts(x, _of_rows(temperature, rows, x.dtype))
     if x.shape[-1] == 0:
         target = d.new_zeros(d.shape[0])
     else:
@@ -59,20 +60,21 @@ def logprobs_and_entropy(
 def entropy_from_logits(
     logits: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
     """Entropy of softmax(logits / temperature) in nats; logits [..., V] -> [...]."""
     shape = logits.shape[:-1] if rows is None else rows.shape
-    return _softmax_parts(_selected(logits, vocab_size, rows), temperature)[2].view(shape)
+    x = _selected(logits, vocab_size, rows)
+    return _softmax_parts(x, _of_rows(temperature, rows, x.dtype))[2].view(shape)
 
 
 def selective_log_softmax(
     logits: Tensor,
     token_ids: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
@@ -82,6 +84,16 @@ def selective_log_softmax(
     )[0]
 
 
+def _of_rows(
+    temperature: float | Tensor, rows: Tensor | None, dtype: torch.dtype
+) -> float | Tensor:
+    """The temperature of the computed rows: a number, or [n]."""
+    if not isinstance(temperature, Tensor):
+        return temperature
+    flat = temperature.reshape(-1).to(dtype)
+    return flat if rows is None else flat[rows]
+
+
 def _selected(logits: Tensor, vocab_size: int | None, rows: Tensor | None) -> Tensor:
     x = logits.reshape(-1, logits.shape[-1])
     if rows is not None:
@@ -89,22 +101,23 @@ def _selected(logits: Tensor, vocab_size: int | None, rows: Tensor | None) -> Te
     return x[:, :vocab_size].to(accumulation_dtype(logits))
 
 
-def _softmax_parts(x: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d, log s, entropy, row is all -inf) of the rows x [n, V], d shifted by the row maximum."""
+def _softmax_parts(x: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(d, log s, entropy, row is all -inf) of the rows x [n, V], d shifted by the row maximum.
+
+    temperature is a number or [n].
+    """
     if x.shape[-1] == 0:
         zero = x.new_zeros(x.shape[0])
         return x, zero, zero, torch.ones_like(zero, dtype=torch.bool)
     maximum = x.detach().amax(-1, keepdim=True)
     dead = maximum == -torch.inf
     shifted = x - torch.where(dead, 0.0, maximum)
-    if temperature == 0:
-        # The limit T -> 0: uniform over the maxima. Everything is constant, so gradients are 0.
-        d = torch.where(shifted == 0, 0.0, -torch.inf)
-        d = torch.where(shifted.isnan(), torch.nan, d) + 0.0 * torch.where(
-            shifted.isfinite(), shifted, 0.0
-        )
+    if isinstance(temperature, Tensor):
+        degrees = temperature[:, None]
+        warm = shifted / torch.where(degrees == 0, 1.0, degrees)
+        d = torch.where(degrees == 0, _coldest(shifted), warm)
     else:
-        d = shifted / temperature
+        d = _coldest(shifted) if temperature == 0 else shifted / temperature
     e = d.exp()
     s = e.sum(-1)
     w = (e * torch.where(d == -torch.inf, 0.0, d)).sum(-1)
@@ -114,7 +127,27 @@ def _softmax_parts(x: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tenso
     return d, log_s, torch.where(dead, 0.0, log_s - w / s), dead
 
 
-def row_statistics(x: Tensor, token_ids: Tensor | None, temperature: float) -> Tensor:
+def _coldest(shifted: Tensor) -> Tensor:
+    """The limit T -> 0 of x / T less its maximum: uniform over the maxima, and gradients are 0."""
+    d = torch.where(shifted == 0, 0.0, -torch.inf)
+    return torch.where(shifted.isnan(), torch.nan, d) + 0.0 * torch.where(
+        shifted.isfinite(), shifted, 0.0
+    )
+
+
+def _over(difference: Tensor, temperature: float | Tensor) -> Tensor:
+    """difference / temperature for differences <= 0, [n] or [n, V]; at 0 the limit, 0 or -inf."""
+    if not isinstance(temperature, Tensor):
+        if temperature == 0:
+            return torch.where(difference < 0, -torch.inf, difference)
+        return difference / temperature
+    degrees = temperature.to(difference.dtype)
+    degrees = degrees if difference.dim() == 1 else degrees[:, None]
+    limit = torch.where(difference < 0, -torch.inf, difference)
+    return torch.where(degrees == 0, limit, difference / degrees)
+
+
+def row_statistics(x: Tensor, token_ids: Tensor | None, temperature: float | Tensor) -> Tensor:
     """Softmax statistics of a shard of the vocabulary: [n, 4] = (m, s, w, t) per row.
 
     m = max x and t = x[token], or 0 when the id is outside this shard, are logits: divided by a
@@ -125,6 +158,7 @@ def row_statistics(x: Tensor, token_ids: Tensor | None, temperature: float) -> T
     Args:
         x: [n, V] logits without padded columns.
         token_ids: [n] ids relative to this shard, or None.
+        temperature: a number, or [n] with one for each row.
     """
     x = x.to(accumulation_dtype(x))
     n, vocab = x.shape
@@ -135,7 +169,7 @@ def row_statistics(x: Tensor, token_ids: Tensor | None, temperature: float) -> T
     maximum = x.amax(-1)
     dead = maximum == -torch.inf
     shifted = x - torch.where(dead, 0.0, maximum)[:, None]
-    d = torch.where(shifted < 0, -torch.inf, shifted) if temperature == 0 else shifted / temperature
+    d = _over(shifted, temperature)
     e = d.exp()
     w = (e * torch.where(d == -torch.inf, 0.0, d)).sum(-1)
     target = torch.zeros_like(maximum)
@@ -146,19 +180,15 @@ def row_statistics(x: Tensor, token_ids: Tensor | None, temperature: float) -> T
     return torch.stack([maximum, e.sum(-1), w, target], dim=-1)
 
 
-def join_statistics(stats: Tensor, temperature: float) -> Tensor:
+def join_statistics(stats: Tensor, temperature: float | Tensor) -> Tensor:
     """[shards, n, 4] from `row_statistics` -> [n, 4] of their union, added in shard order."""
     m_all, s_all, w_all, t_all = stats.unbind(-1)
     m = m_all.amax(0)
     s, w, t = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
     for m_r, s_r, w_r, t_r in zip(m_all, s_all, w_all, t_all, strict=True):
-        gap = torch.where(m_r == -torch.inf, 0.0, m_r - m)
-        if temperature == 0:
-            scale = torch.where(gap == 0, 1.0, 0.0)
-            gap = torch.zeros_like(gap)
-        else:
-            gap = gap / temperature
-            scale = gap.exp()
+        gap = _over(torch.where(m_r == -torch.inf, 0.0, m_r - m), temperature)
+        scale = gap.exp()
+        gap = torch.where(scale == 0, 0.0, gap)
         s = s + scale * s_r
         w = w + scale * (w_r + gap * s_r)
         t = t + t_r
@@ -166,7 +196,7 @@ def join_statistics(stats: Tensor, temperature: float) -> Tensor:
 
 
 def merge_statistics(
-    stats: Tensor, ignored: Tensor | None, temperature: float
+    stats: Tensor, ignored: Tensor | None, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge the shards' statistics, in shard order.
 
@@ -180,12 +210,7 @@ def merge_statistics(
     dead = s == 0
     log_s = torch.where(dead, 1.0, s).log()
     entropy = torch.where(dead, 0.0, log_s - w / torch.where(dead, 1.0, s))
-    distance = t - m
-    if temperature == 0:
-        distance = torch.where(distance < 0, -torch.inf, distance)
-    else:
-        distance = distance / temperature
-    logprobs = torch.where(dead, -torch.inf, distance - log_s)
+    logprobs = torch.where(dead, -torch.inf, _over(t - m, temperature) - log_s)
     if ignored is not None:
         logprobs = torch.where(ignored, 0.0, logprobs)
     return logprobs, entropy, torch.stack([m, log_s, entropy], dim=-1)
@@ -194,7 +219,7 @@ def merge_statistics(
 def row_gradient(
     x: Tensor,
     token_ids: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     saved: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
@@ -203,15 +228,21 @@ def row_gradient(
 
     Args:
         token_ids: [n] ids relative to this shard (an id outside it adds no 1[t]), or None.
+        temperature: a number, or [n] with one for each row.
         saved: [n, 3] from `merge_statistics`.
         grad_logprobs: [n] or None; must already be 0 where the label is ignored.
         grad_entropy: [n] or None.
     """
-    if temperature == 0 or (grad_logprobs is None and grad_entropy is None) or x.shape[1] == 0:
+    degrees = temperature
+    if isinstance(degrees, Tensor):
+        degrees = degrees.to(saved.dtype)[:, None]
+    elif degrees == 0:
+        return torch.zeros_like(x)
+    if (grad_logprobs is None and grad_entropy is None) or x.shape[1] == 0:
         return torch.zeros_like(x)
     m, log_s, entropy = (column[:, None] for column in saved.unbind(-1))
     dead = m == -torch.inf
-    log_p = (x.to(saved.dtype) - torch.where(dead, 0.0, m)) / temperature - log_s
+    log_p = (x.to(saved.dtype) - torch.where(dead, 0.0, m)) / degrees - log_s
     p = log_p.exp()
     grad = torch.zeros_like(p)
     needed = torch.zeros_like(dead)
@@ -227,7 +258,9 @@ def row_gradient(
         g = grad_entropy.to(p.dtype)[:, None]
         needed |= g != 0
         grad -= g * torch.where(p == 0, 0.0, p * (log_p + entropy))
-    return torch.where(needed & ~dead, grad / temperature, 0.0).to(x.dtype)
+    if isinstance(degrees, Tensor):
+        needed &= degrees != 0
+    return torch.where(needed & ~dead, grad / degrees, 0.0).to(x.dtype)
 
 
 def linear_logprobs_and_entropy(
@@ -236,7 +269,7 @@ def linear_logprobs_and_entropy(
     token_ids: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     loss_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -252,6 +285,8 @@ def linear_logprobs_and_entropy(
     logits = hidden[keep].to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
+    if isinstance(temperature, Tensor):
+        temperature = temperature[keep]
     logprobs, entropy = logprobs_and_entropy(
         logits, token_ids[keep], temperature=temperature, vocab_size=vocab_size
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1v3.kernels import cpu, devices, reference, vocab_parallel
-from r1v3.kernels.arguments import as_scalar, check_logits, check_shape
+from r1v3.kernels.arguments import as_scalar, check_logits, check_shape, check_temperature
 from r1v3.kernels.registration import register_op
 from r1v3.kernels.vocab_parallel import columns
 
@@ -81,14 +81,15 @@ def sample_tokens(
             its range, or, on the CPU, a temperature or forced token of a tensor is.
     """
     rows = tuple(logits.shape[:-1])
-    degrees = 1.0 if isinstance(temperature, Tensor) else temperature
-    check_logits(logits, degrees, vocab_size if group is None else None)
+    check_logits(logits, vocab_size if group is None else None)
     if logits.shape[-1] == 0 and group is None:
         raise ValueError(f"logits must have columns, got shape {list(logits.shape)}")
     _check_rows("uniforms", uniforms, rows, floating=True)
     if isinstance(temperature, Tensor):
         _check_rows("temperature", temperature, rows, floating=True)
-    else:  # on the device, so that a graph's replay reads what it captured
+    else:
+        check_temperature(temperature)
+        # On the device, so that a graph's replay reads what it captured
         temperature = as_scalar(temperature, logits.device)
     if forced is not None:
         _check_rows("forced", forced, rows, floating=False)
@@ -145,7 +146,7 @@ def _sample_tokens(
     truncated = truncation != (None, None, None)
     if group and truncated:
         x, group = vocab_parallel.gather_columns(x, group), ""
-        check_logits(x, 1.0, vocab_size)
+        check_logits(x, vocab_size)
     draw = _Draw.of(x, uniforms, temperature, banned, enabled, forced)
     shard = vocab_parallel.shard_bounds(x.shape[1], vocab_size, group, x.device)
     if not group:
@@ -266,8 +267,8 @@ def _contiguous_rows(x: Tensor) -> Tensor:
 
 def _check_values(temperature: Tensor, forced: Tensor | None, vocab: int) -> None:
     """Raise ValueError for a temperature or forced token of a CPU tensor that is out of range."""
-    if temperature.dim() and not bool(((temperature >= 0) & (temperature < torch.inf)).all()):
-        raise ValueError(f"temperature must be finite and >= 0, got {temperature.tolist()[:8]}")
+    if temperature.dim():
+        check_temperature(temperature)
     if forced is None or (cpu.built() and cpu.first_outside(forced, vocab, -1) < 0):
         return
     outside = forced[(forced < -1) | (forced >= vocab)]

@@ -1,7 +1,7 @@
 """Forward and backward over rows of logits, on whatever device they live.
 
-CUDA tensors run Triton (temperature 0 the reference), CPU tensors the compiled CPU kernels;
-float64, and everything where neither exists, runs the reference. No autograd here.
+CUDA tensors run Triton (temperature 0 of all rows the reference), CPU tensors the compiled
+kernels; float64, and everything where neither exists, runs the reference. No autograd here.
 
 A caller with a chunk of logits of its own, [rows, V] in float32 or bfloat16, gets their gradient
 in place from `forward` and `backward(logits, out=logits, ...)`: two reads and one write of the
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from r1v3.kernels import cpu, devices, reference, vocab_parallel
+from r1v3.kernels.arguments import check_temperature, is_zero
 
 
 class RowLabels(NamedTuple):
@@ -23,6 +24,7 @@ class RowLabels(NamedTuple):
     Attributes:
         token_ids: [n] global ids of the rows or -100, or None.
         rows: int64 [n] into the flattened leading dimensions, or None for all of them.
+        temperature: of all rows, or float64 [n].
         vocab_size: columns that take part, or None for all; a shard says it better.
         shard: int64 [2], id of the first column and the true vocabulary size, or empty.
         group: name of the group over which the vocabulary is sharded, or empty.
@@ -30,7 +32,7 @@ class RowLabels(NamedTuple):
 
     token_ids: Tensor | None
     rows: Tensor | None
-    temperature: float
+    temperature: float | Tensor
     vocab_size: int | None
     shard: Tensor
     group: str = ""
@@ -54,7 +56,7 @@ class RowLabels(NamedTuple):
 
     def runs_triton(self, tensor: Tensor) -> bool:
         """Whether Triton computes them from logits or statistics like `tensor`."""
-        return devices.runs_triton(tensor) and self.temperature > 0
+        return devices.runs_triton(tensor) and not is_zero(self.temperature)
 
 
 def forward(
@@ -73,6 +75,7 @@ def forward(
             check_labels(labels.token_ids, labels.columns(logits.shape[-1])[2])
         if labels.rows is not None:
             check_row_index(labels.rows, logits.shape[:-1].numel())
+        check_temperature(labels.temperature)
     if cpu.supports(logits) and not labels.group and not labels.runs_triton(logits):
         return _forward_on_cpu(logits, labels, with_entropy)
     return merge(statistics(logits, labels, keep), labels, logits.shape[-1])
@@ -96,7 +99,9 @@ def statistics(logits: Tensor, labels: RowLabels, keep: Tensor | None = None) ->
         return reference.row_statistics(x, ids, labels.temperature)[None]
     stats = logits.new_empty(1, _count(logits, labels), 4, dtype=torch.float32)
     for part, block, index in _blocks(logits, vocab, labels.rows):
-        cpu.row_statistics(block, index, _part(ids, part), labels.temperature, stats[0, part])
+        cpu.row_statistics(
+            block, index, _part(ids, part), part_of(labels.temperature, part), stats[0, part]
+        )
     return stats
 
 
@@ -154,7 +159,8 @@ def backward(
         for part, block, index in _blocks(logits, vocab, rows):
             cpu.row_gradient(
                 block, target[part if rows is None else slice(None), :vocab], index,
-                _part(ids, part), temperature, saved[part], *(_part(x, part) for x in upstream),
+                _part(ids, part), part_of(temperature, part), saved[part],
+                *(_part(x, part) for x in upstream),
             )  # fmt: skip
         _zero_rest(target, rows, vocab)
         return
@@ -254,10 +260,15 @@ def _forward_on_cpu(
     vocab = labels.columns(logits.shape[-1])[1]
     for part, block, index in _blocks(logits, vocab, labels.rows):
         cpu.logprobs_and_entropy(
-            block, index, _part(ids, part), labels.temperature, logprobs[part],
+            block, index, _part(ids, part), part_of(labels.temperature, part), logprobs[part],
             _part(entropy, part), saved[part],
         )  # fmt: skip
     return logprobs, logprobs.new_empty(0) if entropy is None else entropy, saved
+
+
+def part_of(temperature: float | Tensor, part: slice | Tensor) -> float | Tensor:
+    """The temperature of a part of its rows."""
+    return temperature[part] if isinstance(temperature, Tensor) else temperature
 
 
 def _part(vector: Tensor | None, part: slice) -> Tensor | None:

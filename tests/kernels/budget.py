@@ -38,11 +38,13 @@ def pytorch(
     logits: Tensor,
     token_ids: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A trainer's code without kernels: float32 log_softmax of logits / temperature."""
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(-1, 1)
     x, ids = logits.reshape(-1, logits.shape[-1])[:, :vocab_size], token_ids.reshape(-1)
     if rows is not None:
         x, ids = x[rows], ids[rows]
@@ -95,7 +97,7 @@ def check_logits(logits: Tensor, token_ids: Tensor, **options: object) -> tuple[
         baseline = evaluate(pytorch, which, logits.clone(), *given)
         got = evaluate(function, which, logits, *given)
         # p (log p + H) / T: a rounding of log p, which may be all there is, counts 1 / T.
-        grad = 2e-6 + 2.0**-24 / options.get("temperature", 1.0)  # type: ignore[operator]
+        grad = 2e-6 + 2.0**-24 / float(torch.as_tensor(options.get("temperature", 1.0)).min())
         if INTERPRETED and logits.dtype == torch.bfloat16:
             # The interpreter truncates to bfloat16 where a device rounds.
             grad += 2.0**-7 * truth[-1].abs().nan_to_num(0, 0, 0).max().item()

@@ -119,8 +119,8 @@ void write(const Block& block, T* out, const Result& result, float scale, Traffi
 
 template <typename T>
 Result row(const T* in, T* out, int64_t vocab, int blocks, const Token& token,
-           float temperature, const TokenOptions& options, Traffic& traffic) {
-  const float scale = kLog2E / temperature;
+           const TokenOptions& options, Traffic& traffic) {
+  const float scale = scale_of(token.temperature);
   std::vector<Block> cluster(blocks);
   for (int rank = 0; rank < blocks; ++rank) {
     load(cluster[rank], in, vocab, token, rank, blocks, traffic);
@@ -128,7 +128,7 @@ Result row(const T* in, T* out, int64_t vocab, int blocks, const Token& token,
   }
   State state = cluster[0].state;
   for (int rank = 1; rank < blocks; ++rank) state = merge(state, cluster[rank].state, scale);
-  const Result result = finish(state, token, vocab, temperature, options);
+  const Result result = finish(state, token, vocab, options);
   for (int rank = 0; rank < blocks; ++rank) write(cluster[rank], out, result, scale, traffic);
   return result;
 }
@@ -143,13 +143,14 @@ extern "C" bool emulate(int dtype, const void* in, void* out, int64_t vocab, int
                         int64_t label, const float* token, bool has_old, bool has_ref,
                         float temperature, const double* options, int32_t* reads, int32_t* writes,
                         float* logprob_and_entropy) {
-  const Token known = {label, token[0], token[1], token[2], token[3], token[4], has_old, has_ref};
+  const Token known = {label,    temperature, token[0], token[1], token[2],
+                       token[3], token[4],    has_old,  has_ref};
   const TokenOptions chosen = single_precision(grpo_options({options, options + 7}));
   Traffic traffic = {reads, writes};
   const auto run = [&](auto kind) {
     using T = decltype(kind);
     return row(static_cast<const T*>(in), static_cast<T*>(out), vocab, blocks, known,
-               temperature, chosen, traffic);
+               chosen, traffic);
   };
   const Result result = dtype == 0 ? run(0.0f) : run(bf16{});
   logprob_and_entropy[0] = result.logprob;

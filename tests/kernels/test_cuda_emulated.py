@@ -73,7 +73,7 @@ class Case:
     vocab: int
     ids: Tensor
     tokens: dict[str, Tensor]
-    temperature: float
+    temperature: float | Tensor
     blocks: int
 
     @staticmethod
@@ -95,21 +95,25 @@ class Case:
         ids = torch.randint(vocab, (n,))
         ids[::5] = draw.choice([-100, -1, vocab, 2**40, 0, vocab - 1])
         gradient = logits if draw.random() < 0.5 else Rows.draw(draw, n, width, dtype)
-        return Case(
+        case = Case(
             logits, gradient, vocab, ids, _tokens(draw, n), draw.choice([1.0, 0.6, 1.7]),
             blocks or draw.choice([1, 2, 4, 8]),
         )  # fmt: skip
+        if draw.random() < 0.4:  # a temperature for each row
+            case.temperature = 0.5 + torch.rand(n, dtype=torch.float64)
+        return case
 
     def launch(self, device: Any) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropy; the gradient is written."""
         n, width = self.logits.view.shape
         results = torch.full((2, n), 777.0)
+        number, more = cpu.temperature_arguments(self.temperature)
         names = ("loss_scale", "old_logprobs", "advantages", "weights", "ref_logprobs")
         device.logits_grpo_loss_cuda(
             logits=self.logits.view.data_ptr(), logits_layout=self.logits.layout,
             gradient=self.gradient.view.data_ptr(), gradient_layout=self.gradient.layout,
             dtype=cpu.DTYPE_CODES[self.logits.view.dtype], n_rows=n, width=width, vocab=self.vocab,
-            token_ids=self.ids.data_ptr(), temperature=self.temperature, options=CODES,
+            token_ids=self.ids.data_ptr(), temperature=number, options=CODES, **more,
             logprobs=results[0].data_ptr(), entropy=results[1].data_ptr(), blocks=self.blocks,
             stream=0,
             **{name: self.tokens[name].data_ptr() if name in self.tokens else 0 for name in names},
@@ -118,7 +122,8 @@ class Case:
 
     def specified(self) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, entropy and gradient by formulas of float64."""
-        x = self.logits.view.double()[:, : self.vocab] / self.temperature
+        degrees = torch.as_tensor(self.temperature).reshape(-1, 1)
+        x = self.logits.view.double()[:, : self.vocab] / degrees
         scale = self.tokens["loss_scale"].double()
         counted = (scale != 0) & (self.ids != reference.IGNORED_TOKEN)
         inside = (self.ids >= 0) & (self.ids < self.vocab)
@@ -154,7 +159,7 @@ class Case:
         outside = torch.ones_like(before, dtype=torch.bool)
         self.gradient.of_rows(outside).fill_(False)
         assert torch.equal(self.gradient.memory[outside], before[outside])
-        largest = single.nan_to_num(0, 0, 0).abs().max().item() / self.temperature
+        largest = single.nan_to_num(0, 0, 0).abs().max().item() / float(torch.as_tensor(self.temperature).min())
         for got, exact in zip(results, (logprobs, entropy), strict=True):
             torch.testing.assert_close(
                 got.double(), exact, rtol=3e-6, atol=3e-5 + 2e-7 * largest, equal_nan=True

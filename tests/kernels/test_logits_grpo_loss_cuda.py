@@ -229,6 +229,21 @@ def test_edge_rows(emulator: Any) -> None:
             assert math.isnan(logprob) and math.isnan(entropy) and gradient.isnan().all()
 
 
+def test_temperatures_of_a_row(emulator: Any) -> None:
+    """Fails if a row's temperature of 0 is not the limit, or a bad one gives a plausible number."""
+    row = torch.tensor([1.0, 3.0, 3.0, -math.inf, 2.9])
+    token = {"old": -1.0, "advantage": 1.0}
+    for label, logprob in ((1, -math.log(2)), (0, -math.inf), (3, -math.inf)):
+        got = emulate(emulator, row, label, 2, token, 0.0)
+        assert got[:2] == pytest.approx((logprob, math.log(2))) and (got[2] == 0).all()
+    for tiny in (1e-30, 1e-42):
+        got = emulate(emulator, row, 1, 2, token, tiny)
+        assert got[:2] == pytest.approx((-math.log(2), math.log(2)))
+    for bad in (-1.0, math.nan, math.inf):
+        logprob, entropy, gradient = emulate(emulator, row, 1, 2, token, bad)
+        assert math.isnan(logprob) and math.isnan(entropy) and gradient.isnan().all()
+
+
 # ---- machine code --------------------------------------------------------------------------
 
 

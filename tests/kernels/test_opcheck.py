@@ -23,11 +23,13 @@ def logits_cases() -> dict[str, tuple[Any, ...]]:
     x, ids, rows = torch.randn(6, 11), torch.randint(0, 9, (6,)), torch.tensor([4, 0])
     leaf = x.clone().requires_grad_()
     saved, slope = torch.rand(6, 3), torch.randn(6)
+    degrees = torch.rand(6, dtype=torch.float64)
     gradient = ids, None, scalar(0.7), 9, rows[:0], saved, slope, slope
     terms = [torch.rand(6), slope, None, slope, None]
     grpo = ids, terms, [0.2, 0.3, 0.0, 0.0, 0.1, 2.0, 0.0], scalar(0.7), 9, ""
     return {
         "logprobs_and_entropy": (leaf, ids, None, scalar(0.7), 9, "", False, True),
+        "logprobs_and_entropy by row": (leaf, ids, None, degrees, 9, "", False, True),
         "logprobs_and_entropy of rows": (
             leaf, ids[rows], rows, scalar(1.0), None, "", False, True,
         ),
@@ -38,7 +40,11 @@ def logits_cases() -> dict[str, tuple[Any, ...]]:
             x, x.clone(), ids[rows], rows, scalar(1.0), None, rows[:0], saved[rows], None,
             slope[rows],
         ),
+        "logits_gradient by row": (
+            x, x.clone(), ids, None, degrees, 9, rows[:0], saved, slope, slope,
+        ),
         "logits_grpo": (x, x.clone(), *grpo),
+        "logits_grpo by row": (x, x.clone(), ids, terms, grpo[2], degrees, 9, ""),
         "logits_grpo without gradient": (x, None, *grpo),
         "scale_": (x.clone(), torch.tensor(2.0)),
         "with_gradient of logits": (torch.ones(()), leaf, torch.randn(6, 11), None, None),
@@ -78,15 +84,19 @@ def linear_cases() -> dict[str, tuple[Any, ...]]:
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     bias = torch.randn(11).requires_grad_()
     ids, mask = torch.randint(0, 9, (6,)), torch.ones(6, dtype=torch.bool)
-    sharding = "", True, 0
+    some, sharding = torch.tensor([4]), ("", True, 0)
     rest = scalar(0.7), None, *sharding
     per_token: list[Tensor | None] = [torch.rand(6) for _ in range(5)]
     options = [0.2, 0.2, 0.0, 0.0, 0.1, 2.0, 0.0]
     bounds, saved, slope = torch.tensor([0, 11]), torch.rand(6, 3), torch.randn(6)
+    degrees = torch.rand(6, dtype=torch.float64)
     gradient = scalar(0.7), bounds, saved, [slope, slope]
     return {
         "linear_logprobs_and_entropy": (*leaves, None, ids, mask, None, *rest),
-        "linear_logprobs_and_entropy of rows": (*leaves, bias, ids, None, ids[:1], *rest),
+        "linear_logprobs_and_entropy by row": (
+            *leaves, None, ids, mask, None, degrees, None, *sharding,
+        ),
+        "linear_logprobs_and_entropy of rows": (*leaves, bias, ids, None, some, *rest),
         "linear_gradient": (
             hidden, weight, bias.detach(), ids, mask, None, *gradient, [True, True, True],
             *sharding,
@@ -97,8 +107,12 @@ def linear_cases() -> dict[str, tuple[Any, ...]]:
         "linear_grpo": (
             hidden, weight, ids, mask, None, per_token, options, [True, True], *rest,
         ),
+        "linear_grpo by row": (
+            hidden, weight, ids, mask, None, per_token, options, [True, True], degrees, None,
+            *sharding,
+        ),
         "linear_grpo of rows": (
-            hidden, weight, ids, mask, ids[:1], per_token, options, [True, True], *rest,
+            hidden, weight, ids, mask, some, per_token, options, [True, True], *rest,
         ),
         "with_gradient": (
             torch.ones(()), leaves[0], torch.randn(6, 4), leaves[1], torch.randn(11, 4),

@@ -51,7 +51,8 @@ def statistics_arguments(dtype: str, align: int, sharded: bool = False) -> dict[
         "stats_ptr": "*fp32:16", "temperature": "fp32", "parts": "i32", "HAS_ROWS": sharded,
         "HAS_IDS": True, "HAS_KEEP": sharded, "keep_ptr": "*u8:16" if sharded else None,
         "HAS_SHARD": sharded, "ALIGN": align, "VECTORS": logits_statistics.VECTORS,
-        "PART_BLOCKS": logits_statistics.PART_BLOCKS,
+        "PART_BLOCKS": logits_statistics.PART_BLOCKS, "temperatures_ptr": None,
+        "HAS_TEMPERATURES": False,
     }  # fmt: skip
 
 
@@ -65,7 +66,8 @@ def gradient_arguments(dtype: str, align: int, sharded: bool = False) -> dict[st
         "temperature": "fp32", "parts": "i32", "HAS_SLOTS": sharded, "HAS_IDS": True,
         "HAS_SHARD": sharded, "HAS_LOGPROBS": True, "HAS_ENTROPY": True, "ALIGN": align,
         "OUT_ALIGN": align, "VECTORS": logits_gradient.VECTORS,
-        "PART_BLOCKS": logits_gradient.PART_BLOCKS,
+        "PART_BLOCKS": logits_gradient.PART_BLOCKS, "temperatures_ptr": None,
+        "HAS_TEMPERATURES": False,
     }  # fmt: skip
 
 
@@ -141,7 +143,9 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "stats_ptr": f, "ids_ptr": i, "shard_ptr": i, "merged_ptr": None, "logprobs_ptr": f,
         "entropy_ptr": f, "saved_ptr": f, "temperature": "fp32", "parts": "i32", "FINAL": True,
         "HAS_IDS": True, "HAS_SHARD": True, "PARTS": 32, "ROWS": 16,
+        "temperatures_ptr": None, "HAS_TEMPERATURES": False,
     }  # fmt: skip
+    by_row = {"temperatures_ptr": "*fp64:16", "HAS_TEMPERATURES": True}
     scaling = {"x_ptr": "*bf16:16", "factor_ptr": f, "n": "i64", "programs": "i64",
                "BLOCK": scale.BLOCK}  # fmt: skip
     ban = {
@@ -151,11 +155,18 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
     return {
         "statistics bf16": (_row_statistics_kernel, statistics_arguments("bf16", 8), 8),
         "statistics fp32": (_row_statistics_kernel, statistics_arguments("fp32", 4), 8),
+        "statistics by row": (
+            _row_statistics_kernel,
+            {**statistics_arguments("bf16", 8), **by_row},
+            8,
+        ),
         "statistics shard": (_row_statistics_kernel, statistics_arguments("fp16", 8, True), 8),
         "gradient bf16": (_row_gradient_kernel, gradient_arguments("bf16", 8), 8),
         "gradient fp32": (_row_gradient_kernel, gradient_arguments("fp32", 4), 8),
+        "gradient by row": (_row_gradient_kernel, {**gradient_arguments("bf16", 8), **by_row}, 8),
         "gradient shard": (_row_gradient_kernel, gradient_arguments("fp16", 8, True), 8),
         "merge": (_merge_kernel, merge, 4),
+        "merge by row": (_merge_kernel, {**merge, **by_row}, 4),
         "advantages": (_group_advantages_kernel, advantage_arguments(False), 4),
         "advantages of equal groups": (_group_advantages_kernel, advantage_arguments(True), 4),
         "loss": (_grpo_loss_kernel, loss_arguments(False), 4),

@@ -22,6 +22,7 @@ SUITE = (
     "linear_grpo",
     "linear_edges",
     "linear_persistent",
+    "row_temperature",
     "ban_tokens",
     "sample_tokens",
     "properties",

@@ -44,8 +44,9 @@ def _linear_grpo(
         terms, options: of a `TokenTerms` of all N tokens.
         needed: whether hidden and weight get a gradient.
     """
-    head = TiledHead(weight, None, hidden.dtype, temperature, vocab_size, group, row_tile)
     selected = SelectedRows(hidden, token_ids, loss_mask, rows)
+    degrees = selected.temperature(temperature)
+    head = TiledHead(weight, None, hidden.dtype, degrees, vocab_size, group, row_tile)
     softmax_rows.check_labels(selected.token_ids, head.bounds[1])
     gradients = Gradients(
         head, selected, [*needed, False],
@@ -114,7 +115,7 @@ def _rows_by_rows(
     width = vocab if head.whole_rows else tile_shape(head, size)[1]
     space = states.new_empty(min(size, rows.n), padded(vocab), dtype=head.result)[:, :vocab]
     for part in blocks(rows.n, size):
-        chunk, labels = states[part], head.labels(rows.token_ids[part])
+        chunk, labels = states[part], head.labels(rows.token_ids[part], rows=part)
         logits = space[: chunk.shape[0]]
         for columns, tile in head.tiles(width):
             head.logits(chunk, columns, tile, logits[:, columns])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from r1v3.kernels import cpu, vocab_parallel
-from r1v3.kernels.softmax_rows import RowLabels
+from r1v3.kernels.softmax_rows import RowLabels, part_of
 
 # Elements from row to row of what is allocated here, a multiple of 128 bytes: of rows of 151,674
 # most start off the 16 bytes that tensor cores load.
@@ -42,7 +42,7 @@ class TiledHead:
         weight: Tensor,
         bias: Tensor | None,
         hidden_dtype: torch.dtype,
-        temperature: Tensor | float,
+        temperature: float | Tensor,
         vocab_size: int | None = None,
         group: str = "",
         row_tile: int = 0,
@@ -55,7 +55,7 @@ class TiledHead:
         self.operand = torch.bfloat16 if native else self.result
         self.weight, self.bias, self.row_tile = weight, bias, row_tile
         self.states = hidden_dtype if self._takes(hidden_dtype) else self.operand
-        self.temperature, self.vocab_size, self.group = float(temperature), vocab_size, group
+        self.temperature, self.vocab_size, self.group = temperature, vocab_size, group
         if bounds is None and group:
             width, device = weight.shape[0], weight.device
             bounds = vocab_parallel.shard_bounds(width, vocab_size, group, device)
@@ -70,13 +70,20 @@ class TiledHead:
         """Whether one product takes all columns: on a GPU, unless tiles are converted."""
         return self.weight.is_cuda and not self.converts
 
-    def labels(self, token_ids: Tensor, columns: slice | None = None) -> RowLabels:
-        """Rows of logits that start with these columns, or of all, and their labels."""
+    def labels(
+        self, token_ids: Tensor, columns: slice | None = None, rows: slice = slice(None)
+    ) -> RowLabels:
+        """These rows of logits, which start with these columns, or of all, and their labels.
+
+        Args:
+            token_ids: [n] of the rows.
+        """
         shard = self.bounds
         if columns is not None:
             step = 1 - torch.arange(2, device=shard.device)
             shard = torch.add(shard, step, alpha=columns.start)
-        return RowLabels(token_ids, None, self.temperature, None, shard, self.group)
+        temperature = part_of(self.temperature, rows)
+        return RowLabels(token_ids, None, temperature, None, shard, self.group)
 
     def common_width(self) -> int:
         """Columns per rank, the same number on all ranks, since all must cut the rows alike.

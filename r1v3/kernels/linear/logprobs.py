@@ -37,8 +37,9 @@ def _linear_logprobs(
 
     n counts tokens, or entries of `rows`. reduce_hidden_grad is for the backward.
     """
-    head = TiledHead(weight, bias, hidden.dtype, temperature, vocab_size, group, row_tile)
     selected = SelectedRows(hidden, token_ids, loss_mask, rows)
+    degrees = selected.temperature(temperature)
+    head = TiledHead(weight, bias, hidden.dtype, degrees, vocab_size, group, row_tile)
     softmax_rows.check_labels(selected.token_ids, head.bounds[1])
     logprobs, entropy, saved = row_results(head, selected)
     if rows is None:
@@ -93,8 +94,9 @@ def _linear_gradient(
     Args:
         upstream: gradients of the log-probabilities and the entropy.
     """
-    head = TiledHead(weight, bias, hidden.dtype, temperature, None, group, row_tile, bounds)
     selected = SelectedRows(hidden, token_ids, loss_mask, rows)
+    degrees = selected.temperature(temperature)
+    head = TiledHead(weight, bias, hidden.dtype, degrees, None, group, row_tile, bounds)
     if rows is None:
         saved = saved[selected.row_index]
         upstream = [_part(x, selected.row_index) for x in upstream]
@@ -123,12 +125,12 @@ def add_gradients(
     states = rows.states(head.states)
     block, width = tile_shape(head, rows.n)
     for columns, tile in head.tiles(width) if rows.n else ():
-        labels = head.labels(rows.token_ids, columns)
         for part in blocks(rows.n, block):
             logits = head.logits(states[part], columns, tile)
+            labels = head.labels(rows.token_ids[part], columns, part)
             softmax_rows.backward(
-                logits, logits, labels._replace(token_ids=rows.token_ids[part]), saved[part],
-                _part(grad_logprobs, part), _part(grad_entropy, part),
+                logits, logits, labels, saved[part], _part(grad_logprobs, part),
+                _part(grad_entropy, part),
             )  # fmt: skip
             gradients.add(columns, tile, part, logits, states[part])
 

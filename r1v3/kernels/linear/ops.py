@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from r1v3.kernels import reference
 from r1v3.kernels.arguments import (
-    as_scalar,
+    as_temperature,
     check_logits,
     check_rows,
     check_shape,
@@ -30,7 +30,7 @@ def linear_logprobs_and_entropy(
     token_ids: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     loss_mask: Tensor | None = None,
     rows: Tensor | None = None,
@@ -71,10 +71,12 @@ def linear_logprobs_and_entropy(
 
     Raises:
         ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
-            vocab_size exceeds V, or, on the CPU, a label or row is out of range.
+            vocab_size exceeds V, or, on the CPU, a label, a row or a counting row's temperature is
+            out of range.
     """
     shape = _check_head(hidden, weight, token_ids)
-    check_logits(weight.T, temperature, vocab_size if group is None else None)
+    check_logits(weight.T, vocab_size if group is None else None)
+    degrees = as_temperature(temperature, shape, hidden.device)
     _check_row_tile(row_tile)
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
@@ -91,7 +93,7 @@ def linear_logprobs_and_entropy(
         token_ids.reshape(-1),
         loss_mask,
         rows,
-        as_scalar(temperature),
+        degrees,
         vocab_size,
         group_name(group),
         reduce_hidden_grad,
@@ -120,7 +122,7 @@ def linear_grpo_loss(
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     weights: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     rows: Tensor | None = None,
     group: ProcessGroup | None = None,
@@ -154,10 +156,11 @@ def linear_grpo_loss(
     Raises:
         ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
             vocab_size exceeds V, an option is one that `grpo_loss` refuses, or, on the CPU, a
-            label is out of range or rows are not those of the mask.
+            label or a counting row's temperature is out of range or rows are not those of the mask.
     """
     shape = _check_head(hidden, weight, token_ids)
-    check_logits(weight.T, temperature, vocab_size if group is None else None)
+    check_logits(weight.T, vocab_size if group is None else None)
+    degrees = as_temperature(temperature, shape, hidden.device)
     _check_row_tile(row_tile)
     options = GrpoOptions(clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation)
     inputs = GrpoInputs.of(
@@ -170,7 +173,7 @@ def linear_grpo_loss(
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (states, weight)]
     logprobs, entropy, grad_states, grad_weight = linear_grpo_op(
         states.detach(), weight.detach(), token_ids.reshape(-1), mask, rows, terms.tensors(),
-        terms.options, needed, as_scalar(temperature), vocab_size, group_name(group),
+        terms.options, needed, degrees, vocab_size, group_name(group),
         reduce_hidden_grad, row_tile or 0,
     )  # fmt: skip
     loss, metrics = loss_and_metrics_of_head(logprobs, entropy, shape, inputs)

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from r1v3.kernels import softmax_rows
+from r1v3.kernels.arguments import check_temperature, number_or_rows
 from r1v3.kernels.reference import IGNORED_TOKEN
+from r1v3.kernels.softmax_rows import part_of
 
 
 class SelectedRows:
@@ -41,6 +43,20 @@ class SelectedRows:
         self.n = self.row_index.shape[0]
         self.whole = rows is None and self.n == self.total
         self.token_ids = token_ids[self.row_index]
+
+    def temperature(self, temperature: Tensor) -> float | Tensor:
+        """The temperature of the rows: a number, or [n].
+
+        Args:
+            temperature: 0-d, or [M].
+
+        Raises:
+            ValueError: for one of the rows' that is negative or not finite, on the CPU.
+        """
+        found = part_of(number_or_rows(temperature), self.row_index)
+        if not self.row_index.is_cuda:
+            check_temperature(found)
+        return found
 
     def states(self, dtype: torch.dtype) -> Tensor:
         """Hidden states [n, H] of the rows."""

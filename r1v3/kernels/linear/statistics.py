@@ -22,7 +22,7 @@ class RowStatistics:
         """Take the logits of these columns and rows: all rows of the first columns, and so on."""
         if rows.start == 0:
             self._tiles.append([])
-        labels = self.head.labels(self.token_ids[rows], columns)
+        labels = self.head.labels(self.token_ids[rows], columns, rows)
         self._tiles[-1].append(softmax_rows.statistics(logits, labels))
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,8 @@ from r1v3.kernels.triton.logits_statistics import (
     WARPS,
     Layout,
     row_offset,
+    row_scale,
+    temperature_arguments,
 )
 
 
@@ -45,6 +47,7 @@ def _row_gradient_kernel(
     slots_ptr,
     ids_ptr,
     shard_ptr,
+    temperatures_ptr,
     saved_ptr,
     grad_logprobs_ptr,
     grad_entropy_ptr,
@@ -62,6 +65,7 @@ def _row_gradient_kernel(
     HAS_SLOTS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_SHARD: tl.constexpr,
+    HAS_TEMPERATURES: tl.constexpr,
     HAS_LOGPROBS: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -95,6 +99,10 @@ def _row_gradient_kernel(
         token = tl.where(here, local, -1).to(tl.int32)
     if HAS_ENTROPY:
         g_entropy = tl.load(grad_entropy_ptr + slot, mask=alive, other=0.0)
+    if HAS_TEMPERATURES:
+        own = tl.load(temperatures_ptr + slot, mask=active, other=0.0).to(tl.float32)
+        g_logp = tl.where(own == 0, 0.0, g_logp)
+        g_entropy = tl.where(own == 0, 0.0, g_entropy)
     # Where nothing is needed nothing is loaded, and the arithmetic below gives 0. (The interpreter
     # cannot combine comparisons of floats: an integer in between.)
     needed = ((g_logp != 0) | (g_entropy != 0)).to(tl.int32) != 0
@@ -106,6 +114,8 @@ def _row_gradient_kernel(
     head = tl.minimum((ALIGN - offset % ALIGN) % ALIGN, vocab).to(tl.int32)
     full = ((vocab - head) // BLOCK).to(tl.int32)
     scale = LOG2_E / temperature
+    if HAS_TEMPERATURES:
+        scale = tl.where(needed, row_scale(LOG2_E, own), 0.0)
     lanes = tl.arange(0, BLOCK)
     dtype = out_ptr.dtype.element_ty
     first = part * PART_BLOCKS
@@ -148,7 +158,7 @@ def row_gradient(
     out: Tensor,
     token_ids: Tensor | None,
     rows: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     vocab: int,
     shard: Tensor | None,
     saved: Tensor,
@@ -169,13 +179,15 @@ def row_gradient(
         slots = torch.full((n,), -1, dtype=torch.int64, device=logits.device)
         slots[rows] = torch.arange(rows.shape[0], device=logits.device)
     parts = max(1, triton.cdiv(vocab // (VECTORS * layout.align), PART_BLOCKS))
+    number, temperatures = temperature_arguments(temperature)
     with devices.launching_on(logits):
         _row_gradient_kernel[(n * parts,)](
-            layout.pointer, out_layout.pointer, slots, token_ids, shard, saved, grad_logprobs,
-            grad_entropy, layout.base, out_layout.base, layout.inner, layout.stride_outer,
-            layout.stride_inner, out_layout.stride_outer, out_layout.stride_inner, vocab, width,
-            float(temperature), parts, HAS_SLOTS=rows is not None, HAS_IDS=token_ids is not None,
-            HAS_SHARD=shard is not None, HAS_LOGPROBS=grad_logprobs is not None,
+            layout.pointer, out_layout.pointer, slots, token_ids, shard, temperatures, saved,
+            grad_logprobs, grad_entropy, layout.base, out_layout.base, layout.inner,
+            layout.stride_outer, layout.stride_inner, out_layout.stride_outer,
+            out_layout.stride_inner, vocab, width, number, parts, HAS_SLOTS=rows is not None,
+            HAS_IDS=token_ids is not None, HAS_SHARD=shard is not None,
+            HAS_TEMPERATURES=temperatures is not None, HAS_LOGPROBS=grad_logprobs is not None,
             HAS_ENTROPY=grad_entropy is not None, ALIGN=layout.align,
             OUT_ALIGN=layout.align if layout.matches(out_layout) else 1, VECTORS=VECTORS,
             PART_BLOCKS=PART_BLOCKS, num_warps=WARPS,

@@ -35,11 +35,24 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # exp2 of this is 0, and 0 times it is 0: what -inf becomes, so that 0 * -inf never appears.
 FLOOR = tl.constexpr(-1.0e4)
+HIGHEST = tl.constexpr(3.4028234e38)
 
 
 @triton.jit
 def _distance(x, top, scale):
     return tl.maximum((x - top) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def row_scale(unit: tl.constexpr, temperature):
+    """unit / temperature of a row's own: the largest number at 0, NaN for no temperature.
+
+    The largest number sends every distance but 0 below `FLOOR`.
+    """
+    # The interpreter divides no number that is known at compilation.
+    scale = tl.minimum(tl.full([], unit, tl.float32) / tl.abs(temperature), HIGHEST)
+    scale = tl.where(temperature >= 0, scale, float("nan"))
+    return tl.where(temperature < float("inf"), scale, float("nan"))
 
 
 @triton.jit
@@ -67,6 +80,7 @@ def _row_statistics_kernel(
     ids_ptr,
     keep_ptr,
     shard_ptr,
+    temperatures_ptr,
     stats_ptr,
     n_rows: tl.int64,
     base: tl.int64,
@@ -80,6 +94,7 @@ def _row_statistics_kernel(
     HAS_IDS: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     HAS_SHARD: tl.constexpr,
+    HAS_TEMPERATURES: tl.constexpr,
     ALIGN: tl.constexpr,
     VECTORS: tl.constexpr,
     PART_BLOCKS: tl.constexpr,
@@ -101,6 +116,9 @@ def _row_statistics_kernel(
     head = tl.minimum((ALIGN - offset % ALIGN) % ALIGN, vocab)
     full = ((vocab - head) // BLOCK).to(tl.int32)
     scale = LOG2_E / temperature
+    if HAS_TEMPERATURES:
+        own = tl.load(temperatures_ptr + selected).to(tl.float32)
+        scale = row_scale(LOG2_E, own)
     lanes = tl.arange(0, VECTORS)[:, None] * ALIGN + tl.arange(0, ALIGN)[None, :]
     m = tl.full([VECTORS], LOWEST, tl.float32)
     s = tl.zeros([VECTORS], tl.float32)
@@ -144,6 +162,7 @@ def _merge_kernel(
     stats_ptr,
     ids_ptr,
     shard_ptr,
+    temperatures_ptr,
     merged_ptr,
     logprobs_ptr,
     entropy_ptr,
@@ -155,6 +174,7 @@ def _merge_kernel(
     FINAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_SHARD: tl.constexpr,
+    HAS_TEMPERATURES: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -168,7 +188,11 @@ def _merge_kernel(
     part_w = tl.load(at + 2, mask=there, other=0.0)
     t = tl.sum(tl.load(at + 3, mask=there, other=0.0), axis=1)
     m = tl.max(part_m, axis=1)
-    gap = _distance(part_m, m[:, None], 1.0 / temperature)
+    if HAS_TEMPERATURES:
+        own = tl.load(temperatures_ptr + row, mask=inside, other=1.0).to(tl.float32)
+        gap = _distance(part_m, m[:, None], row_scale(1.0, own)[:, None])
+    else:
+        gap = _distance(part_m, m[:, None], 1.0 / temperature)
     shrink = tl.exp(gap)
     s = tl.sum(shrink * part_s, axis=1)
     w = tl.sum(shrink * (part_w + gap * part_s), axis=1)
@@ -185,7 +209,12 @@ def _merge_kernel(
             if HAS_SHARD:
                 vocab = tl.load(shard_ptr + 1)
             token = tl.load(ids_ptr + row, mask=inside, other=0).to(tl.int64)
-            logprobs = tl.where(dead, -float("inf"), (t - m) / temperature - log_s)
+            if HAS_TEMPERATURES:
+                greedy = tl.where(t < m, -float("inf"), t - m)
+                logprobs = tl.where(own == 0, greedy, (t - m) / own) - log_s
+                logprobs = tl.where(dead, -float("inf"), logprobs)
+            else:
+                logprobs = tl.where(dead, -float("inf"), (t - m) / temperature - log_s)
             logprobs = tl.where((token < 0) | (token >= vocab), float("nan"), logprobs)
             logprobs = tl.where(token == -100, 0.0, logprobs)
         tl.store(logprobs_ptr + row, logprobs, mask=inside)
@@ -240,6 +269,11 @@ def _flags(keep: Tensor | None) -> Tensor | None:
     return None if keep is None else keep.view(torch.uint8)
 
 
+def temperature_arguments(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    """The number of all rows and no tensor, or a tensor [n] of one for each row."""
+    return (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
+
+
 def _merge_grid(stats: Tensor) -> tuple[int, int, int]:
     """Programs, and the shape [rows, parts] that each one merges."""
     parts = triton.next_power_of_2(stats.shape[0])
@@ -251,7 +285,7 @@ def row_statistics(
     logits: Tensor,
     token_ids: Tensor | None,
     rows: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     vocab: int,
     shard: Tensor | None,
     keep: Tensor | None = None,
@@ -260,6 +294,7 @@ def row_statistics(
 
     Args:
         logits: from `as_rows`; token_ids: [n] global ids; rows: int64 [n] or None.
+        temperature: a number, or [n] with one for each selected row.
         vocab: columns to read; shard: int64 [2] on the device, (first id, true vocabulary), which
             bounds them further, or None.
         keep: bool [n] or None; a row that is not kept is not read: it counts as all -inf.
@@ -268,35 +303,42 @@ def row_statistics(
     n = logits.shape[:-1].numel() if rows is None else rows.shape[0]
     parts = max(1, triton.cdiv(vocab // (VECTORS * layout.align), PART_BLOCKS))
     stats = torch.empty(parts, n, 4, dtype=torch.float32, device=logits.device)
+    number, temperatures = temperature_arguments(temperature)
     if n:
         with devices.launching_on(logits):
             _row_statistics_kernel[(n * parts,)](
-                layout.pointer, rows, token_ids, _flags(keep), shard, stats, n, layout.base,
-                layout.inner, layout.stride_outer, layout.stride_inner, vocab, float(temperature),
+                layout.pointer, rows, token_ids, _flags(keep), shard, temperatures, stats, n,
+                layout.base, layout.inner, layout.stride_outer, layout.stride_inner, vocab, number,
                 parts, HAS_ROWS=rows is not None, HAS_IDS=token_ids is not None,
-                HAS_KEEP=keep is not None, HAS_SHARD=shard is not None, ALIGN=layout.align,
-                VECTORS=VECTORS, PART_BLOCKS=PART_BLOCKS, num_warps=WARPS,
+                HAS_KEEP=keep is not None, HAS_SHARD=shard is not None,
+                HAS_TEMPERATURES=temperatures is not None, ALIGN=layout.align, VECTORS=VECTORS,
+                PART_BLOCKS=PART_BLOCKS, num_warps=WARPS,
             )  # fmt: skip
     return stats
 
 
-def merge_parts(stats: Tensor, temperature: float) -> Tensor:
+def merge_parts(stats: Tensor, temperature: float | Tensor) -> Tensor:
     """[parts, n, 4] -> [n, 4], in an order that depends on the number of parts alone."""
     n = stats.shape[1]
     merged = torch.empty(n, 4, dtype=torch.float32, device=stats.device)
+    number, temperatures = temperature_arguments(temperature)
     if n:
         programs, rows, parts = _merge_grid(stats)
         with devices.launching_on(stats):
             _merge_kernel[(programs,)](
-                stats, None, None, merged, None, None, None, n, 0, float(temperature),
-                stats.shape[0], FINAL=False, HAS_IDS=False, HAS_SHARD=False, PARTS=parts,
-                ROWS=rows,
+                stats, None, None, temperatures, merged, None, None, None, n, 0, number,
+                stats.shape[0], FINAL=False, HAS_IDS=False, HAS_SHARD=False,
+                HAS_TEMPERATURES=temperatures is not None, PARTS=parts, ROWS=rows,
             )  # fmt: skip
     return merged
 
 
 def finalize(
-    stats: Tensor, token_ids: Tensor | None, temperature: float, vocab: int, shard: Tensor | None
+    stats: Tensor,
+    token_ids: Tensor | None,
+    temperature: float | Tensor,
+    vocab: int,
+    shard: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[parts, n, 4] -> logprobs [n], entropy [n], saved [n, 3] = (m, log s, entropy).
 
@@ -305,12 +347,14 @@ def finalize(
     n = stats.shape[1]
     logprobs = torch.empty(n, dtype=torch.float32, device=stats.device)
     entropy, saved = torch.empty_like(logprobs), stats.new_empty(n, 3)
+    number, temperatures = temperature_arguments(temperature)
     if n:
         programs, rows, parts = _merge_grid(stats)
         with devices.launching_on(stats):
             _merge_kernel[(programs,)](
-                stats, token_ids, shard, None, logprobs, entropy, saved, n, vocab,
-                float(temperature), stats.shape[0], FINAL=True, HAS_IDS=token_ids is not None,
-                HAS_SHARD=shard is not None, PARTS=parts, ROWS=rows,
+                stats, token_ids, shard, temperatures, None, logprobs, entropy, saved, n, vocab,
+                number, stats.shape[0], FINAL=True, HAS_IDS=token_ids is not None,
+                HAS_SHARD=shard is not None, HAS_TEMPERATURES=temperatures is not None,
+                PARTS=parts, ROWS=rows,
             )  # fmt: skip
     return logprobs, entropy, saved
