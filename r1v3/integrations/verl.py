@@ -303,7 +303,9 @@ def logits_processor(stock: Callable[..., dict[str, Tensor]]) -> Callable[..., d
     def process(
         self: Any, logits: Tensor, label: Tensor, temperature: Tensor, **options: Any
     ) -> dict[str, Tensor]:
-        """Log-probabilities and entropies [1, N] of logits [1, N, V / TP], which are overwritten.
+        """Log-probabilities and entropies [1, N] of logits [1, N, V / TP].
+
+        The backward overwrites the logits.
 
         Args:
             temperature: [1, N].
@@ -313,11 +315,10 @@ def logits_processor(stock: Callable[..., dict[str, Tensor]]) -> Callable[..., d
             return stock(self, logits, label, temperature, **options)
         from megatron.core import parallel_state
 
-        temperature[temperature <= 0] = 1e-8  # padding
-        logits.div_(temperature.unsqueeze(-1).to(logits.dtype))
         logprobs, entropy = logprobs_and_entropy(
             logits,
             label,
+            temperature=torch.where(temperature > 0, temperature, 1.0),  # padding has none
             group=parallel_state.get_tensor_model_parallel_group(),
             inplace_backward=True,
         )
