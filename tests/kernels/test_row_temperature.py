@@ -118,7 +118,7 @@ def all_logits(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, loss_mask: Tensor, temperature: Tensor,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What `linear_logprobs_and_entropy` is to give, from all the logits."""
+    """Log-probabilities and entropies of the head from all its logits."""
     degrees = torch.where(loss_mask, temperature, 1.0).to(hidden.dtype)
     log_p = ((hidden @ weight.T)[..., :vocab_size] / degrees[..., None]).log_softmax(-1)
     chosen = log_p.gather(-1, token_ids.clamp(min=0)[..., None]).squeeze(-1)
