@@ -41,8 +41,8 @@ r1v3::LogitsView checked_view(Address logits, int dtype, int64_t n_rows, int64_t
 }
 
 void row_statistics(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
-                    Address rows, Address token_ids, double temperature, Address temperatures,
-                    Address stats, int num_threads, const std::string& capability) {
+                    Address rows, Address token_ids, double temperature, Address stats,
+                    int num_threads, const std::string& capability, Address temperatures) {
   r1v3::row_statistics(r1v3::kernels_for(capability),
                        checked_view(logits, dtype, n_rows, row_stride, vocab, rows, token_ids,
                                     temperature, temperatures, num_threads),
@@ -51,8 +51,8 @@ void row_statistics(Address logits, int dtype, int64_t n_rows, int64_t row_strid
 
 void logprobs_and_entropy(Address logits, int dtype, int64_t n_rows, int64_t row_stride,
                           int64_t vocab, Address rows, Address token_ids, double temperature,
-                          Address temperatures, Address logprobs, Address entropy, Address saved,
-                          int num_threads, const std::string& capability) {
+                          Address logprobs, Address entropy, Address saved, int num_threads,
+                          const std::string& capability, Address temperatures) {
   r1v3::logprobs_and_entropy(r1v3::kernels_for(capability),
                              checked_view(logits, dtype, n_rows, row_stride, vocab, rows, token_ids,
                                           temperature, temperatures, num_threads),
@@ -60,9 +60,10 @@ void logprobs_and_entropy(Address logits, int dtype, int64_t n_rows, int64_t row
 }
 
 void row_gradient(Address logits, int dtype, int64_t n_rows, int64_t row_stride, int64_t vocab,
-                  Address rows, Address token_ids, double temperature, Address temperatures,
-                  Address saved, Address grad_logprobs, Address grad_entropy, Address grad_logits,
-                  int64_t grad_row_stride, int num_threads, const std::string& capability) {
+                  Address rows, Address token_ids, double temperature, Address saved,
+                  Address grad_logprobs, Address grad_entropy, Address grad_logits,
+                  int64_t grad_row_stride, int num_threads, const std::string& capability,
+                  Address temperatures) {
   r1v3::row_gradient(r1v3::kernels_for(capability),
                      checked_view(logits, dtype, n_rows, row_stride, vocab, rows, token_ids,
                                   temperature, temperatures, num_threads),
@@ -220,15 +221,16 @@ PYBIND11_MODULE(_C, m) {
         "Every instruction set that this machine can run, best first.");
   m.def("row_statistics", &row_statistics, WithoutGil(), arg("logits"), arg("dtype"), arg("n_rows"),
         arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"), arg("temperature"),
-        arg("temperatures") = 0, arg("stats"), arg("num_threads"), arg("capability") = "");
+        arg("stats"), arg("num_threads"), arg("capability") = "", arg("temperatures") = 0);
   m.def("logprobs_and_entropy", &logprobs_and_entropy, WithoutGil(), arg("logits"), arg("dtype"),
         arg("n_rows"), arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"),
-        arg("temperature"), arg("temperatures") = 0, arg("logprobs"), arg("entropy"),
-        arg("saved"), arg("num_threads"), arg("capability") = "");
+        arg("temperature"), arg("logprobs"), arg("entropy"), arg("saved"), arg("num_threads"),
+        arg("capability") = "", arg("temperatures") = 0);
   m.def("row_gradient", &row_gradient, WithoutGil(), arg("logits"), arg("dtype"), arg("n_rows"),
         arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"), arg("temperature"),
-        arg("temperatures") = 0, arg("saved"), arg("grad_logprobs"), arg("grad_entropy"), arg("grad_logits"),
-        arg("grad_row_stride"), arg("num_threads"), arg("capability") = "");
+        arg("saved"), arg("grad_logprobs"), arg("grad_entropy"), arg("grad_logits"),
+        arg("grad_row_stride"), arg("num_threads"), arg("capability") = "",
+        arg("temperatures") = 0);
   m.def("first_outside", &first_outside, WithoutGil(), arg("ids"), arg("n"), arg("vocab"),
         arg("ignored"));
   m.def("group_advantages", &group_advantages, WithoutGil(), arg("rewards"), arg("n"), arg("order"),

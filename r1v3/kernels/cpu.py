@@ -57,6 +57,12 @@ def temperature_arguments(temperature: float | Tensor) -> tuple[float, int]:
     return (1.0, temperature.data_ptr()) if isinstance(temperature, Tensor) else (temperature, 0)
 
 
+def _of_each_row(temperature: float | Tensor) -> tuple[float, dict[str, int]]:
+    """The number of all rows, and the last argument of a call where each row has its own."""
+    number, address = temperature_arguments(temperature)
+    return number, {"temperatures": address} if address else {}
+
+
 def row_statistics(
     x: Tensor,
     rows: Tensor | None,
@@ -65,10 +71,11 @@ def row_statistics(
     stats: Tensor,
 ) -> None:
     """Write (m, s, w, t) of the rows of x [*, vocab] (any row stride) to stats [n, 4]."""
+    number, more = _of_each_row(temperature)
     _C.row_statistics(
         x.data_ptr(), DTYPE_CODES[x.dtype], stats.shape[0], x.stride(0), x.shape[1],
-        _address(rows), _address(token_ids), *temperature_arguments(temperature), stats.data_ptr(),
-        torch.get_num_threads(),
+        _address(rows), _address(token_ids), number, stats.data_ptr(), torch.get_num_threads(),
+        **more,
     )  # fmt: skip
 
 
@@ -86,10 +93,11 @@ def logprobs_and_entropy(
     Without `entropy`, the cheaper sums for the log-probabilities alone. A token id outside
     [0, vocab) gives 0.
     """
+    number, more = _of_each_row(temperature)
     _C.logprobs_and_entropy(
         x.data_ptr(), DTYPE_CODES[x.dtype], saved.shape[0], x.stride(0), x.shape[1],
-        _address(rows), _address(token_ids), *temperature_arguments(temperature),
-        logprobs.data_ptr(), _address(entropy), saved.data_ptr(), torch.get_num_threads(),
+        _address(rows), _address(token_ids), number, logprobs.data_ptr(), _address(entropy),
+        saved.data_ptr(), torch.get_num_threads(), **more,
     )  # fmt: skip
 
 
@@ -104,11 +112,11 @@ def row_gradient(
     grad_entropy: Tensor | None,
 ) -> None:
     """Write the gradient of the rows of x [*, vocab] to the same rows of out; saved is [n, 3]."""
+    number, more = _of_each_row(temperature)
     _C.row_gradient(
         x.data_ptr(), DTYPE_CODES[x.dtype], saved.shape[0], x.stride(0), x.shape[1],
-        _address(rows), _address(token_ids), *temperature_arguments(temperature), saved.data_ptr(),
-        _address(grad_logprobs), _address(grad_entropy), out.data_ptr(), out.stride(0),
-        torch.get_num_threads(),
+        _address(rows), _address(token_ids), number, saved.data_ptr(), _address(grad_logprobs),
+        _address(grad_entropy), out.data_ptr(), out.stride(0), torch.get_num_threads(), **more,
     )  # fmt: skip
 
 
