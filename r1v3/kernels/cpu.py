@@ -52,15 +52,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def temperature_arguments(temperature: float | Tensor) -> tuple[float, int]:
-    """The number of all rows and no address, or an address of one float64 for each row."""
-    return (1.0, temperature.data_ptr()) if isinstance(temperature, Tensor) else (temperature, 0)
-
-
-def _of_each_row(temperature: float | Tensor) -> tuple[float, dict[str, int]]:
+def temperature_arguments(temperature: float | Tensor) -> tuple[float, dict[str, int]]:
     """The number of all rows, and the last argument of a call where each row has its own."""
-    number, address = temperature_arguments(temperature)
-    return number, {"temperatures": address} if address else {}
+    if isinstance(temperature, Tensor):
+        return 1.0, {"temperatures": temperature.data_ptr()}
+    return temperature, {}
 
 
 def row_statistics(
@@ -71,7 +67,7 @@ def row_statistics(
     stats: Tensor,
 ) -> None:
     """Write (m, s, w, t) of the rows of x [*, vocab] (any row stride) to stats [n, 4]."""
-    number, more = _of_each_row(temperature)
+    number, more = temperature_arguments(temperature)
     _C.row_statistics(
         x.data_ptr(), DTYPE_CODES[x.dtype], stats.shape[0], x.stride(0), x.shape[1],
         _address(rows), _address(token_ids), number, stats.data_ptr(), torch.get_num_threads(),
@@ -93,7 +89,7 @@ def logprobs_and_entropy(
     Without `entropy`, the cheaper sums for the log-probabilities alone. A token id outside
     [0, vocab) gives 0.
     """
-    number, more = _of_each_row(temperature)
+    number, more = temperature_arguments(temperature)
     _C.logprobs_and_entropy(
         x.data_ptr(), DTYPE_CODES[x.dtype], saved.shape[0], x.stride(0), x.shape[1],
         _address(rows), _address(token_ids), number, logprobs.data_ptr(), _address(entropy),
@@ -112,7 +108,7 @@ def row_gradient(
     grad_entropy: Tensor | None,
 ) -> None:
     """Write the gradient of the rows of x [*, vocab] to the same rows of out; saved is [n, 3]."""
-    number, more = _of_each_row(temperature)
+    number, more = temperature_arguments(temperature)
     _C.row_gradient(
         x.data_ptr(), DTYPE_CODES[x.dtype], saved.shape[0], x.stride(0), x.shape[1],
         _address(rows), _address(token_ids), number, saved.data_ptr(), _address(grad_logprobs),

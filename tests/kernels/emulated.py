@@ -36,7 +36,12 @@ def take_the_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let CPU tensors take the way of CUDA tensors that have the kernel."""
     module = emulated()
     module.configure(seed=SEED)
-    monkeypatch.setattr(cuda, "cpu", SimpleNamespace(_C=module, DTYPE_CODES=cpu.DTYPE_CODES))
+    compiled = SimpleNamespace(
+        _C=module,
+        DTYPE_CODES=cpu.DTYPE_CODES,
+        temperature_arguments=cpu.temperature_arguments,
+    )
+    monkeypatch.setattr(cuda, "cpu", compiled)
 
     def cluster(logits: Tensor, vocab: int) -> int:
         if logits.dtype not in cuda.SUPPORTED:

@@ -159,7 +159,8 @@ class Case:
         outside = torch.ones_like(before, dtype=torch.bool)
         self.gradient.of_rows(outside).fill_(False)
         assert torch.equal(self.gradient.memory[outside], before[outside])
-        largest = single.nan_to_num(0, 0, 0).abs().max().item() / float(torch.as_tensor(self.temperature).min())
+        coldest = float(torch.as_tensor(self.temperature).min())
+        largest = single.nan_to_num(0, 0, 0).abs().max().item() / coldest
         for got, exact in zip(results, (logprobs, entropy), strict=True):
             torch.testing.assert_close(
                 got.double(), exact, rtol=3e-6, atol=3e-5 + 2e-7 * largest, equal_nan=True
@@ -323,7 +324,10 @@ def test_a_planted_fault_is_noticed(fault: str, tmp_path: Path, device: Any) -> 
 # ---- from Python, and the host's side ------------------------------------------------------------
 
 
-def test_the_public_function_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("temperature", [0.8, [[0.8, 1.2, -1.0], [0.5, math.nan, 0.0]]], ids=str)
+def test_the_public_function_takes_the_kernel(
+    temperature: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if Python hands an argument to the binding in another's place."""
     given = {
         "token_ids": torch.randint(700, (2, 3)),
@@ -332,7 +336,7 @@ def test_the_public_function_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -
         "loss_mask": torch.tensor([[True, True, False], [True, False, True]]),
         "ref_logprobs": -6 - torch.rand(2, 3),
         "weights": torch.rand(2) + 0.5,
-        "temperature": 0.8,
+        "temperature": torch.tensor(temperature) if temperature != 0.8 else 0.8,
         "vocab_size": 701,
         **OPTIONS,
     }
