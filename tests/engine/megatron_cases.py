@@ -235,6 +235,7 @@ CASES: dict[str, Case] = {
     ),
     "divided_tp2_pp2": (4, partial(divided, parallel=SPLIT)),
     "divided_dp4": (4, partial(divided, parallel=Parallel())),
+    "divided_cp2_tp2": (4, partial(divided, parallel=Parallel(context=2, tensor=2))),
     "text_alone": (4, text_alone),
     "refused": (4, refused),
     "native": (4, partial(exported, model="native")),

@@ -39,6 +39,7 @@ CASES = [
     "whole_optimizer_connector",
     "divided_tp2_pp2",
     "divided_dp4",
+    "divided_cp2_tp2",
     "text_alone",
     "refused",
     "native",
@@ -52,6 +53,7 @@ EXHAUSTIVE = (
     "cp2_pp2",
     "cp2_dp2_whole_optimizer",
     "cp4",
+    "divided_cp2_tp2",
     "loading_cp2_dp2",
     "train_connector_llm",
     "train_vision_llm",
@@ -196,7 +198,9 @@ def test_every_layout_samples_the_same_tokens(
         assert distance(found[f"rollout.{name}"], wanted[f"rollout.{name}"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["divided_tp2_pp2", "divided_dp4"])
+@pytest.mark.parametrize(
+    "case", marked(["divided_tp2_pp2", "divided_dp4", "divided_cp2_tp2"], EXHAUSTIVE)
+)
 def test_divided_groups_are_the_single_process(
     folder: Path, truth: tuple[recorded.Seen, Tensors], case: str
 ) -> None:

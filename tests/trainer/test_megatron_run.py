@@ -103,8 +103,21 @@ def weights(folder: Path) -> bytes:
 
 def test_the_split_run_is_the_single_process() -> None:
     """Fails if ranks at TP2 x PP2 would sample, reward or learn something else than `hf`."""
+    is_the_single_process(whole())
+
+
+@pytest.mark.slow
+def test_a_run_with_a_divided_context_is_the_single_process(tmp_path: Path) -> None:
+    """Fails if context-parallel ranks would sample, reward or learn something else than `hf`."""
+    write_configs(tmp_path)
+    context = ["engine=megatron", "parallel.context=2"]
+    run_ranks("tests.trainer.forked_rank", 2, tmp_path, *stage_arguments("grpo"), *context)
+    is_the_single_process(tmp_path)
+
+
+def is_the_single_process(folder: Path) -> None:
     single, _ = finished("grpo")
-    for found, wanted in zip(lines(whole()), lines(single), strict=True):
+    for found, wanted in zip(lines(folder), lines(single), strict=True):
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key

@@ -155,8 +155,8 @@ class MegatronEngine:
         mine = self._mine(micro_batches)
         self._cut_ahead(micro_batches, mine)
         found: dict[int, tuple[float, dict[str, Tensor]]] = {}
-        # The schedule divides losses by the micro-batches, and reduction by the replicas; that
-        # context-parallel ranks add up their gradients, both know.
+        # The schedule divides losses by the micro-batches, and reduction by the replicas; together
+        # they add up the gradients of context-parallel ranks.
         scale = len(mine) * self.replicas.size
 
         def forward(batches: Iterator[int], model: Any) -> tuple[Tensor, Callable[..., Any]]:
