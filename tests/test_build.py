@@ -24,6 +24,9 @@ HAS_NVCC = shutil.which("nvcc") is not None
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+# A minute of compiling, which installing the project before the tests has done once already.
+compiles_everything = pytest.mark.slow
+
 OPTIONS = GrpoOptions(
     clip_low=0.2,
     clip_high=0.2,
@@ -83,6 +86,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
+@compiles_everything
 def test_build_needs_neither_torch_nor_a_gpu(built: Path) -> None:
     """Fails if building imports torch, or importing the CUDA build needs a driver or libcudart.so.
 
@@ -97,6 +101,7 @@ def test_build_needs_neither_torch_nor_a_gpu(built: Path) -> None:
         ask_extension(built, SINGLE_READ.format(rows=0))
 
 
+@compiles_everything
 @pytest.mark.skipif(not HAS_NVCC or has_cuda_driver(), reason="needs nvcc and no CUDA driver")
 def test_cuda_functions_without_a_device_say_so(built: Path) -> None:
     """Fails if a launch without a driver is silent, or asking whether a row fits raises."""
@@ -106,6 +111,7 @@ def test_cuda_functions_without_a_device_say_so(built: Path) -> None:
     assert "RuntimeError: " in stop.value.stderr and "CUDA driver" in stop.value.stderr
 
 
+@compiles_everything
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm from binutils")
 def test_instruction_set_objects_share_no_function(built: Path) -> None:
     """Fails if an inline function compiled for AVX can replace the copy other code uses.
