@@ -9,9 +9,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -20,10 +23,6 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from r1v3.model.megatron.context import ContextPart
 from r1v3.model.megatron.packing import Packed
-
-# torch 2.13 deprecates the second name in favor of the first, which older versions lack.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @functools.cache
@@ -55,11 +54,9 @@ class _GatherKeys(torch.autograd.Function):
         ctx: Any, rows: Tensor, index: Tensor, lengths: list[int], group: ProcessGroup | None
     ) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.lengths, ctx.group, ctx.own = lengths, group, rows.shape
         if group is not None:
-            own, rows = rows.contiguous(), rows.new_empty(group.size() * len(rows), *rows.shape[1:])
-            _all_gather(rows, own, group=group)
-        ctx.shape = rows.shape
+            rows = gather_from_sequence_parallel_region(rows, group=group)
+        ctx.shape, ctx.lengths, ctx.group = rows.shape, lengths, group
         return rows.index_select(0, index)
 
     @staticmethod
@@ -76,8 +73,7 @@ class _GatherKeys(torch.autograd.Function):
             # Rows are distinct within a segment, so that nothing is added concurrently.
             total.index_add_(0, rows, part.to(total.dtype))
         if ctx.group is not None:
-            everyone, total = total, total.new_empty(ctx.own)
-            _reduce_scatter(total, everyone, group=ctx.group)
+            total = reduce_scatter_to_sequence_parallel_region(total, group=ctx.group)
         return total.to(gradient.dtype), None, None, None
 
 

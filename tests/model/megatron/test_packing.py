@@ -132,7 +132,7 @@ def test_an_empty_prompt_is_refused() -> None:
         pack_prompts(ids[:0], mask[:0], None, image_token_id=IMAGE)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     batch=batches(),
     ranks=st.sampled_from([2, 3, 4]),
