@@ -136,6 +136,24 @@ def test_64k_is_divided_among_context_parallel_ranks() -> None:
             assert part.layer * context < 1.1 * whole.layer
 
 
+@pytest.mark.slow
+def test_a_sequence_too_long_for_a_gpu_is_divided() -> None:
+    """Fails if the plan would not say that context parallelism makes a single sequence fit."""
+    file = FOLDER.parent / "r1v3-38b-64k" / "grpo.yaml"
+    longer = Dimensions.of(InternVLConfig.from_pretrained(file.parent / "model"))
+    alone = ["parallel.context=1", "micro_batch_tokens=65536", "rollout.engine=vllm-server"]
+    alone.append("rollout.urls=['http://server:8000/v1']")
+    small = Cluster(64, memory=44e9)
+    assert not make_plan(job_of(load(GRPO, file, alone), longer, small), longer).fits
+    proposals = propose(
+        lambda changes: load(GRPO, file, [*alone, *changes]),
+        longer,
+        small,
+        text_tokens=TEXT_TOKENS,
+    )
+    assert ("parallel.context=2",) in [proposal.overrides for proposal in proposals]
+
+
 def test_a_budget_of_less_than_one_sequence_is_named() -> None:
     """Fails if a plan is made of micro-batches that the trainer refuses."""
     with pytest.raises(ValueError, match="a response of 8192 tokens; set it to 12031 or more"):
