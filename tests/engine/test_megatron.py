@@ -48,6 +48,9 @@ CASES = [
 # Left to `make test-all`: what stands between cases that run always.
 EXHAUSTIVE = (
     "tp2",
+    "pp2",
+    "cp2",
+    "loading_tp1",
     "tp4",
     "tp2_sequence",
     "cp2_pp2",

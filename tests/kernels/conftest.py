@@ -8,7 +8,6 @@ through the same public functions. "emulated", which a test of
 naming a device are on the device of its backend.
 """
 
-import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -49,7 +48,6 @@ if INTERPRETED:
         return function.rewrite()(*args, **kwargs)
 
     interpreter._patch_lang_tensor = patch_index
-    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
     # The language's own functions, like `tl.sum`, know it by another module than kernels do.
     interpreter._patch_lang(standard.sum.fn)
     interpreter.InterpretedFunction.__call__ = call_device_function

@@ -33,7 +33,16 @@ DECODING = ["decode_tp1", "decode_tp2_sp", "decode_tp4", "decode_pp2", "decode_t
 CHECKPOINTS = ["checkpoint_main", "checkpoint_tied"]
 TRAINING = ["training_tp2", "training_tied_tp2_pp2_sp"]
 # Left to `make test-all`: what stands between layouts that run always.
-EXHAUSTIVE = ("tp2", "pp2", "tp2_sp", "tied_tp2", "decode_tp2_sp", "decode_pp2")
+EXHAUSTIVE = (
+    "tp2",
+    "pp2",
+    "tp2_pp2",
+    "tp2_sp",
+    "tied_tp2",
+    "decode_tp1",
+    "decode_tp2_sp",
+    "decode_pp2",
+)
 OTHERS = ["recompute", "bfloat16", "frozen", "fresh", "refusals"]
 # megatron-core's checkpoint writer fails without it, and then waits for itself forever.
 HAS_PSUTIL = importlib.util.find_spec("psutil") is not None
