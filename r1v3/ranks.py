@@ -60,6 +60,26 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def divide(self, count: int, work: Callable[[range], list[T]]) -> list[T]:
+        """Call `work` on every rank with its part of `count` things; return all results in order.
+
+        An error of any rank is raised on every rank. The ranks wait for the slowest as long as it
+        takes, up to a day.
+        """
+        if self.group is None:
+            return work(range(count))
+        outcome: tuple[list[T], Exception | None] = [], None
+        try:
+            outcome = work(self.shard(count)), None
+        except Exception as error:
+            outcome = [], error
+        outcomes: list[Any] = [None] * self.size
+        dist.all_gather_object(outcomes, outcome, group=self._patient)
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return [one for results, _ in outcomes for one in results]
+
     def broadcast(self, value: T) -> T:
         """The first rank's value."""
         return self._broadcast(value, self.group)

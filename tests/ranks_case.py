@@ -2,6 +2,7 @@
 
 import errno
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,19 @@ def failing() -> None:
     raise ValueError("only the first rank knows")
 
 
+def fail_on_last(own: range) -> list[int]:
+    if 2 in own:
+        raise ValueError("the last has failed")
+    return list(own)
+
+
+def failure_of(work: Callable[[], Any]) -> str:
+    try:
+        return str(work())
+    except ValueError as raised:
+        return str(raised)
+
+
 def talking(ranks: Ranks) -> dict[str, Any]:
     """Results of the calls on this rank."""
     try:
@@ -31,6 +45,8 @@ def talking(ranks: Ranks) -> dict[str, Any]:
         "broadcast": ranks.broadcast(f"from {ranks.rank}"),
         "led": ranks.on_main(lambda: f"led by {ranks.rank}"),
         "error": error,
+        "divided": ranks.divide(5, lambda own: [f"{i} by {ranks.rank}" for i in own]),
+        "failed": failure_of(lambda: ranks.divide(3, fail_on_last)),
         "shares": [list(ranks.shard(count)) for count in (7, 3, 2, 0)],
     }
 

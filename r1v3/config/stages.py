@@ -178,6 +178,9 @@ class GRPO(Stage):
     memory and time and not the gradient; null sets no limit, so that groups stay whole.
 
     dump_rollouts_every: steps after which the completions of a step are written as Parquet.
+
+    signal: a group is learned from where the rewards of its completions differ, or where the
+    accuracies do: completions that differ in their format alone are then not compared.
     """
 
     modules: Modules = Modules()
@@ -193,6 +196,7 @@ class GRPO(Stage):
     lengths: tuple[LengthStep, ...] = ()
     curriculum: Curriculum = Curriculum()
     dynamic_sampling: DynamicSampling = DynamicSampling()
+    signal: Literal["reward", "accuracy"] = "reward"
     advantage: Advantage = Advantage()
     loss: PolicyLoss = PolicyLoss()
     rewards: Rewards = Rewards()

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
 from r1v3.config import DEFAULT_PICTURES, Pictures
+from r1v3.cores import cores_of_rank
 from r1v3.data.batch import Batch, Tiles
 from r1v3.data.images import TruncatedImage
 from r1v3.data.sample import IMAGE_PLACEHOLDER, Sample
 from r1v3.data.special_tokens import SPECIAL_TOKENS, TURN_END
-from r1v3.data.tiles import ImageShape, PictureTiles, TileCache, cores_of_rank
+from r1v3.data.tiles import ImageShape, PictureTiles, TileCache
 from r1v3.data.tokenizer import render_prompt, token_id
 from r1v3.progress import say
 from r1v3.ranks import ALONE, Ranks

@@ -5,7 +5,6 @@ held, not tiles: `PictureTiles` knows how many there are, and numpy makes an arr
 `TileCache` cuts tiles in the background before they are asked for, and keeps the latest ones.
 """
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from r1v3.config import DEFAULT_PICTURES, Pictures
+from r1v3.cores import cores_of_rank
 from r1v3.data.images import choose_grid, load_image, tile_image, upright_size, verify_image
 
 KEPT_BYTES = 512 << 20
@@ -260,9 +260,3 @@ class TileCache:
                 self.held_bytes -= oldest.cut_bytes
             self._changed.notify_all()
         return found
-
-
-def cores_of_rank() -> int:
-    """Return the CPU cores of this machine for each of its ranks, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from r1v3.config import Distill
+from r1v3.cores import cores_of_rank
 from r1v3.distill.chain import Chain, read_chain
 from r1v3.distill.filters import caught_by
 from r1v3.distill.questions import Question
@@ -17,7 +18,6 @@ from r1v3.distill.work import Entry
 from r1v3.journal import Journal
 from r1v3.rewards.agreement import agrees
 from r1v3.rewards.combine import with_options
-from r1v3.rewards.symbolic import cores
 from r1v3.suite.judge import Judge
 
 QUESTIONS_PER_CHUNK = 64
@@ -74,7 +74,7 @@ def _grade(
 ) -> list[Entry]:
     chains = [read_chain(entry) for _, entry in chunk]
     # The threads wait for the processes that run sympy.
-    with ThreadPoolExecutor(cores()) as threads:
+    with ThreadPoolExecutor(cores_of_rank()) as threads:
         verdicts = list(
             threads.map(verdict, [question for question, _ in chunk], chains, chunksize=1)
         )

@@ -161,7 +161,7 @@ def _policy(config: Evaluate, ranks: Ranks) -> tuple[Policy, list[Sample], int]:
         max_length=longest + config.decoding.max_tokens,
         local=local,
     )
-    policy = Policy(sampler, tokenizer, shape, cache)
+    policy = Policy(sampler, tokenizer, shape, cache, ranks)
     policy.remember(samples, encoded)
     return policy, samples, total - len(samples)
 

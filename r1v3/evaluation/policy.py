@@ -17,6 +17,7 @@ from r1v3.data.tokenizer import load_tokenizer, token_id
 from r1v3.data.words import expand_words
 from r1v3.engine.hf.decoder import HFDecoder
 from r1v3.model.internvl import load_model
+from r1v3.ranks import ALONE, Ranks
 from r1v3.rewards import score
 from r1v3.rollout.contract import Request, Rollout, Sampler, Sampling, TokenRules, decode_texts
 from r1v3.rollout.local import LocalSampler
@@ -69,6 +70,7 @@ class Policy:
     Args:
         shape: how images become tiles.
         cache: where tiles are kept; None for one of its own.
+        ranks: the processes that answer together; each grades a part.
     """
 
     def __init__(
@@ -77,8 +79,9 @@ class Policy:
         tokenizer: PreTrainedTokenizerFast,
         shape: ImageShape,
         cache: TileCache | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.sampler, self.tokenizer, self.shape = sampler, tokenizer, shape
+        self.sampler, self.tokenizer, self.shape, self.ranks = sampler, tokenizer, shape, ranks
         self.cache = cache or TileCache()
         self.stop_id = token_id(tokenizer, TURN_END)
         self._asked: Sequence[Sample] = ()
@@ -158,7 +161,13 @@ class Policy:
                 rollouts[i] = rollout.rows(rows.start, rows.stop)
             notify(len(chosen) * repeats)
         asked = [sample for sample in samples for _ in range(repeats)]
-        rewards = score(texts, asked, thinking=thinking)
+        # Time limits may differ from rank to rank; grades must not.
+        rewards = self.ranks.divide(
+            len(texts),
+            lambda own: score(
+                texts[own.start : own.stop], asked[own.start : own.stop], thinking=thinking
+            ),
+        )
         correct = np.array([reward.rule for reward in rewards]).reshape(len(samples), repeats)
         return Answers([r for r in rollouts if r is not None], texts, correct, tokens)
 

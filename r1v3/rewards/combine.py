@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from r1v3.cores import cores_of_rank
 from r1v3.rewards.choices import option_texts
 from r1v3.rewards.extract import extract_answer
 from r1v3.rewards.format import format_reward
 from r1v3.rewards.rules import Judgement, judge
-from r1v3.rewards.symbolic import cores
 from r1v3.rewards.verifier import LLMVerifier
 
 # An extracted answer or None, the ground truth, and the options.
@@ -128,14 +128,14 @@ def score(
 
 
 def judge_all(cases: Sequence[Case]) -> list[Judgement]:
-    """Judge cases with the rule, each different one once, on all cores.
+    """Judge cases with the rule, each different one once, on all cores of this rank.
 
     Raises:
         RuntimeError: sympy cannot be run.
     """
     different = list(dict.fromkeys(cases))
     # The threads wait for the processes that run sympy; what they compute themselves is little.
-    with ThreadPoolExecutor(cores()) as threads:
+    with ThreadPoolExecutor(cores_of_rank()) as threads:
         found = dict(zip(different, threads.map(_judge, different), strict=True))
     return [found[case] for case in cases]
 

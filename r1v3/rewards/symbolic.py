@@ -22,6 +22,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from r1v3.cores import cores_of_rank
+
 START_SECONDS = 120.0
 REPLY_SECONDS = 60.0
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -31,11 +33,6 @@ Tree = tuple[Any, ...]
 
 class Undecided(Exception):
     """Neither equality nor inequality could be shown within the limits."""
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Worker:
@@ -140,13 +137,13 @@ class _Pool:
             worker.stop()
 
 
-_pool = _Pool(cores())
+_pool = _Pool(cores_of_rank())
 
 
 def _forget_parents_pool() -> None:
     """After a fork the pipes belong to the parent: two users would read each other's replies."""
     global _pool
-    _pool = _Pool(cores())
+    _pool = _Pool(cores_of_rank())
 
 
 os.register_at_fork(after_in_child=_forget_parents_pool)

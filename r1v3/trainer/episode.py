@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ MicroBatch = tuple[Batch, Targets]
 Pack = tuple[list[int], list[int]]
 
 
-def has_signal(rewards: Sequence[Reward]) -> bool:
-    """Whether the rewards of a group differ; where they are equal, advantages are zero."""
-    return len({reward.total for reward in rewards}) > 1
+def has_signal(rewards: Sequence[Reward], of: Literal["reward", "accuracy"] = "reward") -> bool:
+    """Whether the rewards of a group, or the accuracies alone, differ."""
+    return len({one.total if of == "reward" else one.accuracy for one in rewards}) > 1
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class Episode:
         rollout: the P * G completions.
         rewards: P * G.
         advantages: float32 [P * G].
+        kept: groups with a signal.
     """
 
     examples: list[Example]
     rollout: Rollout
     rewards: list[Reward]
     advantages: Tensor
+    kept: int
 
     @property
     def group_size(self) -> int:
@@ -160,8 +162,7 @@ class Episode:
     def metrics(self) -> dict[str, Any]:
         """Return mean rewards, mean length in tokens, mean repetition, and the shares refused and
         cut short."""
-        rewards, g = self.rewards, self.group_size
-        groups = [rewards[i : i + g] for i in range(0, len(rewards), g)]
+        rewards = self.rewards
         return {
             "reward": sum(reward.total for reward in rewards) / len(rewards),
             "accuracy": sum(reward.accuracy for reward in rewards) / len(rewards),
@@ -170,5 +171,5 @@ class Episode:
             "response_length": float(self.rollout.mask.sum(1).float().mean()),
             "repetition": float(repetition(self.rollout.response_ids, self.rollout.mask).mean()),
             "truncated": float((~self.rollout.finished).float().mean()),
-            "groups_kept": sum(has_signal(group) for group in groups),
+            "groups_kept": self.kept,
         }

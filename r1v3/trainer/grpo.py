@@ -27,7 +27,7 @@ from r1v3.evaluation.statistics import score as score_interval
 from r1v3.kernels import group_advantages
 from r1v3.model.parts import PARTS
 from r1v3.progress import say
-from r1v3.rewards import LLMVerifier, score
+from r1v3.rewards import LLMVerifier, Reward, score
 from r1v3.rollout.build import build_sampler
 from r1v3.rollout.contract import Request, Sampling, decode_texts, join
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
@@ -81,7 +81,7 @@ class GRPOTrainer:
             **episode.metrics(),
             **({"curriculum_stage": self.course.number + 1} if several else {}),
             "rows_dropped": self.dropped,
-            "verifier_failures": self.verifier_failures() - failures,
+            "verifier_failures": sum(self.engine.ranks.gather(self.verifier_failures() - failures)),
             **metrics,
             **self.stopwatch.take(),
             "seconds": time.perf_counter() - started,
@@ -90,14 +90,15 @@ class GRPOTrainer:
     def sample_groups(self) -> list[Group]:
         """Sample and reward this step's prompts, with dynamic sampling until enough have signal."""
         dynamic, size = self.config.dynamic_sampling, self.config.prompts_per_step
+        signal = self.config.signal
         groups: list[Group] = []
         for n in range(dynamic.rounds if dynamic.enabled else 1):
             groups += self.sample_and_reward(self.questions.take(size), key=n)
-            if sum(has_signal(group.rewards) for group in groups) >= size:
+            if sum(has_signal(group.rewards, signal) for group in groups) >= size:
                 break
         # Groups with signal first; the others fill the places that are left.
-        groups.sort(key=lambda group: not has_signal(group.rewards))
-        self.questions.put_back([g.index for g in groups[size:] if has_signal(g.rewards)])
+        groups.sort(key=lambda group: not has_signal(group.rewards, signal))
+        self.questions.put_back([g.index for g in groups[size:] if has_signal(g.rewards, signal)])
         return groups[:size]
 
     def sample_and_reward(self, indices: list[int], key: int) -> list[Group]:
@@ -107,34 +108,43 @@ class GRPOTrainer:
             Request(self.examples[i], self.samples[i], pictures=config.pictures) for i in indices
         ]
         with self.stopwatch.part("generation"):
-            rollout, texts = self.policy.complete(
+            rollout = self.sampler.complete(
                 asked,
                 Sampling(config.decoding.temperature, self.max_tokens()),
                 group_size=g,
                 generator=torch_stream(config.seed, "rollout", self.step, key),
             )
         samples = [self.samples[i] for i in indices for _ in range(g)]
-        weight = config.rewards.accuracy_weight
+
+        def rewarded(own: range) -> list[Reward]:
+            rows = slice(own.start, own.stop)
+            part = rollout.rows(rows.start, rows.stop)
+            texts = decode_texts(self.engine.tokenizer, part, self.policy.stop_id)
+            weight = config.rewards.accuracy_weight
+            return score(texts, samples[rows], weight=weight, verifier=self.verifier)
+
         # Time limits and a verifier's answers may differ from rank to rank; rewards must not.
         with self.stopwatch.part("reward"):
-            rewards = self.engine.ranks.on_main(
-                lambda: score(texts, samples, weight=weight, verifier=self.verifier)
-            )
+            rewards = self.engine.ranks.divide(len(samples), rewarded)
         return [
             Group(i, self.examples[i], rollout.rows(n * g, n * g + g), rewards[n * g : n * g + g])
             for n, i in enumerate(indices)
         ]
 
     def with_advantages(self, groups: list[Group]) -> Episode:
-        """Compare the completions of each group with each other."""
+        """Compare the completions of each group with each other; without a signal, with nothing."""
         rewards = [reward for group in groups for reward in group.rewards]
         advantages = group_advantages(
             torch.tensor([reward.total for reward in rewards]),
             self.config.group_size,
             **self.config.advantage.model_dump(),
         )
+        kept = [has_signal(group.rewards, self.config.signal) for group in groups]
+        if self.config.signal == "accuracy":
+            advantages *= torch.tensor(kept).repeat_interleave(self.config.group_size)
         rollout = join([group.rollout for group in groups], self.engine.tokenizer.pad_token_id)
-        return Episode([group.example for group in groups], rollout, rewards, advantages)
+        examples = [group.example for group in groups]
+        return Episode(examples, rollout, rewards, advantages, sum(kept))
 
     def dump_rollouts(self, groups: list[Group], episode: Episode) -> None:
         """Write the completions of this step to <run>/rollouts/grpo, if it is the turn of one."""
@@ -264,8 +274,10 @@ class GRPOTrainer:
     def validate(self) -> dict[str, Any]:
         """Return the accuracy on the validation questions, sampled as in training."""
         config = self.config
-        # As many completions at a time as a step samples.
+        # vLLM schedules all questions itself; of others, as many completions as a step samples.
         together = config.prompts_per_step * config.group_size
+        if config.rollout.engine != "local":
+            together = len(self.validation) * config.validation_samples
         with self.sampling():
             answers = self.policy.answer(
                 self.validation,
@@ -366,7 +378,7 @@ class GRPOTrainer:
             max_length=longest_prompt + longest,
             local=lambda: (self.engine.decoder(), self.engine.samplers),
         )
-        self.policy = Policy(self.sampler, tokenizer, shape, self.cache)
+        self.policy = Policy(self.sampler, tokenizer, shape, self.cache, ranks)
         self.policy.remember(self.validation, asked)
         self.verifier = make_verifier(config)
         self.telemetry = Telemetry(

@@ -373,6 +373,8 @@ def test_every_rank_hears_the_same(folder: Path) -> None:
         assert rank["gathered"] == [{"rank": n} for n in range(3)]
         assert (rank["broadcast"], rank["led"]) == ("from 0", "led by 0")
         assert rank["error"] == "only the first rank knows"
+        assert rank["divided"] == ["0 by 0", "1 by 0", "2 by 1", "3 by 1", "4 by 2"]
+        assert rank["failed"] == "the last has failed"
         assert rank["shares"][0] == [[0, 1, 2], [3, 4], [5, 6]][number]
     for shares in zip(*(rank["shares"] for rank in ranks), strict=True):
         assert sum(shares, []) == list(range(sum(map(len, shares))))

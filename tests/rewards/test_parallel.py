@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from r1v3.cores import cores_of_rank
 from r1v3.rewards import score
 from r1v3.rewards.combine import judge_all
 from r1v3.rewards.rules import Judgement, judge
-from r1v3.rewards.symbolic import _Pool, cores
+from r1v3.rewards.symbolic import _Pool
 
 
 def equal_roots(first: int, count: int) -> list[tuple[str, str, None]]:
@@ -82,8 +83,11 @@ def test_an_expression_that_is_killed_costs_the_others_nothing() -> None:
     assert time.monotonic() - started < 600
 
 
-def test_every_core_that_may_be_used_is_counted() -> None:
-    """Fails if a container's limit is ignored."""
-    assert (
-        1 <= cores() <= len(list(Path("/sys/devices/system/cpu").glob("cpu[0-9]*")) or [0] * 4096)
-    )
+def test_every_core_that_may_be_used_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a container's limit is ignored, or the ranks of a machine share no cores."""
+    machine = len(list(Path("/sys/devices/system/cpu").glob("cpu[0-9]*")) or [0] * 4096)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = cores_of_rank()
+    assert 1 <= alone <= machine
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(alone))
+    assert cores_of_rank() == 1

@@ -16,7 +16,7 @@ from r1v3.config import GRPO, load
 from r1v3.data.batch import Batch
 from r1v3.engine.hf.engine import response_hidden
 from r1v3.kernels import reference
-from r1v3.rewards import score
+from r1v3.rewards import Reward, score
 from r1v3.rollout.contract import Rollout, TokenRules, decode_texts, join
 from r1v3.trainer.episode import Episode
 from r1v3.trainer.grpo import GRPOTrainer
@@ -276,6 +276,28 @@ def test_equal_rewards_take_no_optimizer_step(tmp_path: Path) -> None:
     assert same(before, made) and not made.engine.optimizer.state
 
 
+def test_signal_can_be_of_the_accuracy_alone(tmp_path: Path) -> None:
+    """Fails if groups that differ in their format alone are still learned from or kept, or groups
+    that differ in accuracy lose their advantages."""
+    by_reward, by_accuracy = trainer(tmp_path), trainer(tmp_path, "signal=accuracy")
+    groups = by_reward.sample_and_reward([0, 1, 2], 0)
+
+    def reward(accuracy: float, form: float) -> Reward:
+        return Reward(0.8 * accuracy + 0.2 * form, accuracy, form, accuracy, None, None)
+
+    right, formatted, wrong = reward(1, 1), reward(0, 1), reward(0, 0)
+    graded = [[right, wrong] * 2, [formatted, wrong] * 2, [wrong] * 4]
+    groups = [
+        replace(group, rewards=rewards) for group, rewards in zip(groups, graded, strict=True)
+    ]
+    every = by_reward.with_advantages(groups)
+    accurate = by_accuracy.with_advantages(groups)
+    assert (every.kept, accurate.kept) == (2, 1)
+    assert every.advantages[:8].all() and not every.advantages[8:].any()
+    assert torch.equal(accurate.advantages[:4], every.advantages[:4])
+    assert not accurate.advantages[4:].any()
+
+
 def test_a_model_that_ends_its_turn_at_once_can_be_trained(tmp_path: Path) -> None:
     """Otherwise one collapsed checkpoint would end the run with an error instead of a metric."""
     made = trainer(tmp_path)
@@ -311,7 +333,7 @@ def test_strange_answers_are_rewarded_and_trained_on(tmp_path: Path) -> None:
     rollout = Rollout(ids, mask, zeros, zeros, mask, torch.ones(4, dtype=torch.bool))
     totals = torch.tensor([r.total for r in rewards])
     advantages = reference.group_advantages(totals, torch.arange(4), torch.tensor([0, 4]))
-    episode = Episode([made.examples[0]], rollout, rewards, advantages)
+    episode = Episode([made.examples[0]], rollout, rewards, advantages, 1)
     metrics = made.update(episode)
     assert metrics["nonfinite"] == 0 and 0 < metrics["grad_norm"] < float("inf")
 
