@@ -70,6 +70,7 @@ def saving(folder: Path, name: str) -> Result:
     """Save between two steps, train on while it is written; load into another engine and repeat."""
     rollout = folder / "rollout.safetensors"
     engine = an_engine(folder, SPLIT)
+    save_state(engine, folder, "earlier").wait()
     recorded.step(engine, rollout, 0)
     writing = save_state(engine, folder, "state")
     engine.ranks.on_main((folder / "divided").mkdir)

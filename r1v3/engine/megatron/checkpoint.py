@@ -86,23 +86,36 @@ class BackgroundWriting:
         self._finalize()
 
 
+def save_strategy() -> FullyParallelSaveStrategyWrapper:
+    """Return what writes one file a rank, and finds once which rank writes replicated tensors."""
+    writer = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    return FullyParallelSaveStrategyWrapper(writer, _replicas(), do_cache_distribution=True)
+
+
 def save_sharded(
-    directory: Path, shards: OwnShards, model: InternVL, optimizer: MegatronAdamW, ranks: Ranks
+    directory: Path,
+    shards: OwnShards,
+    model: InternVL,
+    optimizer: MegatronAdamW,
+    strategy: FullyParallelSaveStrategyWrapper,
+    ranks: Ranks,
 ) -> BackgroundWriting:
     """Start to write weights and optimizer state below an existing directory.
 
     Args:
         shards: this rank's files of the model folder.
+        strategy: of `save_strategy`, the same for every checkpoint of this optimizer.
     """
     folder = directory / FOLDER
     ranks.on_main(folder.mkdir)
     # megatron-core's own queue is that of a further process; the writer is a thread here.
     filesystem_async._results_queue = queue.Queue()
-    strategy = FullyParallelSaveStrategyWrapper(
-        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), _replicas()
-    )
     request = dist_checkpointing.save(
-        _state(model, optimizer), str(folder), strategy, async_sharded_save=True
+        _state(model, optimizer),
+        str(folder),
+        strategy,
+        validate_access_integrity=False,  # `strategy` does, once
+        async_sharded_save=True,
     )
     buckets, results = _on_host(request, model, optimizer)
 

@@ -16,7 +16,12 @@ from r1v3.config import Stage
 from r1v3.data.batch import Batch, cut_ahead
 from r1v3.engine.contract import LossFn
 from r1v3.engine.head import ContextTokens, Head
-from r1v3.engine.megatron.checkpoint import BackgroundWriting, load_sharded, save_sharded
+from r1v3.engine.megatron.checkpoint import (
+    BackgroundWriting,
+    load_sharded,
+    save_sharded,
+    save_strategy,
+)
 from r1v3.engine.megatron.decoder import Decoder
 from r1v3.engine.megatron.optimizer import MegatronAdamW, wrap
 from r1v3.engine.shares import replica_shares
@@ -104,6 +109,7 @@ class MegatronEngine:
             bf16=options.dtype == torch.bfloat16,
             distributed=parallel.distributed_optimizer,
         )
+        self._save_strategy = save_strategy()
 
     def prepare(self, micro_batches: Sequence[Batch]) -> None:
         """See `contract.Engine.prepare`."""
@@ -256,7 +262,9 @@ class MegatronEngine:
     def save_state(self, directory: Path) -> BackgroundWriting:
         """See `contract.Engine.save_state`; what this rank writes is copied before it returns."""
         shards = own_shards(self.model, directory, self.tokenizer, ranks=self.ranks)
-        return save_sharded(directory, shards, self.model, self.optimizer, self.ranks)
+        return save_sharded(
+            directory, shards, self.model, self.optimizer, self._save_strategy, self.ranks
+        )
 
     def load_state(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
         """See `contract.Engine.load_state`; the layout may be another than the one that saved."""
