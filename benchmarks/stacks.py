@@ -2,6 +2,7 @@
 
     .venvs/trl/bin/python -m benchmarks.stacks --stack trl --stack transformers
     .venvs/verl/bin/python -m benchmarks.stacks --stack verl
+    .venvs/trainers/bin/python -m benchmarks.stacks --stack trainers
 
 in the environments that `make test-stacks` builds. Each number comes from a process of its own with
 one thread, after a first run that compiles what a stack compiles: the smallest CPU time of several
@@ -17,7 +18,6 @@ import importlib.metadata
 import json
 import multiprocessing
 import resource
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
+from r1v3.integrations.versions import TESTED
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VARIANTS = ("stock", "r1v3")
@@ -63,6 +64,16 @@ CASES = [
     *(Case("verl", "megatron logits", 64, 0, v) for v in (1_000, 32_000, 151_936)),
     Case("verl", "megatron logits", 64, 0, 151_936, "bfloat16"),
     *(Case("transformers", "nowait", 64, 0, v) for v in (1_000, 32_000, 151_936)),
+    *(
+        Case("trainers", op, 64, 0, v)
+        for op in ("slime", "OpenRLHF", "NeMo-RL", "ms-swift, Megatron")
+        for v in (1_000, 151_936)
+    ),
+    *(
+        Case("trainers", op, 64, 256, v)
+        for op in ("NeMo-RL, hidden states", "prime-rl")
+        for v in (1_000, 151_936)
+    ),
 ]
 
 
@@ -144,18 +155,23 @@ def verl_head(case: Case, variant: str) -> tuple[Run, Run]:
     return of_head(case, torch_functional.FusedLinearForPPO())
 
 
+def one_rank() -> None:
+    """Make Megatron's groups, of this process alone."""
+    from megatron.core import parallel_state
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+
+
 def verl_logits(case: Case, variant: str) -> tuple[Run, Run]:
     """The logits of verl's Megatron engine, on one rank."""
-    from megatron.core import parallel_state
     from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead as Engine
 
     from r1v3.integrations.verl import use_heads
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    one_rank()
     if variant == "r1v3":
         use_heads(megatron=True)
     logits, label, temperature = logits_inputs(case)
@@ -176,6 +192,154 @@ def verl_logits(case: Case, variant: str) -> tuple[Run, Run]:
         return backward(case, definition(scaled, label), leaf)
 
     return run, truth
+
+
+def of_logits(case: Case, head: Callable[..., Any], prompt: int = 0) -> tuple[Run, Run]:
+    """A run of a head (logits [1, rows, V], labels) and the truth, after the rows of a prompt.
+
+    A head returns log-probabilities and entropies, or log-probabilities and None.
+    """
+    logits, label, _ = logits_inputs(case)
+    up = upstream(case)
+
+    def run(to: torch.dtype, head: Callable[..., Any]) -> list[Tensor]:
+        leaf = logits.detach().clone().to(to).requires_grad_()
+        found = [each.reshape(-1) for each in head(leaf * 1, label) if each is not None]
+        sums = [(each * w[: len(each)]).sum() for each, w in zip(found, up, strict=False)]
+        torch.stack(sums).sum().backward()
+        assert leaf.grad is not None
+        return [*(each.detach() for each in found), leaf.grad]
+
+    stock = head(logits.clone(), label)
+    rows = slice(prompt, prompt + stock[0].numel())
+
+    def truth(leaf: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        return definition(leaf[0, rows], label[0, rows])[: 1 if stock[1] is None else 2]
+
+    return lambda: run(logits.dtype, head), lambda: run(torch.float64, truth)
+
+
+def slime_logits(case: Case, variant: str) -> tuple[Run, Run]:
+    """The logits of a sample of slime, of which three quarters are its prompt, as with pictures."""
+    from r1v3.integrations.slime import use_head
+    from tests_stacks import trainers
+
+    loss = trainers.slime()
+    one_rank()
+    if variant == "r1v3":
+        use_head()
+    arguments = SimpleNamespace(log_probs_chunk_size=-1, allgather_cp=False, entropy_coef=0.01)
+    prompt = case.rows * 3 // 4
+
+    def head(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = torch.cat([label[0, :1], label[0, :-1]])  # the last row predicts nothing
+        _, found = loss.get_log_probs_and_entropy(
+            logits, args=arguments, unconcat_tokens=[tokens], total_lengths=[case.rows],
+            response_lengths=[case.rows - prompt - 1], with_entropy=True,
+        )  # fmt: skip
+        return found["log_probs"][0], found["entropy"][0]
+
+    return of_logits(case, head, prompt)
+
+
+def openrlhf_logits(case: Case, variant: str) -> tuple[Run, Run]:
+    """The logits of OpenRLHF's actor."""
+    from r1v3.integrations.openrlhf import use_head
+    from tests_stacks import trainers
+
+    actor = trainers.openrlhf()
+    if variant == "r1v3":
+        use_head()
+    return of_logits(
+        case, lambda x, ids: (actor.log_probs_from_logits(x, ids), actor.compute_entropy(x))
+    )
+
+
+def nemo_rl(variant: str) -> tuple[Any, Any]:
+    """NeMo-RL's functions, and the group that they are called with."""
+    from r1v3.integrations.nemo_rl import use_head
+    from tests_stacks import trainers
+
+    functions = trainers.nemo_rl()
+    one_rank()
+    if variant == "r1v3":
+        use_head()
+    return functions, torch.distributed.group.WORLD
+
+
+def nemo_rl_logits(case: Case, variant: str) -> tuple[Run, Run]:
+    """Sharded logits of NeMo-RL, on one rank; it computes no entropy beside them."""
+    functions, group = nemo_rl(variant)
+
+    def head(x: Tensor, ids: Tensor) -> tuple[Tensor, None]:
+        target = ids.roll(1, -1)  # which the function rolls back
+        found = functions.from_parallel_logits_to_logprobs(x, target, 0, case.vocabulary, group)
+        return found, None
+
+    return of_logits(case, head)
+
+
+def log_probs_of_head(
+    case: Case, head: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> tuple[Run, Run]:
+    """A run of a head (hidden, weight, labels) whose log-probabilities alone have a gradient."""
+    hidden, weight, ids = head_inputs(case)
+    up = upstream(case)[0]
+
+    def run(to: torch.dtype, head: Callable[..., Tensor]) -> list[Tensor]:
+        x, y = (each.detach().clone().to(to).requires_grad_() for each in (hidden, weight))
+        logprobs = head(x, y, ids).reshape(-1)
+        (logprobs * up[: len(logprobs)]).sum().backward()
+        assert x.grad is not None and y.grad is not None
+        return [each.detach() for each in (logprobs, x.grad, y.grad)]
+
+    rows = head(hidden, weight, ids).numel()
+    truth = lambda x, y, ids: definition(x @ y.T, ids)[0][:rows]  # noqa: E731
+    return lambda: run(hidden.dtype, head), lambda: run(torch.float64, truth)
+
+
+def nemo_rl_hidden(case: Case, variant: str) -> tuple[Run, Run]:
+    """Hidden states of NeMo-RL, a quarter of the sequence at a time."""
+    functions, group = nemo_rl(variant)
+
+    def head(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        return functions.from_parallel_hidden_states_to_logprobs(
+            x[:, None], y, False, ids.roll(1)[None], 0, case.vocabulary, group,
+            chunk_size=case.rows // 4,
+        )  # fmt: skip
+
+    return log_probs_of_head(case, head)
+
+
+def prime_rl_head(case: Case, variant: str) -> tuple[Run, Run]:
+    """The fused head of prime-rl, whose entropy has no gradient."""
+    from r1v3.integrations.prime_rl import use_head
+    from tests_stacks import trainers
+
+    module = trainers.prime_rl().FusedOutputLinear
+    if variant == "r1v3":
+        use_head()
+    ones = torch.ones(1, case.rows)
+
+    def head(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        layer = SimpleNamespace(weight=y, chunk_size=8192)
+        return module.forward(layer, x[None], ids[None], ones)["logprobs"]
+
+    return log_probs_of_head(case, head)
+
+
+def swift_logits(case: Case, variant: str) -> tuple[Run, Run]:
+    """The logits of ms-swift's Megatron trainers, on one rank."""
+    from r1v3.integrations.swift import use_head
+    from tests_stacks import trainers
+
+    functions = trainers.swift_megatron()
+    one_rank()
+    if variant == "r1v3":
+        use_head(megatron=True)
+    return of_logits(
+        case, lambda x, ids: functions.compute_logps_and_entropy_from_logits(x, ids, True)
+    )
 
 
 def nowait(case: Case, variant: str) -> tuple[Run, Run]:
@@ -205,6 +369,12 @@ OPS: dict[tuple[str, str], Callable[[Case, str], tuple[Run, Run]]] = {
     ("verl", "fsdp head"): verl_head,
     ("verl", "megatron logits"): verl_logits,
     ("transformers", "nowait"): nowait,
+    ("trainers", "slime"): slime_logits,
+    ("trainers", "OpenRLHF"): openrlhf_logits,
+    ("trainers", "NeMo-RL"): nemo_rl_logits,
+    ("trainers", "NeMo-RL, hidden states"): nemo_rl_hidden,
+    ("trainers", "prime-rl"): prime_rl_head,
+    ("trainers", "ms-swift, Megatron"): swift_logits,
 }
 
 
@@ -254,8 +424,14 @@ def measure(case: Case, variant: str, repetitions: int) -> dict[str, float]:
 
 def versions(stacks: list[str]) -> dict[str, str]:
     """Of everything that was measured."""
-    names = ["torch", *stacks, *(["megatron-core"] if "verl" in stacks else [])]
-    return {name: importlib.metadata.version(name) for name in names}
+    installed = ["torch", *(stack for stack in stacks if stack != "trainers")]
+    if {"trainers", "verl"} & {*stacks}:
+        installed.append("megatron-core")
+    found = {name: importlib.metadata.version(name) for name in installed}
+    if "trainers" in stacks:  # of which the sources are unpacked, not installed
+        sources = "slime", "openrlhf", "nemo-rl", "prime-rl", "ms-swift"
+        found |= {name: TESTED[name] for name in sources}
+    return found
 
 
 def main() -> None:

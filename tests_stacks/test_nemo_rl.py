@@ -9,21 +9,14 @@ import torch
 import torch.distributed as dist
 
 from .comparing import assert_close, assert_same, results
-from .sources import do_without, put_on_path, stand_in
+from .trainers import nemo_rl
 
-do_without("mlflow", "pynvml", "ray", "requests", "swanlab", "wandb", "zmq")
-put_on_path(
-    "nemo-rl", "nemo_rl", "nemo_rl.algorithms", "nemo_rl.distributed", "nemo_rl.models"
-)  # fmt: skip
-stand_in("nemo_rl.models.policy", TokenizerConfig=dict)
-stand_in("nemo_rl.utils.logger", Logger=object)
-stand_in("nemo_rl.models.dtensor.parallelize", to_local_if_dtensor=lambda tensor: tensor)
+model_utils = nemo_rl()
 from nemo_rl.algorithms.loss import utils as loss_utils  # noqa: E402
 from nemo_rl.algorithms.loss.loss_functions import (  # noqa: E402
     ClippedPGLossConfig,
     ClippedPGLossFn,
 )
-from nemo_rl.distributed import model_utils  # noqa: E402
 
 from r1v3.integrations.nemo_rl import next_token_logprobs, use_head  # noqa: E402
 from r1v3.kernels import grpo_loss  # noqa: E402

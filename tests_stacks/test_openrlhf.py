@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from .comparing import assert_close, assert_same, results
-from .sources import do_without, put_on_path
+from .trainers import openrlhf
 
-do_without("deepspeed", "flash_attn", "peft")
-put_on_path("openrlhf", "openrlhf", "openrlhf.models")
-from openrlhf.models import actor, utils  # noqa: E402
+actor = openrlhf()
+from openrlhf.models import utils  # noqa: E402
 from openrlhf.models.loss import PolicyLoss  # noqa: E402
 
 from r1v3.integrations.openrlhf import reward_func, use_head  # noqa: E402

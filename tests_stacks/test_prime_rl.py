@@ -7,28 +7,9 @@ import pytest
 import torch
 
 from .comparing import assert_close, assert_same, results
-from .sources import do_without, put_on_path, stand_in
+from .trainers import prime_rl
 
-do_without("wandb")
-PACKAGES = (
-    "prime_rl", "prime_rl.trainer", "prime_rl.trainer.rl", "prime_rl.trainer.models",
-    "prime_rl.trainer.models.layers", "prime_rl.utils", "prime_rl.configs",
-)  # fmt: skip
-put_on_path("prime-rl", *PACKAGES, within="src")
-
-
-class Custom(SimpleNamespace):
-    """As prime-rl's `CustomLossConfig`."""
-
-
-stand_in(
-    "prime_rl.configs.trainer", CustomLossConfig=Custom, DefaultLossConfig=dict, IPOLossConfig=list,
-    LossConfig=object,
-)  # fmt: skip
-stand_in("prime_rl.utils.utils", import_object=lambda path: policy_loss)
-stand_in("prime_rl.utils.logger", get_logger=lambda: SimpleNamespace(info=lambda *_: None))
-stand_in("prime_rl.utils.vlm", get_final_logit_softcapping=lambda config: None)
-from prime_rl.trainer.models.layers import lm_head  # noqa: E402
+lm_head = prime_rl()
 from prime_rl.trainer.rl import loss as stock  # noqa: E402
 
 from r1v3.integrations.prime_rl import policy_loss, use_head  # noqa: E402
@@ -133,7 +114,7 @@ def test_the_loss_through_prime_rls_own_sum(kwargs: dict[str, Any], weighted: bo
     """Fails if samples of different lengths are weighted otherwise than by prime-rl's losses."""
     samples = [{**sample(n), "use_weights": weighted} for n in (9, 1, 14)]
     samples[1]["mask"][:] = True
-    function = stock.setup_rl_loss_fn(Custom(import_path="", kwargs=kwargs))
+    function = stock.setup_rl_loss_fn(SimpleNamespace(import_path="", kwargs=kwargs))
     lengths = [9, 1, 14]
 
     def run(flat: torch.Tensor) -> list[torch.Tensor]:

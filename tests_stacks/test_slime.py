@@ -2,7 +2,6 @@
 
 import asyncio
 import sys
-import types
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,16 +11,13 @@ import torch
 import torch.distributed as dist
 
 from .comparing import assert_close, assert_same, function_of, imported_by, results
-from .sources import put_on_path
+from .trainers import slime
 
-put_on_path(
-    "slime", "slime", "slime.utils", "slime.backends", "slime.backends.megatron_utils"
-)  # fmt: skip
+stock = slime()
 from megatron.core import mpu  # noqa: E402
-from slime.backends.megatron_utils import loss as stock  # noqa: E402
 from slime.utils import ppo_utils  # noqa: E402
 
-from r1v3.integrations.slime import group_rewards, reward, use_head  # noqa: E402
+from r1v3.integrations.slime import group_rewards, response_logprobs, reward, use_head  # noqa: E402
 from r1v3.kernels import grpo_loss  # noqa: E402
 
 VOCABULARY = 300
@@ -58,11 +54,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Megatron's groups of one process; of slime's actor, which needs all of Megatron, the name."""
-    actor = types.ModuleType(ACTOR)
-    actor.get_log_probs_and_entropy = stock.get_log_probs_and_entropy  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, ACTOR, actor)
+def one_rank() -> Iterator[None]:
+    """Megatron's groups of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mpu.initialize_model_parallel()
     yield
@@ -170,13 +163,10 @@ def test_a_process_of_context_parallelism_keeps_stocks_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Fails if a rank that holds parts of the sequences reads them as whole ones."""
-    monkeypatch.setattr(stock, "get_log_probs_and_entropy", lambda logits, **options: options)
     arguments = SimpleNamespace(**ARGUMENTS)
     given = {"unconcat_tokens": [], "total_lengths": [], "response_lengths": []}
     monkeypatch.setattr(mpu, "get_context_parallel_world_size", lambda: 2)
-    from r1v3.integrations.slime import response_logprobs
-
-    compute = response_logprobs(stock.get_log_probs_and_entropy)
+    compute = response_logprobs(lambda logits, **options: options)
     found = compute(torch.zeros(1, 2, 3), args=arguments, **given, with_entropy=True)
     assert found == {"args": arguments, **given, "with_entropy": True}
 

@@ -11,11 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .comparing import assert_close, function_of, imported_by, results
-from .sources import put_on_path
+from .trainers import swift_megatron
 
-put_on_path("ms-swift", "swift", "swift.megatron", "swift.megatron.trainers")
+vocab_parallel_utils = swift_megatron()
 from megatron.core import mpu  # noqa: E402
-from swift.megatron.trainers import vocab_parallel_utils  # noqa: E402
 
 from r1v3.integrations import swift as adapter  # noqa: E402
 from r1v3.integrations.swift import AnswerReward, register_reward, use_head  # noqa: E402
@@ -47,13 +46,8 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
 
 
 @pytest.fixture()
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Megatron's groups of one process, and the name that the trainer looks up."""
-    name = "swift.megatron.trainers.grpo_trainer"
-    module = ModuleType(name)
-    function = vocab_parallel_utils.compute_logps_and_entropy_from_logits
-    module.compute_logps_and_entropy_from_logits = function  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, name, module)
+def one_rank() -> Iterator[None]:
+    """Megatron's groups of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mpu.initialize_model_parallel()
     yield

@@ -4,9 +4,8 @@ Every rank compares stock and r1v3's kernels in the stock's place with float64 a
 logits. Stacks whose source could not be fetched are left out.
 """
 
-import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ import torch.distributed as dist
 from megatron.core import mpu
 from torch import Tensor
 
+from . import trainers
 from .comparing import assert_close, results
-from .sources import FOLDER, do_without, put_on_path
+from .sources import FOLDER
 
 ROWS, LENGTH, VOCABULARY, WIDTH = 2, 8, 300, 16
 
@@ -54,14 +54,9 @@ def of_logits(pick: Callable[[list[Tensor]], list[Tensor]], labels: Tensor, logi
 
 def slime(logits: Tensor, labels: Tensor) -> None:
     """The function below every loss of slime."""
-    put_on_path("slime", "slime", "slime.utils", "slime.backends", "slime.backends.megatron_utils")
-    from slime.backends.megatron_utils import loss
-
     from r1v3.integrations.slime import use_head
 
-    actor = ModuleType("slime.backends.megatron_utils.actor")
-    actor.get_log_probs_and_entropy = loss.get_log_probs_and_entropy  # type: ignore[attr-defined]
-    sys.modules[actor.__name__] = actor
+    loss = trainers.slime()
     tokens, responses = [labels[0, :5], labels[0, 4:]], [2, 3]
     arguments = SimpleNamespace(log_probs_chunk_size=-1, allgather_cp=False, entropy_coef=0.1)
 
@@ -82,16 +77,9 @@ def slime(logits: Tensor, labels: Tensor) -> None:
 
 def nemo_rl(logits: Tensor, labels: Tensor) -> None:
     """Sharded logits, whole and in parts, their entropy, and hidden states that are sharded too."""
-    put_on_path("nemo-rl", "nemo_rl", "nemo_rl.algorithms", "nemo_rl.distributed")
-    names = {"get_next_token_logprobs_from_logits": None}
-    from nemo_rl.distributed import model_utils
-
     from r1v3.integrations.nemo_rl import use_head
 
-    utils = ModuleType("nemo_rl.algorithms.loss.utils")
-    vars(utils).update({name: getattr(model_utils, name) for name in names})
-    sys.modules["nemo_rl.algorithms.loss"] = ModuleType("nemo_rl.algorithms.loss")
-    sys.modules[utils.__name__] = utils
+    model_utils = trainers.nemo_rl()
     group, half = dist.group.WORLD, VOCABULARY // 2
     shard = dist.get_rank() * half, (dist.get_rank() + 1) * half
     rolled = labels.roll(-1, -1)
@@ -133,18 +121,12 @@ def nemo_rl(logits: Tensor, labels: Tensor) -> None:
 
 def swift(logits: Tensor, labels: Tensor) -> None:
     """The function of ms-swift's Megatron trainers."""
-    put_on_path("ms-swift", "swift", "swift.megatron", "swift.megatron.trainers")
-    from swift.megatron.trainers import vocab_parallel_utils
-
     from r1v3.integrations.swift import use_head
 
-    trainer = ModuleType("swift.megatron.trainers.grpo_trainer")
-    name = "compute_logps_and_entropy_from_logits"
-    setattr(trainer, name, getattr(vocab_parallel_utils, name))
-    sys.modules[trainer.__name__] = trainer
+    functions = trainers.swift_megatron()
 
     def head(leaf: Tensor) -> Any:
-        return getattr(vocab_parallel_utils, name)(leaf, labels, compute_entropy=True)
+        return functions.compute_logps_and_entropy_from_logits(leaf, labels, compute_entropy=True)
 
     wanted = of_logits(lambda out: out, labels, logits)
     compare("ms-swift", head, lambda: use_head(megatron=True), wanted, own(logits))
@@ -154,7 +136,6 @@ def main() -> None:
     """Compare every stack whose source is there."""
     dist.init_process_group("gloo")
     mpu.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
-    do_without("ray")
     torch.manual_seed(0)
     logits = torch.randn(ROWS, LENGTH, VOCABULARY) * 3
     labels = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
