@@ -1,6 +1,5 @@
 """OpenRLHF's own heads and losses, from its wheel, against r1v3's."""
 
-import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,12 +17,6 @@ from r1v3.integrations.openrlhf import reward_func, use_head  # noqa: E402
 from r1v3.kernels import grpo_loss  # noqa: E402
 
 ROWS, LENGTH, VOCABULARY = 3, 9, 400
-
-
-@pytest.fixture(autouse=True)
-def without_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenRLHF scores with torch where flash-attn is not installed."""
-    monkeypatch.setitem(importlib.sys.modules, "flash_attn.ops.triton.cross_entropy", None)
 
 
 class Model(torch.nn.Module):

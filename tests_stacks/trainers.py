@@ -5,6 +5,7 @@ source could not be fetched.
 """
 
 import importlib
+import sys
 from types import ModuleType, SimpleNamespace
 
 from .sources import do_without, put_on_path, stand_in
@@ -22,8 +23,9 @@ def slime() -> ModuleType:
 
 
 def openrlhf() -> ModuleType:
-    """OpenRLHF's actor."""
+    """OpenRLHF's actor, which scores with torch where flash-attn is not installed."""
     do_without("deepspeed", "flash_attn", "peft")
+    sys.modules["flash_attn.ops.triton.cross_entropy"] = None  # type: ignore[assignment]
     put_on_path("openrlhf", "openrlhf", "openrlhf.models")
     return importlib.import_module("openrlhf.models.actor")
 
@@ -40,15 +42,9 @@ def nemo_rl() -> ModuleType:
 
 def prime_rl() -> ModuleType:
     """prime-rl's heads; its losses can be imported after it, with the custom one of r1v3."""
-    packages = (
-        "trainer",
-        "trainer.rl",
-        "trainer.models",
-        "trainer.models.layers",
-        "utils",
-        "configs",
-    )
-    put_on_path("prime-rl", "prime_rl", *(f"prime_rl.{name}" for name in packages), within="src")
+    trainer = "trainer", "trainer.rl", "trainer.models", "trainer.models.layers"
+    packages = [f"prime_rl.{name}" for name in (*trainer, "utils", "configs")]
+    put_on_path("prime-rl", "prime_rl", *packages, within="src")
     stand_in(
         "prime_rl.configs.trainer", CustomLossConfig=SimpleNamespace, DefaultLossConfig=dict,
         IPOLossConfig=list, LossConfig=object,
