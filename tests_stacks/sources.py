@@ -1,4 +1,4 @@
-"""Python sources of stacks that cannot be installed on a CPU, from their published wheels."""
+"""Python sources of stacks that cannot be installed on a CPU, from wheels and repositories."""
 
 import importlib.machinery
 import sys

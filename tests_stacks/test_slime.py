@@ -173,8 +173,11 @@ def test_a_process_of_context_parallelism_keeps_stocks_rows(
 
 @pytest.mark.parametrize(
     ("estimator", "normalize", "scaled"),
-    [("grpo", True, True), ("gspo", True, False), ("cispo", False, True)],
-)
+    [
+        ("grpo", True, True), ("gspo", True, False), ("cispo", False, True), ("ppo", True, True),
+        ("reinforce_plus_plus_baseline", True, True),
+    ],
+)  # fmt: skip
 def test_group_rewards_equal_stock(estimator: str, normalize: bool, scaled: bool) -> None:
     """Fails if advantages differ from slime's, a group without variance aside, which is 0 here."""
     values = [1.0, 0.0, 0.2, 1.0, 0.0, 0.0, 0.8, 0.2]

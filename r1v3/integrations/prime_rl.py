@@ -66,8 +66,9 @@ def forward(
     """
     if labels is None or temperature is None:
         raise ValueError("the fused head needs labels and a temperature for every token")
-    scaled = (hidden_states / temperature.unsqueeze(-1)).to(hidden_states.dtype)
-    logprobs, entropy = linear_logprobs_and_entropy(scaled, head.weight, labels)
+    logprobs, entropy = linear_logprobs_and_entropy(
+        hidden_states, head.weight, labels, temperature=temperature
+    )
     return {"logprobs": logprobs, "entropy": entropy}
 
 

@@ -24,10 +24,10 @@ class Name:
         parameters: names of its parameters in order, keyword-only ones after "*", as
             `parameters_of` writes them.
         replacement: the object that callers find instead.
-        wraps: `replacement` is called with what was there and returns that object, which can hand
-            back what r1v3 does not compute.
         member: attributes from the object on to what `parameters` describes, for one whose own
             signature says nothing: "forward" of an autograd function.
+        wraps: `replacement` is called with what was there and returns that object, which can hand
+            back what r1v3 does not compute.
     """
 
     module: str

@@ -17,6 +17,8 @@ from torch import Tensor
 from r1v3.integrations.rebinding import Name, Rebound, rebind
 from r1v3.kernels import group_advantages, logprobs_and_entropy, selective_log_softmax
 
+# Estimators of slime that start from rewards over their group, and from centered ones.
+_SCALED, _CENTERED = ("grpo", "gspo", "cispo"), "reinforce_plus_plus_baseline"
 _LOSS = "slime.backends.megatron_utils.loss"
 _RESPONSES_PARAMETERS = (
     "logits, *, args, unconcat_tokens, total_lengths, response_lengths, with_entropy, "
@@ -121,19 +123,20 @@ def response_logprobs(stock: Callable[..., Any]) -> Callable[..., Any]:
             options |= dict(zip(names, samples, strict=True)) | {"with_entropy": with_entropy}
             return stock(logits, args=args, **options)
         rows, labels = _response_rows(logits, *samples)
-        logprobs, entropy = logprobs_and_entropy(
-            logits[0],
-            labels,
-            rows=rows,
-            temperature=getattr(args, "rollout_temperature", 1.0),
-            group=mpu.get_tensor_model_parallel_group(),
-        )
-        results = {"log_probs": list(logprobs.split(list(response_lengths)))}
-        if with_entropy:
-            if getattr(args, "entropy_coef", 0.0) == 0:
-                entropy = entropy.detach()
-            results["entropy"] = list(entropy.split(list(response_lengths)))
-        return logits.new_empty(0), results
+        how = {
+            "rows": rows,
+            "temperature": getattr(args, "rollout_temperature", 1.0),
+            "group": mpu.get_tensor_model_parallel_group(),
+        }
+        lengths = list(response_lengths)
+        if not with_entropy:
+            logprobs = selective_log_softmax(logits[0], labels, **how)
+            return logits.new_empty(0), {"log_probs": list(logprobs.split(lengths))}
+        logprobs, entropy = logprobs_and_entropy(logits[0], labels, **how)
+        if getattr(args, "entropy_coef", 0.0) == 0:
+            entropy = entropy.detach()
+        results = {"log_probs": logprobs.split(lengths), "entropy": entropy.split(lengths)}
+        return logits.new_empty(0), {name: list(parts) for name, parts in results.items()}
 
     return compute
 
@@ -159,7 +162,10 @@ def _response_rows(
 
 
 def group_rewards(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[float]]:
-    """Rewards of slime's samples, and their advantages over their group by `group_advantages`.
+    """Rewards of slime's samples, and what its estimator starts from, by `group_advantages`.
+
+    As slime's own normalization, but for a batch that lost groups to a filter: slime then takes
+    all samples as one group.
 
     Args:
         args: slime's arguments; `n_samples_per_prompt` consecutive samples are a group.
@@ -169,9 +175,10 @@ def group_rewards(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[
         ValueError: a group is not whole.
     """
     raw = [float(sample.get_reward_value(args)) for sample in samples]
-    if not args.rewards_normalization:
+    estimator = args.advantage_estimator
+    if not args.rewards_normalization or estimator not in (*_SCALED, _CENTERED):
         return raw, raw
-    scale = "group" if args.grpo_std_normalization else "none"
+    scale = "group" if args.grpo_std_normalization and estimator != _CENTERED else "none"
     advantages = group_advantages(torch.tensor(raw), args.n_samples_per_prompt, scale=scale)
     return raw, advantages.tolist()
 

@@ -66,6 +66,19 @@ def test_a_second_call_rebinds_nothing(stack: types.ModuleType) -> None:
     assert rebind("stack", [HEAD]).names == ("stack.heads.head",)
 
 
+def test_a_replacement_can_hand_back_what_it_does_not_do(stack: types.ModuleType) -> None:
+    """Fails if a wrapped name is lost, or wrapped a second time by a second call."""
+
+    def wrap(stock: Callable[..., str]) -> Callable[..., str]:
+        return lambda *arguments: f"ours around {stock(*arguments)}"
+
+    names = [Name("stack.heads", "head", "hidden, weight, temperature", wrap, wraps=True)]
+    with rebind("stack", names):
+        assert rebind("stack", names).names == ()
+        assert stack.head(1, 2) == "ours around stock head"
+    assert stack.head(1, 2) == "stock head"
+
+
 CHANGED: list[tuple[str, Callable[..., None]]] = [
     ("renamed", lambda hidden, w, temperature: None),
     ("another order", lambda weight, hidden, temperature: None),
