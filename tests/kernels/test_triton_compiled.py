@@ -153,14 +153,14 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "blocks": "i32", "HAS_ENABLED": True, "BLOCK": ban_tokens.BLOCK,
     }  # fmt: skip
     return {
-        "statistics bf16": (_row_statistics_kernel, statistics_arguments("bf16", 8), 8),
-        "statistics fp32": (_row_statistics_kernel, statistics_arguments("fp32", 4), 8),
+        "statistics bf16": (_row_statistics_kernel, statistics_arguments("bf16", 8), 4),
+        "statistics fp32": (_row_statistics_kernel, statistics_arguments("fp32", 4), 4),
         "statistics by row": (
             _row_statistics_kernel,
             {**statistics_arguments("bf16", 8), **by_row},
-            8,
+            4,
         ),
-        "statistics shard": (_row_statistics_kernel, statistics_arguments("fp16", 8, True), 8),
+        "statistics shard": (_row_statistics_kernel, statistics_arguments("fp16", 8, True), 4),
         "gradient bf16": (_row_gradient_kernel, gradient_arguments("bf16", 8), 8),
         "gradient fp32": (_row_gradient_kernel, gradient_arguments("fp32", 4), 8),
         "gradient by row": (_row_gradient_kernel, {**gradient_arguments("bf16", 8), **by_row}, 8),
@@ -212,11 +212,11 @@ def test_main_loops_move_16_bytes_at_any_vocabulary(dtype: str, align: int, targ
     from r1v3.kernels.triton.logits_gradient import _row_gradient_kernel
     from r1v3.kernels.triton.logits_statistics import _row_statistics_kernel
 
-    for kernel, arguments, stores in (
-        (_row_statistics_kernel, statistics_arguments(dtype, align), False),
-        (_row_gradient_kernel, gradient_arguments(dtype, align), True),
+    for kernel, arguments, warps, stores in (
+        (_row_statistics_kernel, statistics_arguments(dtype, align), 4, False),
+        (_row_gradient_kernel, gradient_arguments(dtype, align), 8, True),
     ):
-        ptx = compile_kernel(kernel, target, arguments, warps=8).asm["ptx"]
+        ptx = compile_kernel(kernel, target, arguments, warps).asm["ptx"]
         streaming = [
             line for line in ptx.splitlines() if "ld.global" in line and "evict_first" in line
         ]

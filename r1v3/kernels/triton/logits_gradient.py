@@ -15,14 +15,16 @@ from r1v3.kernels.triton.logits_statistics import (
     FLOOR,
     LN_2,
     LOG2_E,
-    PART_BLOCKS,
-    VECTORS,
-    WARPS,
     Layout,
     row_offset,
     row_scale,
     temperature_arguments,
 )
+
+# Two 16-byte vectors per thread of 8 warps, and two such blocks per program.
+VECTORS = 512
+PART_BLOCKS = 2
+WARPS = 8
 
 
 @triton.jit
@@ -86,19 +88,24 @@ def _row_gradient_kernel(
         first_id = tl.load(shard_ptr)
         vocab = tl.minimum(vocab, tl.maximum(tl.load(shard_ptr + 1) - first_id, 0))
     active = slot >= 0
+    # All that is known of the row at once: no load waits for another before the row's own.
     top = tl.load(saved_ptr + slot * 3, mask=active, other=-float("inf"))
+    log_s = tl.load(saved_ptr + slot * 3 + 1, mask=active, other=0.0)
+    entropy = tl.load(saved_ptr + slot * 3 + 2, mask=active, other=0.0)
     alive = active & (top != -float("inf"))
     token = tl.full([], -1, tl.int32)
     g_logp = tl.zeros([], tl.float32)
     g_entropy = tl.zeros([], tl.float32)
     if HAS_LOGPROBS:
         global_token = tl.load(ids_ptr + slot, mask=active, other=-100).to(tl.int64)
-        g_logp = tl.load(grad_logprobs_ptr + slot, mask=alive & (global_token != -100), other=0.0)
+        g_logp = tl.load(grad_logprobs_ptr + slot, mask=active, other=0.0)
+        g_logp = tl.where(alive & (global_token != -100), g_logp, 0.0)
         local = global_token - first_id
         here = (global_token >= 0) & (local >= 0) & (local < vocab)
         token = tl.where(here, local, -1).to(tl.int32)
     if HAS_ENTROPY:
-        g_entropy = tl.load(grad_entropy_ptr + slot, mask=alive, other=0.0)
+        g_entropy = tl.load(grad_entropy_ptr + slot, mask=active, other=0.0)
+        g_entropy = tl.where(alive, g_entropy, 0.0)
     if HAS_TEMPERATURES:
         own = tl.load(temperatures_ptr + slot, mask=active, other=0.0).to(tl.float32)
         g_logp = tl.where(own == 0, 0.0, g_logp)
@@ -106,9 +113,9 @@ def _row_gradient_kernel(
     # Where nothing is needed nothing is loaded, and the arithmetic below gives 0. (The interpreter
     # cannot combine comparisons of floats: an integer in between.)
     needed = ((g_logp != 0) | (g_entropy != 0)).to(tl.int32) != 0
-    m = tl.load(saved_ptr + slot * 3, mask=needed, other=0.0)
-    log2_s = tl.load(saved_ptr + slot * 3 + 1, mask=needed, other=0.0) * LOG2_E
-    entropy = tl.load(saved_ptr + slot * 3 + 2, mask=needed, other=0.0)
+    m = tl.where(needed, top, 0.0)
+    log2_s = tl.where(needed, log_s, 0.0) * LOG2_E
+    entropy = tl.where(needed, entropy, 0.0)
     offset = row_offset(row, base, inner, stride_outer, stride_inner)
     out = row_offset(row, out_base, inner, out_stride_outer, out_stride_inner)
     head = tl.minimum((ALIGN - offset % ALIGN) % ALIGN, vocab).to(tl.int32)

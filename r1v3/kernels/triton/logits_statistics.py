@@ -1,8 +1,8 @@
 """Triton kernels over rows of logits: statistics of parts or shards, and their merge.
 
 A row is cut into parts of 16 KiB, one program each: a program's loads need nothing of each other,
-so one row is one memory latency deep (two where Triton orders the last load behind the first sum:
-3.7.1 does, 3.6 does not) and seven fill an H100, and how a row is summed never depends on how many
+so one row is one memory latency deep (two where the compiler orders the last loads behind the
+first sum) and seven fill an H100, and how a row is summed never depends on how many
 rows there are. Between the first load and the end of a part no thread waits for
 another: a state is kept per 16-byte vector, and reduced once.
 
@@ -24,11 +24,12 @@ from torch import Tensor
 
 from r1v3.kernels import devices
 
-# Two 16-byte vectors per thread of 8 warps, and two such blocks per program: four loads of a
-# thread are in flight together, at few enough registers for five programs per multiprocessor.
-VECTORS = 512
-PART_BLOCKS = 2
-WARPS = 8
+# Two 16-byte vectors per thread of 4 warps, and four such blocks per program: what a thread does
+# once, before its loads and when states are reduced, is shared by 64 logits, and registers are few
+# enough for ten programs per multiprocessor.
+VECTORS = 256
+PART_BLOCKS = 4
+WARPS = 4
 MERGE_ELEMENTS = 512
 LOWEST = tl.constexpr(-3.4028234e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -125,11 +126,15 @@ def _row_statistics_kernel(
     w = tl.zeros([VECTORS], tl.float32)
     first = part * PART_BLOCKS
     start = tl.multiple_of(offset + head + first * BLOCK, ALIGN)
-    tl.static_assert(PART_BLOCKS == 2)
+    tl.static_assert(PART_BLOCKS == 4)
     x0 = _stream(x_ptr + start + lanes, first < full)
     x1 = _stream(x_ptr + tl.multiple_of(start + BLOCK, ALIGN) + lanes, first + 1 < full)
+    x2 = _stream(x_ptr + tl.multiple_of(start + 2 * BLOCK, ALIGN) + lanes, first + 2 < full)
+    x3 = _stream(x_ptr + tl.multiple_of(start + 3 * BLOCK, ALIGN) + lanes, first + 3 < full)
     m, s, w = _accumulate(x0.to(tl.float32), m, s, w, scale)
     m, s, w = _accumulate(x1.to(tl.float32), m, s, w, scale)
+    m, s, w = _accumulate(x2.to(tl.float32), m, s, w, scale)
+    m, s, w = _accumulate(x3.to(tl.float32), m, s, w, scale)
     if part == parts - 1:
         done = full.to(tl.int64) * BLOCK
         for rest in range(0, vocab - done, BLOCK):
