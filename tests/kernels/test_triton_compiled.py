@@ -7,68 +7,17 @@ from typing import Any
 
 import pytest
 
+from benchmarks.multiprocessor.kernels import (
+    compile_triton,
+    gradient_arguments,
+    statistics_arguments,
+)
 from tests.kernels.conftest import INTERPRETED
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 TARGETS = [80, 90, 100]
-ROW_INTEGERS = "n_rows base out_base inner vocab width vocab_start".split()
-
-
-def compile_kernel(kernel: Any, target: int, arguments: dict[str, Any], warps: int) -> Any:
-    """Compiles for given argument types ("*bf16:16" is a 16-byte aligned pointer) and constants.
-
-    64-bit integers are not assumed divisible by anything: V = 151,674 must be served.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        value = arguments.get(name)
-        if value is None and (name in ROW_INTEGERS or "stride" in name):
-            value = "i64"
-        if isinstance(value, str):
-            signature[name], _, aligned = value.partition(":")
-            if aligned:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "constexpr"
-            constants[(position,)] = value
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(
-        source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps}
-    )
-
-
-def statistics_arguments(dtype: str, align: int, sharded: bool = False) -> dict[str, Any]:
-    from r1v3.kernels.triton import logits_statistics
-
-    return {
-        "x_ptr": f"*{dtype}:16", "rows_ptr": "*i64:16" if sharded else None,
-        "ids_ptr": "*i64:16", "shard_ptr": "*i64:16" if sharded else None,
-        "stats_ptr": "*fp32:16", "temperature": "fp32", "parts": "i32", "HAS_ROWS": sharded,
-        "HAS_IDS": True, "HAS_KEEP": sharded, "keep_ptr": "*u8:16" if sharded else None,
-        "HAS_SHARD": sharded, "ALIGN": align, "VECTORS": logits_statistics.VECTORS,
-        "PART_BLOCKS": logits_statistics.PART_BLOCKS, "temperatures_ptr": None,
-        "HAS_TEMPERATURES": False,
-    }  # fmt: skip
-
-
-def gradient_arguments(dtype: str, align: int, sharded: bool = False) -> dict[str, Any]:
-    from r1v3.kernels.triton import logits_gradient
-
-    return {
-        "x_ptr": f"*{dtype}:16", "out_ptr": f"*{dtype}:16", "ids_ptr": "*i64:16",
-        "slots_ptr": "*i64:16" if sharded else None, "shard_ptr": "*i64:16" if sharded else None,
-        "saved_ptr": "*fp32:16", "grad_logprobs_ptr": "*fp32:16", "grad_entropy_ptr": "*fp32:16",
-        "temperature": "fp32", "parts": "i32", "HAS_SLOTS": sharded, "HAS_IDS": True,
-        "HAS_SHARD": sharded, "HAS_LOGPROBS": True, "HAS_ENTROPY": True, "ALIGN": align,
-        "OUT_ALIGN": align, "VECTORS": logits_gradient.VECTORS,
-        "PART_BLOCKS": logits_gradient.PART_BLOCKS, "temperatures_ptr": None,
-        "HAS_TEMPERATURES": False,
-    }  # fmt: skip
 
 
 def advantage_arguments(of_one_length: bool) -> dict[str, Any]:
@@ -198,7 +147,7 @@ def resource_usage(cubin: bytes, folder: Path) -> dict[str, int]:
 def test_compiles_without_spills(name: str, target: int, tmp_path: Path) -> None:
     """Fails if a kernel does not compile for an architecture, or keeps registers in memory."""
     kernel, arguments, warps = kernels()[name]
-    compiled = compile_kernel(kernel, target, arguments, warps)
+    compiled = compile_triton(kernel, target, arguments, warps)
     usage = resource_usage(compiled.asm["cubin"], tmp_path)
     assert usage["LOCAL"] == 0 and usage["STACK"] == 0, usage
     # Two blocks of 256 threads must fit a multiprocessor, or loads cannot hide each other.
@@ -216,7 +165,7 @@ def test_main_loops_move_16_bytes_at_any_vocabulary(dtype: str, align: int, targ
         (_row_statistics_kernel, statistics_arguments(dtype, align), 4, False),
         (_row_gradient_kernel, gradient_arguments(dtype, align), 8, True),
     ):
-        ptx = compile_kernel(kernel, target, arguments, warps).asm["ptx"]
+        ptx = compile_triton(kernel, target, arguments, warps).asm["ptx"]
         streaming = [
             line for line in ptx.splitlines() if "ld.global" in line and "evict_first" in line
         ]
