@@ -1,10 +1,15 @@
-"""Throughput of `r1v3 serve` over HTTP at 1 and 8 clients, beside transformers' own `generate`.
+"""Throughput of `r1v3 serve` over HTTP at 1 and 8 clients, beside transformers' own servers.
 
     python -m benchmarks.serve [--model FOLDER] [--tokens 64] [--requests 16] [--json FILE]
+        [--transformers-python .venvs/clients/bin/python]
 
 Every request has the same picture and question and gets exactly `tokens` tokens at temperature 1.
 `generate` runs in this process without HTTP: one request after the other, as a server over it
 answers them, and all requests of a wave as one batch, which no server can know before they arrive.
+With the interpreter of an environment that has `transformers[serving]` (`python -m
+tests_stacks.environments clients` makes one), `transformers serve` answers the same questions
+without the picture. It is given the language model alone, as a folder of its own: the processor of
+a picture model of InternVL needs torchvision.
 The measures take turns, and the median of the rounds is shown. CPU time is that of the server's
 process, or of this one for `generate`, so that it hardly depends on what else the machine does.
 """
@@ -13,24 +18,28 @@ import argparse
 import base64
 import os
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import httpx
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import ROOT, header, warnings
 from r1v3.data.encoding import collate
 from r1v3.data.sample import make_sample
 from r1v3.data.special_tokens import TURN_END
-from r1v3.data.tokenizer import token_id
+from r1v3.data.tokenizer import load_tokenizer, token_id
 from r1v3.evaluation.policy import Policy, load_policy
 from r1v3.files import write_json
 from r1v3.model.internvl import load_model
@@ -59,9 +68,18 @@ def cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that runs: where it answers, its process, and the name of its model."""
+
+    address: str
+    pid: int
+    model: str
+
+
 @contextmanager
-def server(model: Path) -> Iterator[tuple[str, int]]:
-    """Start `r1v3 serve` with one thread; give its address and process id."""
+def server(model: Path) -> Iterator[Server]:
+    """Start `r1v3 serve` with one thread."""
     command = [sys.executable, "-m", "r1v3", "serve", str(model), "port=0", "threads=1", "name=m"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -69,22 +87,67 @@ def server(model: Path) -> Iterator[tuple[str, int]]:
             found = re.search(r"(http://\S+)/v1", process.stdout.readline())
             if found is None:
                 raise RuntimeError("the server did not start")
-            yield found[1], process.pid
+            yield Server(found[1], process.pid, "m")
         finally:
             process.terminate()
 
 
-class Client:
-    """Sends requests of one form to a server."""
+def write_language_model(model: Path, folder: Path) -> None:
+    """Write the language model of a picture model as a folder of its own, which samples."""
+    net = load_model(model)
+    language = AutoModelForCausalLM.from_config(net.config.text_config)
+    language.model.load_state_dict(net.model.language_model.state_dict())
+    language.lm_head.load_state_dict(net.lm_head.state_dict())
+    language.generation_config.do_sample = True
+    language.save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
 
-    def __init__(self, address: str, tokens: int, stop_id: int) -> None:
-        self._address, self._tokens = address, tokens
-        picture = base64.b64encode(PICTURE.read_bytes()).decode()
-        part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
-        content = [part, {"type": "text", "text": QUESTION}]
+
+@contextmanager
+def transformers_server(python: Path, folder: Path) -> Iterator[Server]:
+    """Start `transformers serve` with one thread."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [python, "-c", "from transformers.cli.transformers import main; main()", "serve",
+               folder, "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1",
+               "--port", str(port)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(list(map(str, command)), env=environment) as process:
+        try:
+            address = f"http://127.0.0.1:{port}"
+            wait_for(f"{address}/health", process)
+            yield Server(address, process.pid, str(folder))
+        finally:
+            process.terminate()
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], seconds: float = 300.0) -> None:
+    """Return once a server answers; raise RuntimeError if it ends or takes longer."""
+    begun = time.monotonic()
+    while process.poll() is None and time.monotonic() - begun < seconds:
+        try:
+            if httpx.get(url, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise RuntimeError(f"no server answers at {url}")
+
+
+class Client:
+    """Sends requests of one form to a server, with the picture or without it."""
+
+    def __init__(self, server: Server, tokens: int, stop_id: int, *, picture: bool = True) -> None:
+        self._address, self._tokens = server.address, tokens
+        content: list[dict[str, object]] = [{"type": "text", "text": QUESTION}]
+        if picture:
+            data = base64.b64encode(PICTURE.read_bytes()).decode()
+            address = f"data:image/png;base64,{data}"
+            content.insert(0, {"type": "image_url", "image_url": {"url": address}})
         self._body = {
-            "model": "m", "messages": [{"role": "user", "content": content}], "mode": "nothink",
-            "max_tokens": tokens, "logit_bias": {str(stop_id): -100},
+            "model": server.model, "messages": [{"role": "user", "content": content}],
+            "temperature": 1.0, "chat_template_kwargs": {"enable_thinking": False},
+            "max_tokens": tokens, "logit_bias": {str(stop_id): -100.0},
         }  # fmt: skip
 
     def wave(self, requests: int, clients: int) -> None:
@@ -130,20 +193,46 @@ def generator(model: Path, policy: Policy, tokens: int) -> Callable[[int, int], 
     return answer
 
 
-def measure(model: Path, tokens: int, requests: int, rounds: int) -> dict[str, Measured]:
-    """Run all measures in turns; return their medians."""
+Measure = tuple[Callable[[], None], Callable[[], float]]
+
+
+def clients_of(name: str, one: Server, client: Client, requests: int) -> dict[str, Measure]:
+    """The measures of one server, at 1 and 8 clients."""
+    return {
+        f"{name}, {count} client{'s' if count > 1 else ''}": (
+            partial(client.wave, requests, count),
+            partial(cpu_of, one.pid),
+        )
+        for count in (1, 8)
+    }
+
+
+def measure(
+    model: Path, tokens: int, requests: int, rounds: int, python: Path | None
+) -> dict[str, Measured]:
+    """Run all measures in turns; return their medians.
+
+    Args:
+        python: the interpreter of an environment that has `transformers[serving]`.
+    """
     torch.set_num_threads(1)
     policy = load_policy(model)
     generate = generator(model, policy, tokens)
+    stop_id = token_id(policy.tokenizer, TURN_END)
     found: dict[str, list[Measured]] = {}
-    with server(model) as (address, pid):
-        client = Client(address, tokens, token_id(policy.tokenizer, TURN_END))
-        measures: dict[str, tuple[Callable[[], None], Callable[[], float]]] = {
-            "r1v3 serve, 1 client": (lambda: client.wave(requests, 1), lambda: cpu_of(pid)),
-            "generate, one by one": (lambda: generate(requests, 1), time.process_time),
-            "r1v3 serve, 8 clients": (lambda: client.wave(requests, 8), lambda: cpu_of(pid)),
-            "generate, batches of 8": (lambda: generate(requests, 8), time.process_time),
-        }
+    with ExitStack() as stack:
+        own = stack.enter_context(server(model))
+        measures = clients_of("r1v3 serve", own, Client(own, tokens, stop_id), requests)
+        measures["generate, one by one"] = partial(generate, requests, 1), time.process_time
+        measures["generate, batches of 8"] = partial(generate, requests, 8), time.process_time
+        if python is not None:
+            text = Client(own, tokens, stop_id, picture=False)
+            measures |= clients_of("r1v3 serve, text", own, text, requests)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_language_model(model, folder)
+            other = stack.enter_context(transformers_server(python, folder))
+            text = Client(other, tokens, stop_id, picture=False)
+            measures |= clients_of("transformers serve, text", other, text, requests)
         for _ in range(rounds + 1):  # the first round warms up
             for name, (work, cpu) in measures.items():
                 found.setdefault(name, []).append(timed(work, cpu, tokens * requests))
@@ -163,18 +252,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of every answer")
     parser.add_argument("--requests", type=int, default=16, help="of a wave, a multiple of 8")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--transformers-python", type=Path, help="interpreter that has transformers[serving]"
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     options = parser.parse_args()
     facts = header("cpu")
-    result = measure(options.model, options.tokens, options.requests, options.rounds)
-    print(f"{'':24} {'tokens/s':>9} {'tokens/CPU s':>13}")
+    settings = {"tokens": options.tokens, "requests": options.requests, "rounds": options.rounds}
+    result = measure(options.model, **settings, python=options.transformers_python)
+    print(f"{'':36} {'tokens/s':>9} {'tokens/CPU s':>13}")
     for name, one in result.items():
-        print(f"{name:24} {one.per_second:9.0f} {one.per_cpu_second:13.0f}")
+        print(f"{name:36} {one.per_second:9.0f} {one.per_cpu_second:13.0f}")
     for line in warnings(facts):
         print(f"note: {line}")
     if options.json is not None:
         values = {name: vars(one) for name, one in result.items()}
-        settings = {"tokens": options.tokens, "requests": options.requests}
         write_json(options.json, {"header": facts, "settings": settings, "results": values})
 
 

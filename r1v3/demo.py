@@ -16,6 +16,7 @@ from rich.console import Console
 
 from r1v3.config import STAGES, Evaluate, Select, load
 from r1v3.data import recipe
+from r1v3.data.schema import load_samples
 from r1v3.demo_time import expected_seconds, measure
 from r1v3.engine.build import connect
 from r1v3.evaluation.evaluate import evaluate
@@ -25,6 +26,7 @@ from r1v3.local_job import local_job
 from r1v3.ranks import Ranks
 from r1v3.report.page import write_report
 from r1v3.report.tables import summary_table
+from r1v3.suite.benchmarks.digits import FILE, rows_of, write_table
 from r1v3.trainer import connector, grpo, sft
 from r1v3.trainer.critical_tokens import ENTROPY_BIN_EDGES
 from r1v3.trainer.selection import select_from_run
@@ -170,6 +172,7 @@ def run_stages(demo: Demo, console: Console | None = None) -> dict[str, float]:
             lambda line: console.print(line, highlight=False, soft_wrap=True),
             ranks,
         )
+        ranks.on_main(partial(_write_questions, demo))
     with clock.stage("sft"):
         sft.train(stages["sft"], resuming=demo.resuming)
     with clock.stage("grpo"):
@@ -182,6 +185,15 @@ def run_stages(demo: Demo, console: Console | None = None) -> dict[str, float]:
     with clock.stage("evaluation"):
         _evaluate_all(demo, ranks, console)
     return clock.seconds
+
+
+def _write_questions(demo: Demo) -> None:
+    """Write the test questions as a file of VLMEvalKit, for it and for `r1v3 suite`."""
+    path = demo.run / "LMUData" / FILE
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        asked = [sample for file in demo.scoring().data for sample in load_samples(file)]
+        write_table(path, rows_of(asked))
 
 
 def _evaluate_all(demo: Demo, ranks: Ranks, console: Console) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from r1v3.data.schema import load_samples
+from r1v3.suite.table import File, read_table
 from r1v3.trainer.metrics import read_metrics
 from tests.tiny_run import digest, home, leftovers, result, succeed, verb, write_configs
 
@@ -66,6 +68,20 @@ def test_a_demo_killed_many_times_ends_like_one_that_was_not(tmp_path: Path) -> 
         assert value == expected[key], key
     assert leftovers(tmp_path / RUN) == []
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo-1"]
+
+
+def test_the_questions_are_left_in_the_kits_format() -> None:
+    """Fails if a kit cannot ask the questions that the demo's scores are of, or asks others."""
+    run = whole()[0] / RUN
+    table = read_table(run / "LMUData", File("R1V3_Digits.tsv"))
+    asked = [
+        sample
+        for name in ("test_in_domain", "test_out_of_domain")
+        for sample in load_samples(run / "data" / f"{name}.parquet")
+    ]
+    assert [row["answer"] for row in table.rows] == [one.ground_truth for one in asked]
+    assert [row["category"] for row in table.rows] == [one.domain for one in asked]
+    assert all(row.pictures == 1 for row in table.rows)
 
 
 def test_the_summary_holds_every_field_of_every_stage() -> None:

@@ -6,15 +6,14 @@
 Runs in r1v3's own environment. The tests of kits call it from theirs.
 """
 
-import base64
-import csv
 import json
 import sys
 from pathlib import Path
 
 from r1v3.data.builders import questions
 from r1v3.suite import kit, rules
-from r1v3.suite.question import LETTERS, Question, Response
+from r1v3.suite.benchmarks.digits import rows_of, write_table
+from r1v3.suite.question import Question, Response
 
 DOMAINS = ("comparison", "ordering")
 TASK = """\
@@ -60,28 +59,23 @@ def grade(row, results):
 
 def write(folder: Path, count: int) -> None:
     """Write MMStar.tsv of VLMEvalKit, digits_val.jsonl of evalscope and a task of lmms-eval."""
-    rows = []
-    for i, sample in enumerate(questions("test", DOMAINS, count, 0)):
-        question, *_ = sample.question.partition("\nA. ")
-        picture = base64.b64encode(sample.images[0]).decode()
-        rows.append((i, question, sample.options or [], sample.ground_truth, picture))
+    samples = questions("test", DOMAINS, count, 0)
+    table = [
+        {**row, "category": "digits", "l2_category": row["category"]} for row in rows_of(samples)
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    letters = LETTERS[: max(len(options) for _, _, options, _, _ in rows)]
-    with (folder / "MMStar.tsv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, dialect="excel-tab")
-        table.writerow(
-            ["index", "image", "question", *letters, "answer", "category", "l2_category"]
-        )
-        for i, question, options, answer, picture in rows:
-            cells = [*options, *[""] * (len(letters) - len(options))]
-            table.writerow([i, picture, question, *cells, answer, "digits", DOMAINS[i % 2]])
+    write_table(folder / "MMStar.tsv", table)
+    rows = [
+        (row["question"], sample.options or [], row["answer"], row["image"])
+        for row, sample in zip(table, samples, strict=True)
+    ]
     with (folder / "digits_val.jsonl").open("w", encoding="utf-8") as file:
-        for _, question, options, answer, picture in rows:
+        for question, options, answer, picture in rows:
             image = f"data:image/png;base64,{picture}"
             row = {"question": f"<image 1>{question}", "options": options, "answer": answer}
             file.write(json.dumps({**row, "image_1": image}) + "\n")
     with (folder / "digits.jsonl").open("w", encoding="utf-8") as file:
-        for _, question, options, answer, picture in rows:
+        for question, options, answer, picture in rows:
             row = {"question": question, "options": options, "answer": answer, "image": picture}
             file.write(json.dumps(row) + "\n")
     task = TASK.format(data=json.dumps(str(folder / "digits.jsonl")))

@@ -78,7 +78,10 @@ STACKS = {
         ),
         sources=("slime", "openrlhf", "nemo-rl", "prime-rl", "ms-swift"),
     ),
-    "clients": Stack(("openai",), ("test_openai.py",)),
+    # With what `transformers serve` needs, for benchmarks/serve.py.
+    "clients": Stack(
+        ("openai", "transformers", "fastapi", "uvicorn", "accelerate", "rich"), ("test_openai.py",)
+    ),
     "evalscope": Stack(("evalscope",), ("test_evalscope.py",)),
     "lmms-eval": Stack(
         # filelock 4 has no `filelock._api`, which lmms-eval imports.

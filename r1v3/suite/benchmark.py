@@ -21,13 +21,13 @@ def complete_as_it_is(questions: Sequence[Question]) -> None:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One line of table 1.
+    """One line of the table of scores.
 
     Attributes:
         key: its name in configurations and files.
         title: its name in tables.
         files: published files; their rows are its rows, in order.
-        report: table 1 of the report, in percent.
+        report: table 1 of the report, in percent; None for one that it does not have.
         columns: without which a file is refused.
         question: the question of a row with its number, or None for a row of another split.
         rule: verdicts of the report's protocol.
@@ -44,7 +44,7 @@ class Benchmark:
     key: str
     title: str
     files: tuple[File, ...]
-    report: float
+    report: float | None
     columns: tuple[str, ...]
     question: Callable[[Row, int], Question | None]
     rule: Rule = answer_rule

@@ -348,6 +348,8 @@ def _compare(
 
 def differences(config: Suite, loaded: Loaded) -> list[str]:
     """Differences from the report's settings, as far as they are known."""
+    if loaded.benchmark.report is None:
+        return ["the report does not have it", *loaded.benchmark.differences]
     decoding, found = config.decoding, []
     if decoding.temperature != REPORT_TEMPERATURE:
         found.append(f"temperature {decoding.temperature:g}, report {REPORT_TEMPERATURE:g}")

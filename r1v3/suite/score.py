@@ -124,7 +124,7 @@ def verdicts(
         if phrases:
             tally.said[cell] = blind_phrase(response.thought) is not None
             tally.said_in_answers += blind_phrase(response.final) is not None
-        if verdict is None and question.gold and benchmark.judged:
+        if verdict is None and judge is not None and question.gold and benchmark.judged:
             open_cells.append(cell)
             items.append((question.text, question.gold, shown))
     if not tally.there.all():

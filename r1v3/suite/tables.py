@@ -47,7 +47,8 @@ class Record:
     def as_json(self) -> dict[str, Any]:
         """The record as plain values, with the report's numbers beside."""
         plain = asdict(self)
-        plain["report"] = {key: BENCHMARKS[key].report / 100 for key in self.scores}
+        found = {key: BENCHMARKS[key].report for key in self.scores}
+        plain["report"] = {key: value / 100 for key, value in found.items() if value is not None}
         return plain
 
 
@@ -114,7 +115,8 @@ def _table_1(record: Record) -> Sheet:
         mode, one = next(iter(modes.items()))
         name = BENCHMARKS[key].title + ("" if mode == "slow" else f" ({mode})")
         found = "".join(marks[text] for text in record.differences.get(key, ()))
-        rows.append(_score_cells(name, f"{BENCHMARKS[key].report:.1f}", one, found))
+        report = BENCHMARKS[key].report
+        rows.append(_score_cells(name, "" if report is None else f"{report:.1f}", one, found))
         for view, measured in one.views.items():
             cells = (f"  {view}", "", percent(measured.value), _interval(measured))
             rows.append(cells + ("",) * (len(_TABLE_1) - len(cells)))

@@ -13,6 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from r1v3.data.builders import questions
+from r1v3.suite.benchmarks.digits import rows_of
+
 Rows = list[dict[str, str]]
 
 
@@ -242,6 +245,11 @@ def seephys_rows() -> Rows:
     return rows
 
 
+def digits_rows() -> Rows:
+    """The demo's questions of two domains: one of options, one open."""
+    return rows_of(questions("test", ("ordering", "counting"), 12, 0))
+
+
 FILES: dict[str, Callable[[], Rows]] = {
     "MMMU_DEV_VAL.tsv": mmmu_rows,
     "MMMU_Pro_10c.tsv": lambda: choice_rows(12, "ABCDEFGHIJ"),
@@ -258,6 +266,7 @@ FILES: dict[str, Callable[[], Rows]] = {
     "MME_Reasoning.tsv": mme_rows,
     "PhyX_mini_MC_TM.tsv": phyx_rows,
     "SeePhys_total.tsv": seephys_rows,
+    "R1V3_Digits.tsv": digits_rows,
 }
 
 

@@ -23,10 +23,11 @@ from tests.suite.truths import (
 
 MULTIPLE_CHOICE = (
     *("mmmu", "emma", "mmmu_pro", "mmk12", "mmstar", "mmbench", "mathvista", "mathverse"),
-    *("mathvision", "wemath", "logicvista", "mme_reasoning", "phyx"),
+    *("mathvision", "wemath", "logicvista", "mme_reasoning", "phyx", "digits"),
 )
 OPEN_QUESTIONS = (
     *("mmmu", "emma", "mmk12", "mathvista", "mathverse", "mathvision", "mme_reasoning", "seephys"),
+    "digits",
 )
 PICTURED = ("visulogic", "mmmu_pro_vision", "mathverse", "phyx")
 
@@ -43,11 +44,22 @@ def wrong_verdicts(key: str, asked: Question, truths: tuple[Truth, ...]) -> list
 
 
 def test_every_benchmark_has_its_table() -> None:
-    """Fails if a benchmark is added without written verdicts."""
+    """Fails if a benchmark is added without 25 written verdicts, right, wrong and open ones."""
     tables = (CHOICES, OPEN, FORMULAS, IN_PICTURE, TWO_LETTERS, YES_NO, PUZZLES)
     assert all(len(table) >= 25 for table in tables)
-    tabled = {*MULTIPLE_CHOICE, *OPEN_QUESTIONS, *PICTURED, "hallusionbench"}
-    assert tabled == set(BENCHMARKS)
+    of = (
+        *((key, CHOICES) for key in MULTIPLE_CHOICE),
+        *((key, OPEN) for key in OPEN_QUESTIONS),
+        *((key, IN_PICTURE) for key in PICTURED),
+        ("hallusionbench", YES_NO),
+    )
+    verdicts: dict[str, set[Truth]] = {}
+    for key, table in of:
+        verdicts.setdefault(key, set()).update(table)
+    assert set(verdicts) == set(BENCHMARKS)
+    for key, table in verdicts.items():
+        assert len(table) >= 25, key
+        assert {verdict for _, verdict in table} == {True, False, None}, key
 
 
 @pytest.mark.parametrize("key", MULTIPLE_CHOICE)

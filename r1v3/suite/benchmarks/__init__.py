@@ -1,7 +1,8 @@
-"""The benchmarks of table 1, in its order."""
+"""The benchmarks of table 1, in its order, and the demo's own questions."""
 
 from r1v3.suite.benchmark import Benchmark
 from r1v3.suite.benchmarks import (
+    digits,
     emma,
     hallusionbench,
     logicvista,
@@ -40,5 +41,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         mme_reasoning.BENCHMARK,
         phyx.BENCHMARK,
         seephys.BENCHMARK,
+        digits.BENCHMARK,
     )
 }
