@@ -16,7 +16,7 @@ from tests.suite.files import encoded, write_tsv
 from tests.suite.test_run import config, run_suite, score_suite
 
 ROWS, SAMPLES, BATCH = 20_000, 5, 500
-THOUGHT = "Let me look at the picture again. Wait, 3 + 4 is 7, so the second one fits. " * 12
+THOUGHT = "Let me look at the picture again. Wait, 3 + 4 is 7, so the second one fits. " * 3
 
 
 class StandIn:
