@@ -16,7 +16,9 @@ each server is told to load what it was started on (`/pause`, `/collective_rpc` 
 reinforcement-learning endpoints). It needs nothing in common but a file system, and a server that
 restarts comes up with the current weights by itself. vLLM can also take weights over NCCL; that
 interface changed between 0.18, 0.29 and 0.32 and needs vLLM in the trainer, so it is not used.
-None of this has been run against a real vLLM, only against a server that speaks its protocol.
+Slow, NoThink and NoWait sampling and thought budgets over pictures ran against vLLM 0.32 on a CPU
+(V1 model runner): greedy tokens are those of local sampling. Tests use a server that speaks its
+protocol.
 """
 
 import asyncio
