@@ -71,7 +71,10 @@ STACKS = {
         ("test_verl.py",),
     ),
     "trainers": Stack(
-        ("megatron-core", "transformers", "pydantic", "jaxtyping", "beartype"),
+        (
+            *("megatron-core", "transformers", "pydantic", "jaxtyping", "beartype", "pillow"),
+            *("httpx", "sympy", "mpmath"),
+        ),
         (
             *("test_slime.py", "test_openrlhf.py", "test_nemo_rl.py", "test_prime_rl.py"),
             *("test_swift.py", "test_trainers_two_ranks.py"),
