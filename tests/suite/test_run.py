@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -167,6 +168,9 @@ def test_pairs_two_checkpoints_and_writes_the_tables(
     shown = capsys.readouterr().out
     for wanted in ("70.6", "NOT the published file", "16 tokens at most", "no judge", "over old"):
         assert wanted in text + shown
+    # One line of progress for each benchmark and mode, with the time that is left.
+    for mode in ("slow", "nowait", "budget-4"):
+        assert re.search(rf"^mmstar {mode} \d+/8  \d+:\d\d left", shown, re.M)
     assert "| MMStar | 70.6 |" in text and "MMStar (slow) by category" in text
     kept = json.loads((tmp_path / "run" / "suite" / "tiny" / "scores.json").read_text())
     assert kept["report"] == {"mmstar": pytest.approx(0.706)}
