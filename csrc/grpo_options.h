@@ -16,7 +16,7 @@ namespace r1v3 {
 
 enum class RatioClip { kPpo = 0, kCispo = 1 };
 enum class KL { kK1 = 0, kK2 = 1, kK3 = 2 };
-enum class Aggregation { kSequenceMean = 0, kTokenMean = 1, kSequenceSum = 2, kConstant = 3 };
+enum class Aggregation { kSequenceMean = 0, kTokenMean = 1, kSequenceSum = 2, kConstant = 3, kNone = 4 };
 
 // Differences of log-probabilities are clamped to +-20, where no gradient flows.
 constexpr float kMaximumLogRatio = 20.0f;
@@ -27,6 +27,7 @@ struct GrpoOptions {
   RatioClip ratio_clip;
   double kl_coef;
   KL kl;
+  bool unbiased_kl;
   Aggregation aggregation;
 };
 
@@ -48,12 +49,12 @@ inline GrpoOptions grpo_options(const std::vector<double>& numbers) {
     throw std::invalid_argument(std::string(names) + ", got " + std::to_string(number));
   };
   const int ratio_clip = code(numbers[3], 2, "ratio_clip must be 0 (ppo) or 1 (cispo)");
-  const int kl = code(numbers[5], 3, "kl must be 0 (k1), 1 (k2) or 2 (k3)");
-  const int aggregation = code(numbers[6], 4,
+  const int kl = code(numbers[5], 6, "kl must be 0 (k1), 1 (k2) or 2 (k3), or 3 more: unbiased");
+  const int aggregation = code(numbers[6], 5,
                                "aggregation must be 0 (sequence-mean), 1 (token-mean), "
-                               "2 (sequence-sum) or 3 (constant)");
+                               "2 (sequence-sum), 3 (constant) or 4 (none)");
   return {numbers[0], numbers[1], numbers[2], static_cast<RatioClip>(ratio_clip), numbers[4],
-          static_cast<KL>(kl), static_cast<Aggregation>(aggregation)};
+          static_cast<KL>(kl % 3), kl >= 3, static_cast<Aggregation>(aggregation)};
 }
 
 }  // namespace r1v3

@@ -54,5 +54,13 @@ R1V3_BOTH KLTerm<F> kl_term(KL kl, F d) {
   return {inverse.beyond, -inverse.excess};
 }
 
+// The estimate times the ratio of the policy to the one that sampled, with the gradient through both
+// (DeepSeek-V3.2). Where the ratio was clamped it is a constant.
+template <typename F, typename Mask>
+R1V3_BOTH KLTerm<F> times_ratio(const KLTerm<F>& term, F ratio, Mask clamped) {
+  const F zero = {};
+  return {ratio * term.value, ratio * (term.slope + choose(clamped, zero, term.value))};
+}
+
 }  // namespace
 }  // namespace r1v3

@@ -34,6 +34,7 @@ OPTIONS = GrpoOptions(
     ratio_clip="ppo",
     kl_coef=0.0,
     kl="k3",
+    unbiased_kl=False,
     aggregation="token-mean",
 )
 # One row of one logit at address 0, or no row.

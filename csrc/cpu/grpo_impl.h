@@ -72,9 +72,8 @@ struct LaneSums {
 
 // Adds to `sums` and returns the derivative of the policy term by the log-prob.
 template <Policy kPolicy>
-inline F surrogate(const Terms& terms, F logprob, const Difference& log_ratio, F advantage,
-                   F weight, Lanes valid, LaneSums& sums) {
-  const F ratio = exponential(log_ratio.value).value;
+inline F surrogate(const Terms& terms, F logprob, const Difference& log_ratio, F ratio,
+                   F advantage, F weight, Lanes valid, LaneSums& sums) {
   const auto term =
       policy_term(kPolicy, only(valid, logprob), ratio, log_ratio.clamped, advantage, terms.low,
                   terms.high, terms.dual_clip);
@@ -89,16 +88,25 @@ inline F surrogate(const Terms& terms, F logprob, const Difference& log_ratio, F
   return weight * term.slope;
 }
 
+enum class Penalty { kNone, kPlain, kUnbiased };
+
 // Adds to `sums` and returns the derivative of the penalty by the log-prob.
-inline F kl_penalty(const Terms& terms, const Difference& d, LaneSums& sums) {
-  const auto term = kl_term(terms.kl, d.value);
+template <Penalty kPenalty>
+inline F kl_penalty(const Terms& terms, const Difference& d, const Difference& log_ratio, F ratio,
+                    LaneSums& sums) {
+  auto term = kl_term(terms.kl, d.value);
+  if constexpr (kPenalty == Penalty::kUnbiased) {
+    term.slope = choose(d.clamped, F{}, term.slope);
+    term = times_ratio(term, ratio, log_ratio.clamped);
+  }
   sums.ref_kl += term.value;
   if (!terms.penalized) return F{};
   sums.loss += terms.kl_coef * term.value;
+  if constexpr (kPenalty == Penalty::kUnbiased) return terms.kl_coef * term.slope;
   return choose(d.clamped, F{}, terms.kl_coef * term.slope);
 }
 
-template <Policy kPolicy, bool Reference>
+template <Policy kPolicy, Penalty kPenalty>
 inline F token_slopes(const Terms& terms, int64_t t, int64_t n, Lanes valid, LaneSums& sums) {
   const F logprob = load_floats(terms.logprobs + t, n);
   const F old = terms.old_logprobs ? load_floats(terms.old_logprobs + t, n) : logprob;
@@ -106,12 +114,13 @@ inline F token_slopes(const Terms& terms, int64_t t, int64_t n, Lanes valid, Lan
   const F advantage = terms.advantages.load_at(t, n, valid);
   const F weight = terms.weights.load_at(t, n, valid);
   F infinities = log_ratio.infinity + advantage * 0.0f + weight * 0.0f;
-  F slope = surrogate<kPolicy>(terms, logprob, log_ratio, advantage, weight, valid, sums);
-  if constexpr (Reference) {
+  const F ratio = exponential(log_ratio.value).value;
+  F slope = surrogate<kPolicy>(terms, logprob, log_ratio, ratio, advantage, weight, valid, sums);
+  if constexpr (kPenalty != Penalty::kNone) {
     const F reference = load_floats(terms.ref_logprobs + t, n);
     const Difference d = clamped_difference(logprob, reference, valid);
     infinities += d.infinity;
-    slope += kl_penalty(terms, d, sums);
+    slope += kl_penalty<kPenalty>(terms, d, log_ratio, ratio, sums);
   }
   sums.tokens += valid;
   sums.nonfinite += ~(infinities == F{});
@@ -124,20 +133,24 @@ inline double lane_count(Lanes mask) {
   return static_cast<double>(result);
 }
 
-template <Policy kPolicy, bool Reference>
-__attribute__((always_inline)) inline void add_tokens(const Terms& terms, const uint8_t* mask,
-                                                      int64_t t, int64_t n, float* grad,
-                                                      LaneSums& sums) {
+inline Lanes load_mask(const uint8_t* mask, int64_t n) {
   Bytes bytes = {};
   if (n == kWidth) {
-    memcpy(&bytes, mask + t, sizeof bytes);
+    memcpy(&bytes, mask, sizeof bytes);
   } else {
-    memcpy(&bytes, mask + t, n);
+    memcpy(&bytes, mask, n);
   }
   // In two steps: GCC converts bytes to 32 bits one by one.
   const Halves halves = __builtin_convertvector(bytes, Halves);
-  const Lanes valid = __builtin_convertvector(halves, Lanes) != 0;
-  const F slope = token_slopes<kPolicy, Reference>(terms, t, n, valid, sums);
+  return __builtin_convertvector(halves, Lanes) != 0;
+}
+
+template <Policy kPolicy, Penalty kPenalty>
+__attribute__((always_inline)) inline void add_tokens(const Terms& terms, const uint8_t* mask,
+                                                      int64_t t, int64_t n, float* grad,
+                                                      LaneSums& sums) {
+  const Lanes valid = load_mask(mask + t, n);
+  const F slope = token_slopes<kPolicy, kPenalty>(terms, t, n, valid, sums);
   const F slopes = only(valid, terms.coefficient * slope);
   memcpy(grad + t, &slopes, n * sizeof(float));
 }
@@ -150,7 +163,7 @@ inline void add_run(LaneSums& sums, GrpoSums* out) {
   sums.loss = sums.approx_kl = sums.ref_kl = sums.ratio = F{};
 }
 
-template <Policy kPolicy, bool Reference>
+template <Policy kPolicy, Penalty kPenalty>
 void block_sums(const Terms& given, const uint8_t* mask, const GrpoBlock& block, float* grad,
                 GrpoSums* out) {
   const Terms terms = given;  // nothing else points to it, so it can stay in registers
@@ -161,12 +174,12 @@ void block_sums(const Terms& given, const uint8_t* mask, const GrpoBlock& block,
     const int64_t vectors = (block.end - t) / kWidth;
     const int64_t stop = t + (vectors < kRun ? vectors : kRun) * kWidth;
     for (; t < stop; t += kWidth) {
-      add_tokens<kPolicy, Reference>(terms, mask, t, kWidth, grad, sums);
+      add_tokens<kPolicy, kPenalty>(terms, mask, t, kWidth, grad, sums);
     }
     add_run(sums, out);
   }
   if (t < block.end) {
-    add_tokens<kPolicy, Reference>(terms, mask, t, block.end - t, grad, sums);
+    add_tokens<kPolicy, kPenalty>(terms, mask, t, block.end - t, grad, sums);
     add_run(sums, out);
   }
   out->clip_low = lane_count(sums.clip_low);
@@ -180,13 +193,36 @@ void block_sums(const Terms& given, const uint8_t* mask, const GrpoBlock& block,
   out->ratio_max = out->ratio == out->ratio ? top : out->ratio;
 }
 
+// The losses of the block's tokens, 0 where the mask is.
+template <Policy kPolicy, Penalty kPenalty>
+void token_losses(const Terms& terms, const uint8_t* mask, const GrpoBlock& block, float* losses) {
+  for (int64_t t = block.begin; t < block.end; t += kWidth) {
+    const int64_t n = block.end - t < kWidth ? block.end - t : kWidth;
+    const Lanes valid = load_mask(mask + t, n);
+    LaneSums one = {};
+    token_slopes<kPolicy, kPenalty>(terms, t, n, valid, one);
+    const F loss = only(valid, one.loss);
+    memcpy(losses + t, &loss, n * sizeof(float));
+  }
+}
+
+template <Policy kPolicy, Penalty kPenalty>
+void block_results(const Terms& terms, const uint8_t* mask, const GrpoBlock& block, float* losses,
+                   float* grad, GrpoSums* out) {
+  block_sums<kPolicy, kPenalty>(terms, mask, block, grad, out);
+  if (losses) token_losses<kPolicy, kPenalty>(terms, mask, block, losses);
+}
+
 template <Policy kPolicy>
-auto sums_of(bool reference) {
-  return reference ? block_sums<kPolicy, true> : block_sums<kPolicy, false>;
+auto results_of(Penalty penalty) {
+  return penalty == Penalty::kUnbiased ? block_results<kPolicy, Penalty::kUnbiased>
+         : penalty == Penalty::kPlain  ? block_results<kPolicy, Penalty::kPlain>
+                                       : block_results<kPolicy, Penalty::kNone>;
 }
 
 void grpo_block(const GrpoInputs& in, const GrpoOptions& options,
-                  const GrpoBlock& block, double coefficient, float* grad, GrpoSums* out) {
+                  const GrpoBlock& block, double coefficient, float* losses, float* grad,
+                  GrpoSums* out) {
   const Terms terms = {
       in.logprobs,
       in.old_logprobs,
@@ -201,12 +237,14 @@ void grpo_block(const GrpoInputs& in, const GrpoOptions& options,
       options.kl,
       options.kl_coef != 0.0,
   };
-  const bool reference = in.ref_logprobs != nullptr;
+  const Penalty penalty = !in.ref_logprobs        ? Penalty::kNone
+                          : options.unbiased_kl ? Penalty::kUnbiased
+                                                : Penalty::kPlain;
   const Policy policy = policy_of(options);
-  const auto sums = policy == Policy::kCispo         ? sums_of<Policy::kCispo>(reference)
-                    : policy == Policy::kDualClipped ? sums_of<Policy::kDualClipped>(reference)
-                                                     : sums_of<Policy::kClipped>(reference);
-  sums(terms, in.mask, block, grad, out);
+  const auto results = policy == Policy::kCispo         ? results_of<Policy::kCispo>(penalty)
+                       : policy == Policy::kDualClipped ? results_of<Policy::kDualClipped>(penalty)
+                                                        : results_of<Policy::kClipped>(penalty);
+  results(terms, in.mask, block, losses, grad, out);
 }
 
 }  // namespace

@@ -66,7 +66,7 @@ std::vector<double> sequence_coefficients(const GrpoInputs& in,
     tokens += lengths[s];
     sequences += lengths[s] > 0 ? 1 : 0;
   }
-  double normalizer = in.normalizer;
+  double normalizer = options.aggregation == Aggregation::kNone ? 1.0 : in.normalizer;
   if (normalizer <= 0.0) {
     normalizer = static_cast<double>(options.aggregation == Aggregation::kTokenMean ? tokens
                                                                                     : sequences);
@@ -91,11 +91,13 @@ void grpo_loss(const Kernels& kernels, const GrpoInputs& inputs,
   std::vector<GrpoSums> partial(blocks.size());
   const int64_t tokens = inputs.seq_offsets[inputs.n_seqs];
   std::fill(grad + tokens, grad + inputs.n_tokens, 0.0f);
+  float* losses = options.aggregation == Aggregation::kNone ? loss : nullptr;
+  if (losses) std::fill(losses + tokens, losses + inputs.n_tokens, 0.0f);
   const int64_t n_blocks = static_cast<int64_t>(blocks.size());
   const int64_t cost = n_blocks > 0 ? kTokenCost * tokens / n_blocks : 0;
   parallel_for(n_blocks, cost, num_threads, [&](int64_t b) {
-    kernels.grpo_block(inputs, options, blocks[b], coefficients[blocks[b].sequence], grad,
-                         &partial[b]);
+    kernels.grpo_block(inputs, options, blocks[b], coefficients[blocks[b].sequence], losses,
+                       grad, &partial[b]);
   });
   GrpoSums sums = {};
   for (int64_t b = 0; b < n_blocks; ++b) add(partial[b], coefficients[blocks[b].sequence], sums);
@@ -104,7 +106,7 @@ void grpo_loss(const Kernels& kernels, const GrpoInputs& inputs,
       sums.clip_low / count, sums.clip_high / count, sums.dual_clip / count,
       sums.approx_kl / count, sums.ref_kl / count,   sums.ratio / count,
       sums.ratio_max,        sums.tokens,            sums.nonfinite};
-  loss[0] = static_cast<float>(sums.loss);
+  if (!losses) loss[0] = static_cast<float>(sums.loss);
   for (int i = 0; i < kGrpoMetrics; ++i) metrics[i] = static_cast<float>(values[i]);
 }
 

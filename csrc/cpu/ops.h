@@ -70,7 +70,8 @@ int64_t segments_of_ids(const int64_t* ids, int64_t n, int64_t* order, int64_t* 
 
 constexpr int kGrpoMetrics = 9;
 
-// loss[0], grad[N] = d loss / d logprobs, and metrics[9]: clip_low, clip_high and dual-clip
+// loss[0], or loss[N] of the tokens with Aggregation::kNone, grad[N] = d loss / d logprobs, of each
+// token's own loss then, and metrics[9]: clip_low, clip_high and dual-clip
 // fractions, mean of old - current, mean reference KL, ratio mean and max, tokens, and tokens with a
 // non-finite input. grad is 0 at masked tokens and from seq_offsets[S] on.
 void grpo_loss(const Kernels& kernels, const GrpoInputs& inputs,

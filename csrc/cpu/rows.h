@@ -33,10 +33,10 @@ struct Kernels {
   void (*gradient)(const void* logits, int dtype, int64_t vocab, int64_t target,
                    double temperature, const RowGradient& upstream, bool stream,
                    void* grad_logits);
-  // Adds the tokens of a block to `sums` and writes their gradient.
+  // Adds the tokens of a block to `sums` and writes their gradient, and their losses where not null.
   void (*grpo_block)(const GrpoInputs& inputs, const GrpoOptions& options,
-                       const GrpoBlock& block, double coefficient, float* grad,
-                       GrpoSums* sums);
+                       const GrpoBlock& block, double coefficient, float* losses,
+                       float* grad, GrpoSums* sums);
   // The sum of n floats as fast as memory delivers them: what the benchmarks compare with.
   double (*read_sum)(const float* values, int64_t n);
   // Sums of the parts of the weights 2^(x scale) of n logits, NaN where one is NaN.

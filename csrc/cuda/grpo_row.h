@@ -137,12 +137,14 @@ struct TokenOptions {
   Policy policy;
   float clip_low, clip_high, dual_clip, kl_coef;
   KL kl;
+  bool unbiased_kl;
 };
 
 inline TokenOptions single_precision(const GrpoOptions& options) {
   const auto narrow = [](double x) { return static_cast<float>(x); };
   return {policy_of(options), narrow(options.clip_low), narrow(options.clip_high),
-          narrow(options.dual_clip), narrow(options.kl_coef), options.kl};
+          narrow(options.dual_clip), narrow(options.kl_coef), options.kl,
+          options.unbiased_kl};
 }
 
 // What is known of a token before its logits are read. loss_scale is the factor of its loss in the
@@ -161,15 +163,18 @@ R1V3_BOTH float clamped(float x) {
 // The derivative of the token's loss by its log-probability.
 R1V3_BOTH float grad_logprob(float logprob, const Token& token, const TokenOptions& options) {
   const float raw = logprob - (token.has_old ? token.old_logprob : logprob);
-  const auto policy = policy_term(options.policy, logprob, expf(clamped(raw)),
-                                  fabsf(raw) > kMaximumLogRatio, token.advantage,
+  const float ratio = expf(clamped(raw));
+  const bool constant = fabsf(raw) > kMaximumLogRatio;
+  const auto policy = policy_term(options.policy, logprob, ratio, constant, token.advantage,
                                   1.0f - options.clip_low, 1.0f + options.clip_high,
                                   options.dual_clip);
   float grad = policy.slope * token.weight;
   if (token.has_ref && options.kl_coef != 0.0f) {
     const float d = logprob - token.ref_logprob;
-    const float slope = kl_term(options.kl, clamped(d)).slope;
-    grad += options.kl_coef * (fabsf(d) > kMaximumLogRatio ? 0.0f : slope);
+    auto term = kl_term(options.kl, clamped(d));
+    if (fabsf(d) > kMaximumLogRatio) term.slope = 0.0f;
+    if (options.unbiased_kl) term = times_ratio(term, ratio, constant);
+    grad += options.kl_coef * term.slope;
   }
   return grad;
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from r1v3.kernels.arguments import METRICS
+from r1v3.kernels.grpo_terms import gives_token_losses
 
 _C: Any
 try:
@@ -158,14 +159,15 @@ def grpo_loss(
     normalizer: float,
     options: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient and metrics of flat float32 tokens; normalizer 0 counts them.
+    """Loss, or losses, gradient and metrics of flat float32 tokens; normalizer 0 counts them.
 
     The other arguments are those of the op.
     """
     tokens = logprobs.shape[0]
     advantages, old_logprobs, ref_logprobs, weights = terms
     assert advantages is not None
-    loss, metrics = logprobs.new_empty(()), logprobs.new_empty(len(METRICS))
+    loss = logprobs.new_empty((tokens,) if gives_token_losses(options) else ())
+    metrics = logprobs.new_empty(len(METRICS))
     gradient = torch.empty_like(logprobs)
     _C.grpo_loss(
         logprobs.data_ptr(), tokens, _address(old_logprobs), advantages.data_ptr(),

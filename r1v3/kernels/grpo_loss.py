@@ -4,13 +4,14 @@ One pass gives the loss, its gradient and the metrics; the backward is one multi
 """
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from r1v3.kernels import cpu, devices, reference
 from r1v3.kernels.arguments import METRICS
-from r1v3.kernels.grpo_terms import GrpoInputs, GrpoOptions
+from r1v3.kernels.grpo_terms import GrpoInputs, GrpoOptions, gives_token_losses
 from r1v3.kernels.registration import register_op
 
 
@@ -27,6 +28,7 @@ def grpo_loss(
     ratio_clip: str = "ppo",
     kl_coef: float = 0.0,
     kl: str = "k3",
+    unbiased_kl: bool = False,
     aggregation: str = "sequence-mean",
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
@@ -61,9 +63,12 @@ def grpo_loss(
             token of g = 19.5 weighs 2.9e8 (TRL does not bound it either; verl clamps the value to
             +-10, which takes the gradient away above g = 2.6). k2's expected gradient is that of
             the KL (arXiv:2506.09477); k1's is 0.
+        unbiased_kl: multiply the estimate by r, with the gradient through both factors: then the
+            expected value is the KL of this policy on tokens that another one sampled, and the
+            expected gradient is its gradient, with k1 and k3 (DeepSeek-V3.2, arXiv:2512.02556).
         aggregation: "sequence-mean" (eq. 7: mean over a sequence's tokens, then over
-            sequences), "token-mean" (DAPO), "sequence-sum" (sums, then mean over sequences)
-            or "constant" (sum / normalizer, Dr.GRPO).
+            sequences), "token-mean" (DAPO), "sequence-sum" (sums, then mean over sequences),
+            "constant" (sum / normalizer, Dr.GRPO) or "none" (the loss of each token).
         cu_seqlens: [S + 1] int offsets of packed sequences, from 0 to at most N.
         normalizer: > 0, the divisor of the sum. None counts this call's sequences with a
             valid token ("sequence-mean", "sequence-sum") or its valid tokens ("token-mean").
@@ -74,7 +79,8 @@ def grpo_loss(
     Nothing waits for a CUDA device, but in float64, which is there to compare with.
 
     Returns:
-        loss, 0-d float32 (float64 for float64 logprobs), and the metrics: detached 0-d tensors
+        loss, 0-d float32 (float64 for float64 logprobs), with aggregation "none" of the shape of
+        logprobs and zero where the mask is False, and the metrics: detached 0-d tensors
         under `METRICS`. Fractions and means are over this call's valid tokens; clip_low_fraction
         counts r < 1 - clip_low with A < 0, clip_high_fraction r > 1 + clip_high with A > 0, both
         whatever A with ratio_clip "cispo";
@@ -86,7 +92,9 @@ def grpo_loss(
             is at most 1 or comes with ratio_clip "cispo", or normalizer is not > 0 or missing where
             the aggregation needs one.
     """
-    options = GrpoOptions(clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation)
+    options = GrpoOptions(
+        clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, unbiased_kl, aggregation
+    )
     if not logprobs.is_floating_point():
         raise ValueError(f"logprobs must be floating point, got {logprobs.dtype}")
     logprobs = logprobs.to(reference.accumulation_dtype(logprobs))
@@ -94,7 +102,8 @@ def grpo_loss(
         logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, weights, cu_seqlens,
         normalizer, options,
     )  # fmt: skip
-    return loss_and_metrics(logprobs.reshape(-1), inputs)
+    loss, metrics = loss_and_metrics(logprobs.reshape(-1), inputs)
+    return loss.view(logprobs.shape) if aggregation == "none" else loss, metrics
 
 
 def loss_and_metrics(logprobs: Tensor, inputs: GrpoInputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -155,6 +164,8 @@ def _grpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its gradient [N] and the metrics of flat tokens.
 
+    With aggregation "none" the losses are [N], and the gradient is that of each token's own.
+
     Args:
         terms, mask, offsets, normalizer: as `GrpoInputs` has them.
         length: without offsets, of the sequences, of which the last may be shorter.
@@ -181,9 +192,10 @@ def _grpo_loss(
     )  # fmt: skip
 
 
-def _fake_grpo_loss(logprobs: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_grpo_loss(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     metrics = logprobs.new_empty(len(METRICS))
-    return logprobs.new_empty(()), torch.empty_like(logprobs), metrics
+    loss = logprobs.new_empty(logprobs.shape if gives_token_losses(rest[-1]) else ())
+    return loss, torch.empty_like(logprobs), metrics
 
 
 _grpo_loss_op = register_op("grpo_loss", _grpo_loss, fake=_fake_grpo_loss)

@@ -11,10 +11,11 @@ from r1v3.kernels import devices
 from r1v3.kernels.arguments import as_scalar, check_choice, check_shape
 from r1v3.kernels.registration import register_op
 
-# The position of a name is the number that ops and compiled kernels take for it.
+# The position of a name is the number that ops and compiled kernels take for it. With unbiased_kl,
+# that of an estimator is three more.
 RATIO_CLIPS = ("ppo", "cispo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-AGGREGATIONS = ("sequence-mean", "token-mean", "sequence-sum", "constant")
+AGGREGATIONS = ("sequence-mean", "token-mean", "sequence-sum", "constant", "none")
 # Tokens that one program of the loss kernel works on, where no sequence matters.
 LOSS_BLOCK = 1024
 
@@ -34,6 +35,7 @@ class GrpoOptions:
     ratio_clip: str
     kl_coef: float
     kl: str
+    unbiased_kl: bool
     aggregation: str
 
     def __post_init__(self) -> None:
@@ -53,6 +55,14 @@ class GrpoOptions:
                 f'ratio_clip "cispo", got {self.dual_clip}'
             )
 
+    def check_total(self, op: str, logprobs: str) -> None:
+        """Raise ValueError where the op's gradient, computed with the total, would have none."""
+        if self.aggregation == "none":
+            raise ValueError(
+                f'{op} computes the gradient of one loss with it and takes no aggregation "none": '
+                f"give the results of {logprobs} to grpo_loss"
+            )
+
     def as_floats(self) -> list[float]:
         """The options as ops and compiled kernels take them; a dual_clip of None is 0."""
         return [
@@ -61,7 +71,7 @@ class GrpoOptions:
             self.dual_clip or 0.0,
             float(RATIO_CLIPS.index(self.ratio_clip)),
             self.kl_coef,
-            float(KL_ESTIMATORS.index(self.kl)),
+            float(KL_ESTIMATORS.index(self.kl) + len(KL_ESTIMATORS) * self.unbiased_kl),
             float(AGGREGATIONS.index(self.aggregation)),
         ]
 
@@ -69,9 +79,22 @@ class GrpoOptions:
     def of_floats(cls, floats: list[float]) -> "GrpoOptions":
         """The options from which `as_floats` made these."""
         clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation = floats
-        names = KL_ESTIMATORS[int(kl)], AGGREGATIONS[int(aggregation)]
-        clip = RATIO_CLIPS[int(ratio_clip)]
-        return cls(clip_low, clip_high, dual_clip or None, clip, kl_coef, *names)
+        unbiased_kl, estimator = divmod(int(kl), len(KL_ESTIMATORS))
+        return cls(
+            clip_low,
+            clip_high,
+            dual_clip or None,
+            RATIO_CLIPS[int(ratio_clip)],
+            kl_coef,
+            KL_ESTIMATORS[estimator],
+            bool(unbiased_kl),
+            AGGREGATIONS[int(aggregation)],
+        )
+
+
+def gives_token_losses(options: list[float]) -> bool:
+    """Whether the options, as floats, ask for the loss of each token."""
+    return int(options[-1]) == AGGREGATIONS.index("none")
 
 
 @dataclass(frozen=True)
@@ -244,6 +267,8 @@ def _checked_normalizer(
     normalizer: Tensor | float | None, aggregation: str, device: torch.device
 ) -> Tensor | None:
     """A 0-d tensor on the device, without gradient, or None."""
+    if aggregation == "none" and normalizer is not None:
+        raise ValueError('aggregation "none" divides by no normalizer: it must be None')
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(

@@ -38,6 +38,7 @@ def logits_grpo_loss(
     ratio_clip: str = "ppo",
     kl_coef: float = 0.0,
     kl: str = "k3",
+    unbiased_kl: bool = False,
     aggregation: str = "sequence-mean",
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
@@ -64,7 +65,7 @@ def logits_grpo_loss(
             strides.
         token_ids: [B, T] or [N] integers in [0, vocabulary) or -100, whose log-probability is 0
             and whose logits get no gradient. Labels of masked tokens may be anything.
-        old_logprobs ... weights: as in `grpo_loss`.
+        old_logprobs ... weights: as in `grpo_loss`, without aggregation "none".
         temperature, vocab_size, group: as in `logprobs_and_entropy`. With `group`, all ranks pass
             the same tokens and get the same loss; there is one collective.
         inplace_backward: `logits` may be overwritten with their gradient, by this call already:
@@ -85,7 +86,10 @@ def logits_grpo_loss(
     shape = tuple(logits.shape[:-1])
     degrees = as_temperature(temperature, shape, logits.device)
     check_token_ids(token_ids, shape)
-    options = GrpoOptions(clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation)
+    options = GrpoOptions(
+        clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, unbiased_kl, aggregation
+    )
+    options.check_total("logits_grpo_loss", "logprobs_and_entropy")
     like = logits.new_empty(shape, dtype=reference.accumulation_dtype(logits))
     inputs = GrpoInputs.of(
         like, old_logprobs, advantages, loss_mask, ref_logprobs, weights, cu_seqlens, normalizer,

@@ -594,12 +594,14 @@ def grpo_loss(
     ratio_clip: str = "ppo",
     kl_coef: float = 0.0,
     kl: str = "k3",
+    unbiased_kl: bool = False,
     aggregation: str = "sequence-mean",
     normalizer: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clipped policy loss (eq. 4, 5 and 7) over flat tokens, differentiable in `logprobs`.
 
-    With ratio_clip "cispo" the policy term is that of MiniMax-M1 (arXiv:2506.13585).
+    With ratio_clip "cispo" the policy term is that of MiniMax-M1 (arXiv:2506.13585), with
+    unbiased_kl the KL term that of DeepSeek-V3.2 (arXiv:2512.02556).
 
     Args:
         logprobs, old_logprobs, loss_mask: [N]; old_logprobs None means on-policy.
@@ -607,8 +609,8 @@ def grpo_loss(
         advantages, weights: [N], or [S] (a value per sequence).
         ref_logprobs: [N] or None.
     Returns:
-        the loss (0-d, differentiable), its gradient [N] in closed form, the metrics
-        [len(METRICS)].
+        the loss (0-d, with aggregation "none" [N]; differentiable), its gradient [N] in closed
+        form (of each token's own loss), the metrics [len(METRICS)].
     """
     dtype = accumulation_dtype(logprobs)
     tokens, sequences = logprobs.shape[0], offsets.shape[0] - 1
@@ -641,12 +643,20 @@ def grpo_loss(
         gap = per_token(ref_logprobs) - new
         finite = finite & gap.isfinite()
         divergence, grad_kl = _kl(gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), kl)
+        grad_kl = torch.where(_clamped(gap), 0.0, grad_kl)
+        if unbiased_kl:
+            grad_kl = ratio * (grad_kl + torch.where(_clamped(raw), 0.0, divergence))
+            divergence = ratio * divergence
         # Not 0 * NaN: without a coefficient a broken reference only shows in the metrics.
         if kl_coef != 0:
             policy = policy + kl_coef * divergence
-            grad = grad + kl_coef * torch.where(_clamped(gap), 0.0, grad_kl)
-    scale = _loss_scale(sequence, sequences, aggregation, normalizer, dtype)
-    loss = (policy * scale).sum()
+            grad = grad + kl_coef * grad_kl
+    if aggregation == "none":
+        scale = torch.ones_like(policy)
+        loss = torch.zeros_like(logprobs, dtype=dtype).index_copy(0, row_index, policy)
+    else:
+        scale = _loss_scale(sequence, sequences, aggregation, normalizer, dtype)
+        loss = (policy * scale).sum()
     with torch.no_grad():
         gradient = torch.zeros_like(logprobs, dtype=dtype)
         gradient[row_index] = grad * scale

@@ -53,6 +53,7 @@ def grpo_loss(
     ratio_clip: str = "ppo",
     kl_coef: float = 0.0,
     kl: str = "k3",
+    unbiased_kl: bool = False,
     aggregation: str = "sequence-mean",
     normalizer: float = 0.0,
     threads: int = 1,
@@ -83,7 +84,7 @@ def grpo_loss(
             dual_clip,
             RATIO_CLIPS[ratio_clip],
             kl_coef,
-            KLS[kl],
+            KLS[kl] + 3 * unbiased_kl,
             AGGREGATIONS[aggregation],
         ],
         loss=loss.data_ptr(),
@@ -103,6 +104,7 @@ def autograd_loss(
     ratio_clip: str = "ppo",
     kl_coef: float = 0.0,
     kl: str = "k3",
+    unbiased_kl: bool = False,
     aggregation: str = "sequence-mean",
     normalizer: float = 0.0,
 ) -> tuple[float, Tensor]:
@@ -135,7 +137,7 @@ def autograd_loss(
         if batch.ref_logprobs is not None and kl_coef:
             d = (new - pick(batch.ref_logprobs)).clamp(-20, 20)
             penalty = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() + d - 1}[kl]
-            losses = losses + kl_coef * penalty
+            losses = losses + kl_coef * (penalty * ratio if unbiased_kl else penalty)
         per_sequence.append(losses)
         lengths.append(int(keep.sum()))
     means = aggregation == "sequence-mean"
@@ -174,6 +176,19 @@ def test_loss_and_gradient_match_autograd(
         assert loss == pytest.approx(exact_loss, rel=1e-6, abs=1e-7)
         assert_float32_gradient(grad, exact_grad)
         assert (grad[batch.mask == 0] == 0).all()
+
+
+@each_capability
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("ratio_clip", ["ppo", "cispo"])
+def test_unbiased_kl_matches_autograd(capability: str, kl: str, ratio_clip: str) -> None:
+    """Fails if the ratio is no factor of the KL in value or gradient, in a vector or its tail."""
+    batch = make_batch([5, 1, 0, 40, 90])
+    options = dict(kl_coef=0.3, kl=kl, unbiased_kl=True, ratio_clip=ratio_clip)
+    exact_loss, exact_grad = autograd_loss(batch, **options)
+    loss, grad, _ = grpo_loss(batch, **options, capability=capability)
+    assert loss == pytest.approx(exact_loss, rel=1e-6, abs=1e-7)
+    assert_float32_gradient(grad, exact_grad)
 
 
 @each_capability

@@ -23,7 +23,7 @@ __all__ = ["cuda"]
 # The package has the function under the module's name.
 logits_module: Any = import_module("r1v3.kernels.logits_grpo_loss")
 B, T = 4, 64
-OPTIONS = GrpoOptions(0.2, 0.2, None, "ppo", 0.1, "k3", "sequence-mean")
+OPTIONS = GrpoOptions(0.2, 0.2, None, "ppo", 0.1, "k3", False, "sequence-mean")
 
 
 def inputs(normalizer: Tensor | float | None, packed: bool = False) -> GrpoInputs:

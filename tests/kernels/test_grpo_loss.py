@@ -136,12 +136,90 @@ def test_kl_by_hand(kl: str) -> None:
     torch.testing.assert_close(logprobs.grad, torch.tensor([slopes]) * 0.25)
 
 
+def test_unbiased_kl_by_hand() -> None:
+    """Fails if the ratio does not multiply the KL, or one of its two factors gets no gradient.
+
+    Ratios 1.5, 1.1, 0.5 | 0.5, 3.0, and the policy is twice as likely as the reference: k3 is
+    k = 0.5 + log 2 - 1 with the derivative 0.5, so that the derivative of r k is r (0.5 + k).
+    """
+    logprobs, old, _, mask = by_hand()
+    logprobs.requires_grad_()
+    loss, metrics = grpo_loss(
+        logprobs, old, torch.zeros(2), mask, ref_logprobs=logprobs.detach() - math.log(2),
+        kl_coef=0.1, unbiased_kl=True, aggregation="token-mean",
+    )  # fmt: skip
+    loss.backward()
+    k3 = math.log(2) - 0.5
+    torch.testing.assert_close(metrics["ref_kl"], torch.tensor(6.6 * k3 / 5))
+    torch.testing.assert_close(loss.detach(), torch.tensor(0.1 * 6.6 * k3 / 5))
+    ratio = torch.tensor([[1.5, 1.1, 0.5], [0.5, 3.0, 0.0]])
+    torch.testing.assert_close(logprobs.grad, 0.1 * ratio * (0.5 + k3) / 5)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="float64 is the reference's")
+@pytest.mark.parametrize("kl", ["k1", "k3"])
+def test_unbiased_kl_is_the_kl(kl: str) -> None:
+    """Fails if the mean over tokens that another policy sampled is not the KL, or its gradient."""
+    theta, other, fixed = torch.randn(3, 6, dtype=torch.float64)
+    theta.requires_grad_()
+    policy, sampler, ref = (x.log_softmax(-1) for x in (theta, other, fixed))
+    exact = torch.autograd.grad((policy.exp() * (policy - ref)).sum(), theta)[0]
+    losses, _ = grpo_loss(
+        theta.log_softmax(-1)[None], sampler[None], torch.zeros(1), torch.ones(1, 6),
+        ref_logprobs=ref[None], kl_coef=1.0, kl=kl, unbiased_kl=True, aggregation="none",
+    )  # fmt: skip
+    mean = (sampler.exp() * losses[0]).sum()
+    torch.testing.assert_close(mean, (policy.exp() * (policy - ref)).sum())
+    torch.testing.assert_close(torch.autograd.grad(mean, theta)[0], exact)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"kl_coef": 0.1, "dual_clip": 1.5}, {"ratio_clip": "cispo", "kl_coef": 0.1}]
+)
+def test_losses_of_tokens(options: dict[str, Any], packed: bool) -> None:
+    """Fails if a token's loss or gradient is not its term of the sum, or a masked one counts."""
+    logprobs, old, advantages, mask = random_batch()
+    ref = old + 0.1
+    layout: dict[str, Any] = {}
+    if packed:  # the last tokens are in no sequence
+        logprobs, old, ref, mask = (x.reshape(-1)[:1500] for x in (logprobs, old, ref, mask))
+        advantages, layout = advantages[:2], {"cu_seqlens": torch.tensor([0, 700, 1490])}
+    logprobs[mask == 0] = math.nan
+    given = {"ref_logprobs": ref, "weights": advantages.abs(), **options, **layout}
+    results = []
+    for aggregation, normalizer in (("none", None), ("constant", 1.0)):
+        leaf = logprobs.clone().requires_grad_()
+        loss, metrics = grpo_loss(
+            leaf, old, advantages, mask, aggregation=aggregation, normalizer=normalizer, **given
+        )
+        upstream = torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs)
+        (loss * upstream).sum().backward() if aggregation == "none" else loss.backward()
+        results.append((loss.detach(), leaf.grad, metrics))
+    (losses, gradient, metrics), (total, whole, metrics2) = results
+    assert losses.shape == logprobs.shape
+    counted = (mask != 0) if not packed else (mask != 0) & (torch.arange(1500) < 1490)
+    assert (losses[~counted] == 0).all() and losses[counted].isfinite().all()
+    torch.testing.assert_close(losses.double().sum().float(), total, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, whole * upstream)
+    for name, value in metrics.items():
+        torch.testing.assert_close(metrics2[name], value)
+    one = counted.nonzero()[3]
+    alone = torch.zeros_like(mask)
+    alone[tuple(one)] = 1
+    single, _ = grpo_loss(
+        logprobs, old, advantages, alone, aggregation="constant", normalizer=1.0, **given
+    )
+    torch.testing.assert_close(losses[tuple(one)], single)
+
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"clip_high": 0.28, "dual_clip": 1.5, "aggregation": "token-mean"},
     {"kl_coef": 0.1, "kl": "k3", "aggregation": "sequence-sum"},
     {"kl_coef": 0.1, "kl": "k1", "aggregation": "constant", "normalizer": 1000.0},
     {"kl_coef": 0.3, "kl": "k2", "normalizer": 4},
+    {"kl_coef": 0.1, "kl": "k3", "unbiased_kl": True, "aggregation": "token-mean"},
 ]
 CISPO: list[dict[str, Any]] = [
     {"ratio_clip": "cispo"},
@@ -206,7 +284,7 @@ def test_gradcheck() -> None:
     few = (slice(0, 3), slice(0, 7))
     mask = torch.rand(3, 7) < 0.8
     ref = logprobs[few] + 0.1
-    for options in OPTIONS:
+    for options in [*OPTIONS, {"aggregation": "none", "kl_coef": 0.2, "unbiased_kl": True}]:
         x = logprobs[few].clone().requires_grad_()
         assert torch.autograd.gradcheck(
             lambda x, options=options: grpo_loss(
@@ -399,6 +477,7 @@ def test_wrong_arguments_raise(backend: str) -> None:
         (lambda: grpo_loss(x, x, a, m, aggregation="mean"), "aggregation must be one of"),
         (lambda: grpo_loss(x, x, a, m, aggregation="constant"), "needs a normalizer"),
         (lambda: grpo_loss(x, x, a, m, normalizer=0.0), "normalizer must be > 0, got 0.0"),
+        (lambda: grpo_loss(x, x, a, m, aggregation="none", normalizer=2.0), "must be None"),
         (lambda: grpo_loss(x, x, a, m, clip_low=-0.1), "clip_low=-0.1"),
         (lambda: grpo_loss(x, x, a, m, dual_clip=0.9), "dual_clip must be > 1"),
         (lambda: grpo_loss(x, x, a, m, ratio_clip="gspo"), "ratio_clip must be one of ppo, cispo"),

@@ -151,6 +151,7 @@ def cases() -> dict[str, dict[str, Any]]:
             "loss_mask": make()["loss_mask"] & torch.tensor([[True], [False], [True]]),
         },
         "k1": {"kl": "k1", "kl_coef": 0.3}, "k2": {"kl": "k2", "kl_coef": 0.3},
+        "unbiased KL": {"unbiased_kl": True, "kl_coef": 0.3},
     }  # fmt: skip
 
 
@@ -336,6 +337,7 @@ def test_wrong_arguments_raise(backend: str) -> None:
         ({"advantages": torch.zeros(4)}, "advantages must have"),
         ({"aggregation": "mean"}, "aggregation must be one of"),
         ({"normalizer": 0.0}, "normalizer must be > 0"),
+        ({"aggregation": "none"}, "linear_logprobs_and_entropy to grpo_loss"),
         ({"dual_clip": 0.5}, "dual_clip must be > 1"),
     ]
     if backend in CPU_BACKENDS:

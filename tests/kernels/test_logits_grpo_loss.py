@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "constant": {"aggregation": "constant", "normalizer": 40.0, "kl": "k1", "kl_coef": 0.1},
     "cispo": {"ratio_clip": "cispo", "clip_low": 0.3, "kl_coef": 0.1},
+    "unbiased KL": {"kl_coef": 0.3, "unbiased_kl": True, "dual_clip": 3.0},
 }  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def emulate(
               token.get("weight", 1.0), token.get("ref", 0.0))  # fmt: skip
     chosen = (options["clip_low"], options["clip_high"], options["dual_clip"] or 0.0,
               options.get("ratio_clip") == "cispo", options["kl_coef"],
-              int(options["kl"][1]) - 1, 0)  # fmt: skip
+              int(options["kl"][1]) - 1 + 3 * options.get("unbiased_kl", False), 0)  # fmt: skip
     results = (ctypes.c_float * 2)()
     aligned = emulator(
         DTYPES[logits.dtype], ctypes.c_void_p(logits.data_ptr()), ctypes.c_void_p(out.data_ptr()),
@@ -178,6 +178,18 @@ def test_every_branch_of_the_loss(emulator: Any) -> None:
     truth = exact(row, 5, {"advantage": 1.0})[2]
     got = emulate(emulator, row, 5, 1, {"advantage": 1.0})[2]
     torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_unbiased_kl(emulator: Any) -> None:
+    """Fails if the ratio does not multiply the KL and its gradient, or where it is clamped."""
+    row = offset_row(40, torch.float32, 1)
+    logprob = exact(row, 5, {})[0]
+    for old, kl, gap in itertools.product((-30.0, -1.0, 0.3, 30.0), (1, 2, 3), (-0.3, 0.5, 25.0)):
+        options = {**OPTIONS, "kl": f"k{kl}", "unbiased_kl": True}
+        token = {"old": logprob - old, "advantage": -1.5, "weight": 0.8, "ref": logprob + gap}
+        truth = exact(row, 5, token, options=options)[2]
+        got = emulate(emulator, row, 5, 2, token, options=options)[2]
+        torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
 
 
 def test_every_branch_of_cispo(emulator: Any) -> None:

@@ -71,6 +71,9 @@ def token_cases() -> dict[str, tuple[Any, ...]]:
             flat - 0.1, [flat, flat, flat, None], mask, torch.tensor([0, 2, 6]), 0, scalar(3.0),
             options,
         ),
+        "grpo_loss of tokens": (
+            flat, [flat[:2], flat, flat, None], mask, None, 3, None, [*options[:5], 5.0, 4.0],
+        ),
         "token_terms": (mask, flat[:2], None, None, 3, 2, scalar(4.0), 0, torch.float32),
         "token_terms packed": (
             mask, flat[:2], flat[:2], torch.tensor([0, 2, 5]), 0, 2, None, 1, torch.float32,

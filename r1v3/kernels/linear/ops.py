@@ -118,6 +118,7 @@ def linear_grpo_loss(
     ratio_clip: str = "ppo",
     kl_coef: float = 0.0,
     kl: str = "k3",
+    unbiased_kl: bool = False,
     aggregation: str = "sequence-mean",
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
@@ -144,8 +145,9 @@ def linear_grpo_loss(
         hidden: [B, T, H], or [N, H] with cu_seqlens.
         weight, token_ids, temperature, vocab_size, group, reduce_hidden_grad, row_tile: as in
             `linear_logprobs_and_entropy`.
-        old_logprobs ... weights: as in `grpo_loss`. Without old_logprobs the policy is the one
-            that sampled, and its own log-probabilities take their place, detached.
+        old_logprobs ... weights: as in `grpo_loss`, without aggregation "none". Without
+            old_logprobs the policy is the one that sampled, and its own log-probabilities take
+            their place, detached.
         rows: int64 [n], where the flattened loss_mask is nonzero, to spare CUDA a synchronization.
 
     Returns:
@@ -162,7 +164,10 @@ def linear_grpo_loss(
     check_logits(weight.T, vocab_size if group is None else None)
     degrees = as_temperature(temperature, shape, hidden.device)
     _check_row_tile(row_tile)
-    options = GrpoOptions(clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation)
+    options = GrpoOptions(
+        clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, unbiased_kl, aggregation
+    )
+    options.check_total("linear_grpo_loss", "linear_logprobs_and_entropy")
     inputs = GrpoInputs.of(
         hidden.new_empty(shape, dtype=reference.accumulation_dtype(hidden)), old_logprobs,
         advantages, loss_mask, ref_logprobs, weights, cu_seqlens, normalizer, options,

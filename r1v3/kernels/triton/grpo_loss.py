@@ -14,7 +14,7 @@ from torch import Tensor
 
 from r1v3.kernels import devices
 from r1v3.kernels.arguments import METRICS
-from r1v3.kernels.grpo_terms import RATIO_CLIPS
+from r1v3.kernels.grpo_terms import RATIO_CLIPS, gives_token_losses
 from r1v3.kernels.reference import LOG_RATIO_LIMIT
 from r1v3.kernels.triton.sequences import (
     MASK_BLOCK,
@@ -123,6 +123,7 @@ def _grpo_loss_kernel(
     length: tl.int64,
     normalizer_ptr,
     gradient_ptr,
+    losses_ptr,
     sums_ptr,
     loss_ptr,
     metrics_ptr,
@@ -145,6 +146,7 @@ def _grpo_loss_kernel(
     POLICY: tl.constexpr,
     PENALTY: tl.constexpr,
     KL: tl.constexpr,
+    UNBIASED_KL: tl.constexpr,
     AGGREGATION: tl.constexpr,
     BLOCK: tl.constexpr,
     MASK_BLOCK: tl.constexpr,
@@ -203,10 +205,17 @@ def _grpo_loss_kernel(
                 bad = bad | _nonfinite(raw_gap)
                 gap = _clamp(raw_gap)
                 divergence, grad_kl = _kl(gap, KL)
+                grad_kl = tl.where(tl.abs(raw_gap) > LIMIT, 0.0, grad_kl)
+                if UNBIASED_KL:
+                    through_ratio = tl.where(tl.abs(raw) > LIMIT, 0.0, divergence)
+                    grad_kl = ratio * (grad_kl + through_ratio)
+                    divergence = ratio * divergence
                 ref_kl += tl.where(valid, divergence, 0.0)
                 if PENALTY:
                     token += kl_coef * divergence
-                    grad += kl_coef * tl.where(tl.abs(raw_gap) > LIMIT, 0.0, grad_kl)
+                    grad += kl_coef * grad_kl
+            if AGGREGATION == 4:
+                tl.store(losses_ptr + t, tl.where(valid, token, 0.0), mask=t < end)
             loss += (tl.where(valid, token, 0.0) * own).to(tl.float64)
             low += tl.where(below, 1.0, 0.0)
             high += tl.where(above, 1.0, 0.0)
@@ -221,6 +230,8 @@ def _grpo_loss_kernel(
         for start in range(behind, tokens, tl.num_programs(0) * BLOCK):
             t = start + lanes
             tl.store(gradient_ptr + t, tl.zeros([BLOCK], tl.float32), mask=t < tokens)
+            if AGGREGATION == 4:
+                tl.store(losses_ptr + t, tl.zeros([BLOCK], tl.float32), mask=t < tokens)
     out = sums_ptr + tl.program_id(0) * 16
     _store_sums(out, low, high, dual, approx_kl, ref_kl, ratios, biggest, counts, broken, loss)
     tl.store(out + 10, active)
@@ -296,7 +307,7 @@ def grpo_loss(
     normalizer: Tensor | None,
     options: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient and metrics of flat float32 tokens; arguments as the op's.
+    """Loss, or losses, gradient and metrics of flat float32 tokens; arguments as the op's.
 
     Args:
         normalizer: one float32 on the tokens' device, or None to count.
@@ -312,6 +323,7 @@ def grpo_loss(
     parts = parts_of_sequences(tokens, sequences)
     programs = max(1, min(sequences * parts, MOST_PROGRAMS))
     gradient = torch.empty_like(logprobs)
+    losses = torch.empty_like(logprobs) if gives_token_losses(options) else None
     sums = logprobs.new_empty(programs, SUMS, dtype=torch.float64)
     loss, inverse = logprobs.new_empty(()), logprobs.new_empty(())
     metrics = logprobs.new_empty(len(METRICS))
@@ -320,16 +332,16 @@ def grpo_loss(
     with devices.launching_on(logprobs):
         _grpo_loss_kernel[(programs,)](
             logprobs, old_logprobs, advantages, mask.view(torch.uint8), ref_logprobs, weights,
-            offsets, length, normalizer, gradient, sums, loss, metrics, inverse, ticket, tokens,
-            sequences, parts, clip_low, clip_high, dual_clip, kl_coef,
+            offsets, length, normalizer, gradient, losses, sums, loss, metrics, inverse, ticket,
+            tokens, sequences, parts, clip_low, clip_high, dual_clip, kl_coef,
             HAS_OFFSETS=offsets is not None, HAS_OLD=old_logprobs is not None,
             HAS_REF=ref_logprobs is not None, HAS_WEIGHTS=weights is not None,
             HAS_NORMALIZER=normalizer is not None, TOKEN_ADVANTAGES=advantages.shape[0] == tokens,
             TOKEN_WEIGHTS=weights is not None and weights.shape[0] == tokens,
             POLICY=2 if RATIO_CLIPS[int(ratio_clip)] == "cispo" else int(dual_clip > 0),
-            PENALTY=kl_coef != 0, KL=int(kl), AGGREGATION=int(aggregation), BLOCK=BLOCK,
-            MASK_BLOCK=MASK_BLOCK, num_warps=4,
+            PENALTY=kl_coef != 0, KL=int(kl) % 3, UNBIASED_KL=kl >= 3,
+            AGGREGATION=int(aggregation), BLOCK=BLOCK, MASK_BLOCK=MASK_BLOCK, num_warps=4,
         )  # fmt: skip
-        if normalizer is None:
+        if normalizer is None and losses is None:
             gradient.mul_(inverse)
-    return loss, gradient, metrics
+    return loss if losses is None else losses, gradient, metrics
