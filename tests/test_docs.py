@@ -104,7 +104,7 @@ def test_python_of_the_readme_runs() -> None:
 
 def test_python_of_the_kernels_page_runs() -> None:
     """Fails if an example is wrong, or if a loss in parts no longer has the whole gradient."""
-    step, split, sample = blocks(ROOT / "docs" / "kernels.md", "python")
+    step, split, sample, losses = blocks(ROOT / "docs" / "kernels.md", "python")
     names: dict[str, object] = {}
     exec(step, names)
     hidden: torch.Tensor = names["hidden"]  # type: ignore[assignment]
@@ -117,3 +117,6 @@ def test_python_of_the_kernels_page_runs() -> None:
     exec(sample, names)
     wait, tokens = names["wait"], names["tokens"]
     assert not torch.isin(tokens[:4], wait).any()  # type: ignore[arg-type, index]
+    exec(losses, names)
+    exec("mean = grpo_loss(behaviour, None, advantages, mask, normalizer=B)[0]", names)
+    torch.testing.assert_close(names["every_row"], names["mean"])

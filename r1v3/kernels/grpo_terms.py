@@ -55,14 +55,6 @@ class GrpoOptions:
                 f'ratio_clip "cispo", got {self.dual_clip}'
             )
 
-    def check_total(self, op: str, logprobs: str) -> None:
-        """Raise ValueError where the op's gradient, computed with the total, would have none."""
-        if self.aggregation == "none":
-            raise ValueError(
-                f'{op} computes the gradient of one loss with it and takes no aggregation "none": '
-                f"give the results of {logprobs} to grpo_loss"
-            )
-
     def as_floats(self) -> list[float]:
         """The options as ops and compiled kernels take them; a dual_clip of None is 0."""
         return [
@@ -180,7 +172,17 @@ class TokenTerms:
 
     @classmethod
     def of(cls, inputs: GrpoInputs) -> tuple[Tensor, "TokenTerms"]:
-        """Mask [N] of the tokens that count, which are in a sequence, and the terms of all."""
+        """Mask [N] of the tokens that count, which are in a sequence, and the terms of all.
+
+        Raises:
+            ValueError: for aggregation "none": there is no total of which a token is a part.
+        """
+        if inputs.options.aggregation == "none":
+            raise ValueError(
+                'an op that computes the gradient with the loss takes no aggregation "none": give '
+                "the log-probabilities of logprobs_and_entropy or linear_logprobs_and_entropy to "
+                "grpo_loss"
+            )
         advantages, old, ref, weights = inputs.terms
         assert advantages is not None
         n = inputs.mask.shape[0]

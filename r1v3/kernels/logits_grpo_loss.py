@@ -89,11 +89,9 @@ def logits_grpo_loss(
     options = GrpoOptions(
         clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, unbiased_kl, aggregation
     )
-    options.check_total("logits_grpo_loss", "logprobs_and_entropy")
-    like = logits.new_empty(shape, dtype=reference.accumulation_dtype(logits))
     inputs = GrpoInputs.of(
-        like, old_logprobs, advantages, loss_mask, ref_logprobs, weights, cu_seqlens, normalizer,
-        options,
+        logits.new_empty(shape, dtype=reference.accumulation_dtype(logits)), old_logprobs,
+        advantages, loss_mask, ref_logprobs, weights, cu_seqlens, normalizer, options,
     )  # fmt: skip
     mask, terms = TokenTerms.of(inputs)
     ids = torch.where(mask, token_ids.reshape(-1), reference.IGNORED_TOKEN).to(torch.int64)
@@ -105,8 +103,7 @@ def logits_grpo_loss(
             inplace = inplace and softmax_rows.writable_in_place(x)
             gradient = x if inplace else x.new_empty(x.shape)
         logprobs, entropy = _logits_grpo_op(
-            x, gradient, ids, terms.tensors(), terms.options, degrees, vocab_size,
-            group_name(group),
+            x, gradient, ids, terms.tensors(), terms.options, degrees, vocab_size, group_name(group),
         )  # fmt: skip
     else:
         if degrees.dim():  # that of a token that does not count may be anything
@@ -115,9 +112,8 @@ def logits_grpo_loss(
             logits, ids.view(shape), temperature=temperature, vocab_size=vocab_size, group=group,
             inplace_backward=inplace_backward,
         )  # fmt: skip
-        logprobs = logprobs.reshape(-1)
-        keep = ids != reference.IGNORED_TOKEN
-        entropy = torch.where(keep, entropy.detach().reshape(-1), 0.0)
+        logprobs, entropy = logprobs.reshape(-1), entropy.detach().reshape(-1)
+        entropy = torch.where(ids == reference.IGNORED_TOKEN, 0.0, entropy)
     loss, metrics = loss_and_metrics_of_head(logprobs, entropy, shape, inputs)
     if gradient is not None:
         loss = with_gradient_op(loss, logits, gradient, None, None)

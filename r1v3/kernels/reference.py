@@ -624,8 +624,7 @@ def grpo_loss(
         index = row_index if values.shape[0] == tokens else sequence
         return values.detach()[index].to(dtype)
 
-    new = logprobs[row_index].to(dtype)
-    a = per_token(advantages)
+    new, a = logprobs[row_index].to(dtype), per_token(advantages)
     raw = new - new.detach() if old_logprobs is None else new - per_token(old_logprobs)
     log_ratio = raw.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
@@ -642,24 +641,15 @@ def grpo_loss(
     if ref_logprobs is not None:
         gap = per_token(ref_logprobs) - new
         finite = finite & gap.isfinite()
-        divergence, grad_kl = _kl(gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), kl)
-        grad_kl = torch.where(_clamped(gap), 0.0, grad_kl)
-        if unbiased_kl:
-            grad_kl = ratio * (grad_kl + torch.where(_clamped(raw), 0.0, divergence))
-            divergence = ratio * divergence
+        divergence, grad_kl = _penalty(gap, raw, ratio, kl, unbiased_kl)
         # Not 0 * NaN: without a coefficient a broken reference only shows in the metrics.
         if kl_coef != 0:
-            policy = policy + kl_coef * divergence
-            grad = grad + kl_coef * grad_kl
-    if aggregation == "none":
-        scale = torch.ones_like(policy)
-        loss = torch.zeros_like(logprobs, dtype=dtype).index_copy(0, row_index, policy)
-    else:
-        scale = _loss_scale(sequence, sequences, aggregation, normalizer, dtype)
-        loss = (policy * scale).sum()
+            policy, grad = policy + kl_coef * divergence, grad + kl_coef * grad_kl
+    scale = _loss_scale(sequence, sequences, aggregation, normalizer, dtype)
+    scaled, zeros = policy * scale, torch.zeros_like(logprobs, dtype=dtype)
+    loss = zeros.index_copy(0, row_index, scaled) if aggregation == "none" else scaled.sum()
     with torch.no_grad():
-        gradient = torch.zeros_like(logprobs, dtype=dtype)
-        gradient[row_index] = grad * scale
+        gradient = zeros.index_copy(0, row_index, grad * scale)
         metrics = _metrics(low, high, dual, log_ratio, divergence, ratio, finite)
     return loss, gradient, metrics
 
@@ -699,6 +689,18 @@ def _clamped(log_ratio: Tensor) -> Tensor:
     return log_ratio.abs() > LOG_RATIO_LIMIT
 
 
+def _penalty(
+    gap: Tensor, raw: Tensor, ratio: Tensor, kl: str, unbiased: bool
+) -> tuple[Tensor, Tensor]:
+    """Per-token estimate of the KL and its derivative by the log-probability."""
+    divergence, grad = _kl(gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), kl)
+    grad = torch.where(_clamped(gap), 0.0, grad)
+    if unbiased:
+        grad = ratio * (grad + torch.where(_clamped(raw), 0.0, divergence))
+        divergence = ratio * divergence
+    return divergence, grad
+
+
 def _kl(gap: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Per-token estimator of KL(policy || reference) and its derivative by the log-probability.
 
@@ -718,7 +720,9 @@ def _loss_scale(
     normalizer: Tensor | float | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The factor of each valid token's loss in the total."""
+    """The factor of each valid token's loss in the total, or of its own."""
+    if aggregation == "none":
+        return torch.ones_like(sequence, dtype=dtype)
     counts = torch.zeros(sequences, dtype=dtype, device=sequence.device)
     counts = counts.index_add(0, sequence, torch.ones_like(sequence, dtype=dtype))
     if normalizer is None:

@@ -167,7 +167,6 @@ def linear_grpo_loss(
     options = GrpoOptions(
         clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, unbiased_kl, aggregation
     )
-    options.check_total("linear_grpo_loss", "linear_logprobs_and_entropy")
     inputs = GrpoInputs.of(
         hidden.new_empty(shape, dtype=reference.accumulation_dtype(hidden)), old_logprobs,
         advantages, loss_mask, ref_logprobs, weights, cu_seqlens, normalizer, options,

@@ -64,6 +64,24 @@ def _kl(gap, KL: tl.constexpr):
 
 
 @triton.jit
+def _penalty(raw_gap, raw, ratio, KL: tl.constexpr, UNBIASED_KL: tl.constexpr):
+    """A token's KL and its derivative by the log-probability, which a clamp takes away."""
+    divergence, grad = _kl(_clamp(raw_gap), KL)
+    grad = tl.where(tl.abs(raw_gap) > LIMIT, 0.0, grad)
+    if UNBIASED_KL:
+        grad = ratio * (grad + tl.where(tl.abs(raw) > LIMIT, 0.0, divergence))
+        divergence = ratio * divergence
+    return divergence, grad
+
+
+@triton.jit
+def _store_token(gradient_ptr, losses_ptr, t, inside, valid, grad, loss, AGGREGATION: tl.constexpr):
+    tl.store(gradient_ptr + t, tl.where(valid, grad, 0.0), mask=inside)
+    if AGGREGATION == 4:
+        tl.store(losses_ptr + t, tl.where(valid, loss, 0.0), mask=inside)
+
+
+@triton.jit
 def _surrogate(raw, ratio, a, clip_low, clip_high, dual_clip, DUAL: tl.constexpr):
     """A token's loss, its derivative by the log-probability, and where the dual clip bounds it."""
     free = ratio * a
@@ -203,19 +221,11 @@ def _grpo_loss_kernel(
             if HAS_REF:
                 raw_gap = tl.load(ref_ptr + t, mask=valid, other=0.0) - new
                 bad = bad | _nonfinite(raw_gap)
-                gap = _clamp(raw_gap)
-                divergence, grad_kl = _kl(gap, KL)
-                grad_kl = tl.where(tl.abs(raw_gap) > LIMIT, 0.0, grad_kl)
-                if UNBIASED_KL:
-                    through_ratio = tl.where(tl.abs(raw) > LIMIT, 0.0, divergence)
-                    grad_kl = ratio * (grad_kl + through_ratio)
-                    divergence = ratio * divergence
+                divergence, grad_kl = _penalty(raw_gap, raw, ratio, KL, UNBIASED_KL)
                 ref_kl += tl.where(valid, divergence, 0.0)
                 if PENALTY:
                     token += kl_coef * divergence
                     grad += kl_coef * grad_kl
-            if AGGREGATION == 4:
-                tl.store(losses_ptr + t, tl.where(valid, token, 0.0), mask=t < end)
             loss += (tl.where(valid, token, 0.0) * own).to(tl.float64)
             low += tl.where(below, 1.0, 0.0)
             high += tl.where(above, 1.0, 0.0)
@@ -224,14 +234,13 @@ def _grpo_loss_kernel(
             biggest = _max_or_nan(biggest, tl.where(valid, ratio, 0.0))
             broken += tl.where(bad & valid, 1.0, 0.0)
             counts += tl.where(valid, 1.0, 0.0)
-            tl.store(gradient_ptr + t, tl.where(valid, grad * (own * inverse), 0.0), mask=t < end)
+            grad = grad * (own * inverse)
+            _store_token(gradient_ptr, losses_ptr, t, t < end, valid, grad, token, AGGREGATION)
     if HAS_OFFSETS:
         behind = tl.load(offsets_ptr + sequences) + tl.program_id(0) * BLOCK
         for start in range(behind, tokens, tl.num_programs(0) * BLOCK):
             t = start + lanes
-            tl.store(gradient_ptr + t, tl.zeros([BLOCK], tl.float32), mask=t < tokens)
-            if AGGREGATION == 4:
-                tl.store(losses_ptr + t, tl.zeros([BLOCK], tl.float32), mask=t < tokens)
+            _store_token(gradient_ptr, losses_ptr, t, t < tokens, t < 0, 0.0, 0.0, AGGREGATION)
     out = sums_ptr + tl.program_id(0) * 16
     _store_sums(out, low, high, dual, approx_kl, ref_kl, ratios, biggest, counts, broken, loss)
     tl.store(out + 10, active)
