@@ -103,7 +103,7 @@ def logits_grpo_loss(
             inplace = inplace and softmax_rows.writable_in_place(x)
             gradient = x if inplace else x.new_empty(x.shape)
         logprobs, entropy = _logits_grpo_op(
-            x, gradient, ids, terms.tensors(), terms.options, degrees, vocab_size, group_name(group),
+            x, gradient, ids, terms.tensors(), terms.options, degrees, vocab_size, group_name(group)
         )  # fmt: skip
     else:
         if degrees.dim():  # that of a token that does not count may be anything
