@@ -13,6 +13,7 @@ from r1v3.kernels import grpo_terms, vocab_parallel
 from r1v3.kernels.grpo_loss import _grpo_loss
 from r1v3.kernels.grpo_terms import GrpoInputs, GrpoOptions, TokenTerms
 from r1v3.kernels.linear import gradients as gradients_module
+from r1v3.kernels.linear import grpo as linear_grpo
 from r1v3.kernels.linear import head as head_module
 from r1v3.kernels.linear.rows import SelectedRows
 from tests.kernels.conftest import INTERPRETED
@@ -146,6 +147,29 @@ def test_the_gradient_of_few_hidden_rows_is_summed_in_float32(
     assert results[0] == ((8, 64), torch.float32, False)
     grad_hidden, grad_weight, _ = sums.results()
     assert grad_hidden.dtype == grad_weight.dtype == torch.bfloat16
+
+
+def test_the_gradient_of_logits_is_written_as_it_is_multiplied(
+    cuda: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if it is written in float32 and copied to bfloat16: half as many bytes again."""
+    hidden, weight = (torch.ones(n, 64, dtype=torch.bfloat16) for n in (8, 512))
+    head = head_module.TiledHead(weight, None, hidden.dtype, 1.0)
+    rows = SelectedRows(hidden, torch.ones(8, dtype=torch.int64), rows=torch.arange(8))
+    rows.whole = True
+    written: list[Tensor] = []
+    multiplied: list[Tensor] = []
+    results = torch.ones(8), torch.ones(8), torch.ones(8, 3)
+    rows_module = linear_grpo.softmax_rows
+    monkeypatch.setattr(head_module, "multiply", lambda a, b, out, *, add: None)
+    monkeypatch.setattr(Tensor, "__setitem__", lambda *given: None)  # asks for the library
+    monkeypatch.setattr(rows_module, "forward", lambda logits, labels: results)
+    monkeypatch.setattr(rows_module, "backward", lambda logits, out, *rest: written.append(out))
+    _, terms = TokenTerms.of(inputs(None))
+    sums: Any = SimpleNamespace(add=lambda *given: multiplied.append(given[3]))
+    linear_grpo._rows_by_rows(head, rows, terms, sums, 8)
+    (out,), (operand,) = written, multiplied
+    assert out.dtype == operand.dtype == torch.bfloat16 and out.shape == operand.shape == (8, 512)
 
 
 @pytest.mark.parametrize("trains", [False, True])

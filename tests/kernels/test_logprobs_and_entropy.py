@@ -11,6 +11,7 @@ from r1v3.kernels import (
     entropy_from_logits,
     logprobs_and_entropy,
     selective_log_softmax,
+    softmax_rows,
 )
 from tests.kernels.budget import check_logits
 from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED, slow_interpreted
@@ -265,3 +266,19 @@ def test_wrong_arguments_raise() -> None:
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_gradient_in_another_dtype_is_rounded_once(backend: str) -> None:
+    """Fails if the gradient of float32 logits is misplaced, or rounded twice, as bfloat16."""
+    if backend not in ("triton", "cuda"):
+        pytest.skip("the CPU kernels write the dtype they read")
+    logits, ids = torch.randn(3, 4160)[:, :4101], torch.tensor([0, 4100, 2000])
+    nowhere = torch.empty(0, dtype=torch.int64)
+    labels = softmax_rows.RowLabels(ids, None, 0.8, None, nowhere)
+    saved, upstream = softmax_rows.forward(logits, labels)[2], torch.randn(3)
+    single, wide = torch.empty(3, 4101), torch.full((3, 4160), 7.0, dtype=torch.bfloat16)
+    softmax_rows.backward(logits, single, labels, saved, upstream)
+    softmax_rows.backward(logits, wide[:, :4101], labels, saved, upstream)
+    assert (wide[:, 4101:] == 7).all()
+    ulp = 2.0**-7 if INTERPRETED else 2.0**-8  # the interpreter truncates
+    assert ((wide[:, :4101].float() - single).abs() <= ulp * single.abs() + 1e-30).all()

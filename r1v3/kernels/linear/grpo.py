@@ -107,23 +107,29 @@ def _columns_by_columns(
 def _rows_by_rows(
     head: TiledHead, rows: SelectedRows, terms: TokenTerms, gradients: Gradients, size: int
 ) -> tuple[Tensor, Tensor]:
-    """`size` rows of logits at a time."""
+    """`size` rows of logits at a time.
+
+    Where the products of whole rows take another dtype, the gradient is written in it at once.
+    """
     states = rows.states(head.states)
     logprobs = states.new_zeros(rows.n, dtype=head.result)
     entropy = torch.zeros_like(logprobs)
     vocab = head.weight.shape[0]
     width = vocab if head.whole_rows else tile_shape(head, size)[1]
-    space = states.new_empty(min(size, rows.n), padded(vocab), dtype=head.result)[:, :vocab]
+    shape = min(size, rows.n), padded(vocab)
+    space = operands = states.new_empty(shape, dtype=head.result)[:, :vocab]
+    if head.whole_rows and head.operand != head.result:
+        operands = states.new_empty(shape, dtype=head.operand)[:, :vocab]
     for part in blocks(rows.n, size):
         chunk, labels = states[part], head.labels(rows.token_ids[part], rows=part)
-        logits = space[: chunk.shape[0]]
+        logits, gradient = space[: chunk.shape[0]], operands[: chunk.shape[0]]
         for columns, tile in head.tiles(width):
             head.logits(chunk, columns, tile, logits[:, columns])
         logprobs[part], entropy[part], saved = softmax_rows.forward(logits, labels)
         grad_logprobs = terms[part].grad_logprobs(logprobs[part])
-        softmax_rows.backward(logits, logits, labels, saved, grad_logprobs)
+        softmax_rows.backward(logits, gradient, labels, saved, grad_logprobs)
         for columns, tile in head.tiles(width):
-            gradients.add(columns, tile, part, logits[:, columns], chunk)
+            gradients.add(columns, tile, part, gradient[:, columns], chunk)
     return logprobs, entropy
 
 
