@@ -1,5 +1,6 @@
 """Banning tokens, on every implementation this process can run."""
 
+import gc
 import math
 
 import pytest
@@ -68,6 +69,7 @@ def test_any_layout(cut: str) -> None:
 @pytest.mark.parametrize("vocab", [1, 7, 8, 1023, 1025, 151_674, 152_064])
 def test_first_and_last_column_of_rows_far_apart(vocab: int) -> None:
     """Fails if the offset of a row is computed in 32 bits, or an end of it is taken for outside."""
+    gc.collect()  # Triton's interpreter leaves its arguments in cycles, and these are gigabytes
     far = torch.empty(2**31 + 2 + vocab, dtype=torch.bfloat16)
     far = far.as_strided((3, vocab), (2**30 + 1, 1)).zero_()
     expected = torch.zeros(3, vocab)
