@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from r1v3.kernels import cpu
-from tests.processes import MEMORY_LIMIT, SESSION
+from tests.processes import MEMORY_LIMIT, ROOT, SESSION
+
+# Folders and files whose tests take a minute or more.
+FIRST = {"engine", "megatron", "trainer", "test_demo.py", "test_triton_interpreter.py"}
 
 if not torch.cuda.is_available():
     # What grows without end then fails by name, before it takes the whole machine down with it.
@@ -33,6 +36,11 @@ def pytest_report_header() -> str:
     first, *rest = cpu.capabilities()
     dot = ", pairs of bfloat16" if cpu.has_bfloat16_dot() else ""
     return f"r1v3 cpu kernels: {first}{dot} (also tested: {', '.join(rest) or 'nothing'})"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with files that take long, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: FIRST.isdisjoint(item.path.relative_to(ROOT).parts))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

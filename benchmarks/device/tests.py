@@ -21,6 +21,7 @@ from r1v3 import files
 GPU_FILES = (
     "test_logprobs_and_entropy.py",
     "test_sample_tokens.py",
+    "test_row_temperature.py",
     "test_linear_grpo.py",
     "test_logits_grpo_loss.py",
     "test_device_contract.py",

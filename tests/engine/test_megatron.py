@@ -50,7 +50,6 @@ EXHAUSTIVE = (
     "tp2",
     "pp2",
     "cp2",
-    "loading_tp1",
     "tp4",
     "tp2_sequence",
     "cp2_pp2",

@@ -258,6 +258,7 @@ def test_edge_rows() -> None:
     assert (leaf.grad[0, 1] == 0).all() and (leaf.grad[0, 0, :4400] == 0).all()
 
 
+@slow_interpreted
 def test_any_layout() -> None:
     """Fails if strides change the result, or shared memory is overwritten."""
     given = batch(60)
@@ -300,6 +301,7 @@ def test_rows_more_than_two_to_the_31_elements_apart() -> None:
     torch.testing.assert_close(far.grad, dense.grad, rtol=2**-7, atol=1e-6)
 
 
+@slow_interpreted
 def test_bits_do_not_depend_on_the_run_or_the_batch() -> None:
     """Fails if a second run, or with a global normalizer the other rows, change a bit."""
     given = batch(1000, torch.bfloat16)

@@ -35,7 +35,9 @@ class Asking(GRPOTrainer):
 
     def __init__(self, count: int, size: int, rounds: int, share: int) -> None:
         dynamic = DynamicSampling(enabled=True, rounds=rounds)
-        self.config: Any = SimpleNamespace(dynamic_sampling=dynamic, prompts_per_step=size)
+        self.config: Any = SimpleNamespace(
+            dynamic_sampling=dynamic, prompts_per_step=size, signal="reward"
+        )
         self.questions = Questions(range(count), 5)
         self.course: Any = SimpleNamespace(state=dict)  # no curriculum
         self.signal = np.random.default_rng(count).integers(0, 100, count) < share

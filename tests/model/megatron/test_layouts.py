@@ -42,6 +42,7 @@ EXHAUSTIVE = (
     "decode_tp1",
     "decode_tp2_sp",
     "decode_pp2",
+    *CHECKPOINTS,
 )
 OTHERS = ["recompute", "bfloat16", "frozen", "fresh", "refusals"]
 # megatron-core's checkpoint writer fails without it, and then waits for itself forever.
@@ -170,7 +171,7 @@ def test_decoding_equals_the_whole_forward(everything: Reports, case: str) -> No
         ]
 
 
-@pytest.mark.parametrize("case", CHECKPOINTS)
+@pytest.mark.parametrize("case", marked(CHECKPOINTS, EXHAUSTIVE))
 @pytest.mark.skipif(not HAS_PSUTIL, reason="megatron-core's checkpoint writer needs psutil")
 def test_checkpoints_load_in_other_layouts(everything: Reports, case: str) -> None:
     """Fails if a checkpoint of TP2 x PP2 is not the same model at TP1 and at TP4."""
