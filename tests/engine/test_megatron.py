@@ -50,6 +50,8 @@ EXHAUSTIVE = (
     "tp2",
     "pp2",
     "cp2",
+    "dp2_whole_optimizer",
+    "train_connector_dp4",
     "tp4",
     "tp2_sequence",
     "cp2_pp2",

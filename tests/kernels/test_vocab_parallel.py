@@ -13,7 +13,7 @@ from tests.processes import run_ranks
     "world,implementation",
     [
         (2, "cpu"),
-        (3, "cpu"),
+        pytest.param(3, "cpu", marks=pytest.mark.slow),
         (4, "cpu"),
         (3, "triton"),
         pytest.param(2, "cuda", marks=pytest.mark.gpu),

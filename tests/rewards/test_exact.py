@@ -95,7 +95,8 @@ def test_a_decimal_agrees_with_its_rounding_and_not_with_its_neighbours(value: o
 @pytest.mark.parametrize(
     "text",
     ["9^{9^{9}}", "99999!", "\\binom{10^9}{5\\cdot10^8}", "2^{10^{12}}", "(((((2^9)^9)^9)^9)^9)^9",
-     "10^{10^{10}}-10^{10^{10}}", "e^{e^{e^{e^{9}}}}", "\\sin(10^{10^7})", "(a+b+c+d+e+f)^{99}"],
+     "10^{10^{10}}-10^{10^{10}}", "e^{e^{e^{e^{9}}}}", "(a+b+c+d+e+f)^{99}",
+     pytest.param("\\sin(10^{10^7})", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_what_is_too_large_is_refused_in_bounded_time(text: str) -> None:
     """Exponents and factorials explode: each is refused, said to be so, and costs no time here."""
