@@ -105,7 +105,7 @@ def write_language_model(model: Path, folder: Path) -> None:
 
 @contextmanager
 def transformers_server(python: Path, folder: Path) -> Iterator[Server]:
-    """Start `transformers serve` with one thread."""
+    """Start `transformers serve` with one thread; what it says goes to a file in the folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -113,25 +113,32 @@ def transformers_server(python: Path, folder: Path) -> Iterator[Server]:
                folder, "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1",
                "--port", str(port)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(list(map(str, command)), env=environment) as process:
+    log = folder / "serve.log"
+    with (
+        log.open("wb") as said,
+        subprocess.Popen(
+            list(map(str, command)), env=environment, stdout=said, stderr=said
+        ) as process,
+    ):
         try:
             address = f"http://127.0.0.1:{port}"
-            wait_for(f"{address}/health", process)
+            if not answers(f"{address}/health", process):
+                raise RuntimeError(f"transformers serve did not start: {log.read_text()[-2000:]}")
             yield Server(address, process.pid, str(folder))
         finally:
             process.terminate()
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], seconds: float = 300.0) -> None:
-    """Return once a server answers; raise RuntimeError if it ends or takes longer."""
+def answers(url: str, process: subprocess.Popen[bytes], seconds: float = 300.0) -> bool:
+    """Wait until a server answers; False if it ends or takes longer."""
     begun = time.monotonic()
     while process.poll() is None and time.monotonic() - begun < seconds:
         try:
             if httpx.get(url, trust_env=False).status_code == 200:
-                return
+                return True
         except httpx.TransportError:
             time.sleep(0.2)
-    raise RuntimeError(f"no server answers at {url}")
+    return False
 
 
 class Client:
