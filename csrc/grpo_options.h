@@ -39,8 +39,8 @@ R1V3_BOTH Policy policy_of(const GrpoOptions& options) {
 }
 
 inline GrpoOptions grpo_options(const std::vector<double>& numbers) {
-  if (numbers.size() != 7) {
-    throw std::invalid_argument("options must be 7 numbers, got " + std::to_string(numbers.size()));
+  if (numbers.size() != 8) {
+    throw std::invalid_argument("options must be 8 numbers, got " + std::to_string(numbers.size()));
   }
   const auto code = [](double number, int count, const char* names) {
     for (int i = 0; i < count; ++i) {
@@ -49,12 +49,13 @@ inline GrpoOptions grpo_options(const std::vector<double>& numbers) {
     throw std::invalid_argument(std::string(names) + ", got " + std::to_string(number));
   };
   const int ratio_clip = code(numbers[3], 2, "ratio_clip must be 0 (ppo) or 1 (cispo)");
-  const int kl = code(numbers[5], 6, "kl must be 0 (k1), 1 (k2) or 2 (k3), or 3 more: unbiased");
-  const int aggregation = code(numbers[6], 5,
+  const int kl = code(numbers[5], 3, "kl must be 0 (k1), 1 (k2) or 2 (k3)");
+  const int unbiased_kl = code(numbers[6], 2, "unbiased_kl must be 0 or 1");
+  const int aggregation = code(numbers[7], 5,
                                "aggregation must be 0 (sequence-mean), 1 (token-mean), "
                                "2 (sequence-sum), 3 (constant) or 4 (none)");
   return {numbers[0], numbers[1], numbers[2], static_cast<RatioClip>(ratio_clip), numbers[4],
-          static_cast<KL>(kl % 3), kl >= 3, static_cast<Aggregation>(aggregation)};
+          static_cast<KL>(kl), unbiased_kl == 1, static_cast<Aggregation>(aggregation)};
 }
 
 }  // namespace r1v3

@@ -11,8 +11,7 @@ from r1v3.kernels import devices
 from r1v3.kernels.arguments import as_scalar, check_choice, check_shape
 from r1v3.kernels.registration import register_op
 
-# The position of a name is the number that ops and compiled kernels take for it. With unbiased_kl,
-# that of an estimator is three more.
+# The position of a name is the number that ops and compiled kernels take for it.
 RATIO_CLIPS = ("ppo", "cispo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("sequence-mean", "token-mean", "sequence-sum", "constant", "none")
@@ -63,22 +62,22 @@ class GrpoOptions:
             self.dual_clip or 0.0,
             float(RATIO_CLIPS.index(self.ratio_clip)),
             self.kl_coef,
-            float(KL_ESTIMATORS.index(self.kl) + len(KL_ESTIMATORS) * self.unbiased_kl),
+            float(KL_ESTIMATORS.index(self.kl)),
+            float(self.unbiased_kl),
             float(AGGREGATIONS.index(self.aggregation)),
         ]
 
     @classmethod
     def of_floats(cls, floats: list[float]) -> "GrpoOptions":
         """The options from which `as_floats` made these."""
-        clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation = floats
-        unbiased_kl, estimator = divmod(int(kl), len(KL_ESTIMATORS))
+        clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, unbiased_kl, aggregation = floats
         return cls(
             clip_low,
             clip_high,
             dual_clip or None,
             RATIO_CLIPS[int(ratio_clip)],
             kl_coef,
-            KL_ESTIMATORS[estimator],
+            KL_ESTIMATORS[int(kl)],
             bool(unbiased_kl),
             AGGREGATIONS[int(aggregation)],
         )

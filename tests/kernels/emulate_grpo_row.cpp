@@ -137,7 +137,7 @@ Result row(const T* in, T* out, int64_t vocab, int blocks, const Token& token,
 
 // dtype 0 float32, 1 bfloat16; in may be out; reads and writes are [vocab] counters.
 // token: loss scale, old log-probability, advantage, weight, reference log-probability.
-// options: the seven of GrpoOptions.
+// options: the eight of GrpoOptions.
 // Returns false when a 16-byte access would have been unaligned.
 extern "C" bool emulate(int dtype, const void* in, void* out, int64_t vocab, int blocks,
                         int64_t label, const float* token, bool has_old, bool has_ref,
@@ -145,7 +145,7 @@ extern "C" bool emulate(int dtype, const void* in, void* out, int64_t vocab, int
                         float* logprob_and_entropy) {
   const Token known = {label,    temperature, token[0], token[1], token[2],
                        token[3], token[4],    has_old,  has_ref};
-  const TokenOptions chosen = single_precision(grpo_options({options, options + 7}));
+  const TokenOptions chosen = single_precision(grpo_options({options, options + 8}));
   Traffic traffic = {reads, writes};
   const auto run = [&](auto kind) {
     using T = decltype(kind);

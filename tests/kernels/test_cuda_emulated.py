@@ -18,7 +18,7 @@ from tests.kernels.emulated import emulated, take_the_cuda_kernel
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = "csrc/cuda/logits_grpo_loss.cu"
 OPTIONS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28, "kl_coef": 0.1, "kl": "k3"}
-CODES = [0.2, 0.28, 0.0, 0.0, 0.1, 2.0, 3.0]
+CODES = [0.2, 0.28, 0.0, 0.0, 0.1, 2.0, 0.0, 3.0]
 CANARY = 12345.0
 SLOW = pytest.mark.slow
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing here is a Triton kernel")

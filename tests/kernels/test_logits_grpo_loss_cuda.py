@@ -61,13 +61,13 @@ def emulate(
               token.get("weight", 1.0), token.get("ref", 0.0))  # fmt: skip
     chosen = (options["clip_low"], options["clip_high"], options["dual_clip"] or 0.0,
               options.get("ratio_clip") == "cispo", options["kl_coef"],
-              int(options["kl"][1]) - 1 + 3 * options.get("unbiased_kl", False), 0)  # fmt: skip
+              int(options["kl"][1]) - 1, options.get("unbiased_kl", False), 0)  # fmt: skip
     results = (ctypes.c_float * 2)()
     aligned = emulator(
         DTYPES[logits.dtype], ctypes.c_void_p(logits.data_ptr()), ctypes.c_void_p(out.data_ptr()),
         ctypes.c_int64(vocab), blocks, ctypes.c_int64(label), (ctypes.c_float * 5)(*values),
         "old" in token, "ref" in token, ctypes.c_float(temperature),
-        (ctypes.c_double * 7)(*chosen), ctypes.c_void_p(reads.data_ptr()),
+        (ctypes.c_double * 8)(*chosen), ctypes.c_void_p(reads.data_ptr()),
         ctypes.c_void_p(writes.data_ptr()), results,
     )  # fmt: skip
     assert aligned, "a 16-byte access off its boundary"

@@ -26,7 +26,7 @@ def logits_cases() -> dict[str, tuple[Any, ...]]:
     degrees = torch.rand(6, dtype=torch.float64)
     gradient = ids, None, scalar(0.7), 9, rows[:0], saved, slope, slope
     terms = [torch.rand(6), slope, None, slope, None]
-    grpo = ids, terms, [0.2, 0.3, 0.0, 0.0, 0.1, 2.0, 0.0], scalar(0.7), 9, ""
+    grpo = ids, terms, [0.2, 0.3, 0.0, 0.0, 0.1, 2.0, 0.0, 0.0], scalar(0.7), 9, ""
     return {
         "logprobs_and_entropy": (leaf, ids, None, scalar(0.7), 9, "", False, True),
         "logprobs_and_entropy by row": (leaf, ids, None, degrees, 9, "", False, True),
@@ -61,7 +61,7 @@ def logits_cases() -> dict[str, tuple[Any, ...]]:
 
 def token_cases() -> dict[str, tuple[Any, ...]]:
     flat, mask = torch.randn(6), torch.ones(6, dtype=torch.bool)
-    options = [0.2, 0.2, 0.0, 0.0, 0.1, 2.0, 0.0]
+    options = [0.2, 0.2, 0.0, 0.0, 0.1, 2.0, 0.0, 0.0]
     rewards, rest = torch.randn(4), (0, 0, 0, 1, 1e-6)
     return {
         "group_advantages": (rewards, None, torch.tensor([0, 2, 4]), 0, *rest),
@@ -72,7 +72,7 @@ def token_cases() -> dict[str, tuple[Any, ...]]:
             options,
         ),
         "grpo_loss of tokens": (
-            flat, [flat[:2], flat, flat, None], mask, None, 3, None, [*options[:5], 5.0, 4.0],
+            flat, [flat[:2], flat, flat, None], mask, None, 3, None, [*options[:6], 1.0, 4.0],
         ),
         "token_terms": (mask, flat[:2], None, None, 3, 2, scalar(4.0), 0, torch.float32),
         "token_terms packed": (
@@ -90,7 +90,7 @@ def linear_cases() -> dict[str, tuple[Any, ...]]:
     some, sharding = torch.tensor([4]), ("", True, 0)
     rest = scalar(0.7), None, *sharding
     per_token: list[Tensor | None] = [torch.rand(6) for _ in range(5)]
-    options = [0.2, 0.2, 0.0, 0.0, 0.1, 2.0, 0.0]
+    options = [0.2, 0.2, 0.0, 0.0, 0.1, 2.0, 0.0, 0.0]
     bounds, saved, slope = torch.tensor([0, 11]), torch.rand(6, 3), torch.randn(6)
     degrees = torch.rand(6, dtype=torch.float64)
     gradient = scalar(0.7), bounds, saved, [slope, slope]

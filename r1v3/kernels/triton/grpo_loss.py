@@ -323,7 +323,7 @@ def grpo_loss(
     """
     advantages, old_logprobs, ref_logprobs, weights = terms
     assert advantages is not None
-    clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, aggregation = options
+    clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, unbiased_kl, aggregation = options
     tokens = logprobs.shape[0]
     if offsets is not None:
         sequences = offsets.shape[0] - 1
@@ -348,7 +348,7 @@ def grpo_loss(
             HAS_NORMALIZER=normalizer is not None, TOKEN_ADVANTAGES=advantages.shape[0] == tokens,
             TOKEN_WEIGHTS=weights is not None and weights.shape[0] == tokens,
             POLICY=2 if RATIO_CLIPS[int(ratio_clip)] == "cispo" else int(dual_clip > 0),
-            PENALTY=kl_coef != 0, KL=int(kl) % 3, UNBIASED_KL=kl >= 3,
+            PENALTY=kl_coef != 0, KL=int(kl), UNBIASED_KL=bool(unbiased_kl),
             AGGREGATION=int(aggregation), BLOCK=BLOCK, MASK_BLOCK=MASK_BLOCK, num_warps=4,
         )  # fmt: skip
         if normalizer is None and losses is None:
