@@ -71,21 +71,21 @@ class Cost:
     total_cpu: float = 0.0
 
 
-def _resident(field: str) -> int:
-    [line] = [one for one in Path("/proc/self/status").read_text().splitlines() if field in one]
-    return 1024 * int(line.split()[1])
-
-
 class _Peak:
     """The growth of resident memory since it was made."""
 
     def __init__(self) -> None:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier work has freed would be used again unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        self._before = _resident("VmRSS")
+        self._before = self._resident("VmRSS")
 
     def bytes(self) -> int:
-        return _resident("VmHWM") - self._before
+        return self._resident("VmHWM") - self._before
+
+    def _resident(self, name: str) -> int:
+        size = machine.process_bytes(name)
+        assert size is not None
+        return size
 
 
 def _cpu() -> float:

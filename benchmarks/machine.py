@@ -44,6 +44,15 @@ def header(device: str, commit: str | None = None) -> dict[str, Any]:
     return facts
 
 
+def process_bytes(name: str) -> int | None:
+    """Return a size of this process in bytes, such as VmRSS; None where no /proc tells it."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+
+
 def warnings(facts: dict[str, Any]) -> list[str]:
     """Remarks that a reader of the times should know."""
     found = []

@@ -68,11 +68,7 @@ class Ranks:
         """
         if self.group is None:
             return work(range(count))
-        outcome: tuple[list[T], Exception | None] = [], None
-        try:
-            outcome = work(self.shard(count)), None
-        except Exception as error:
-            outcome = [], error
+        outcome = _outcome(lambda: work(self.shard(count)))
         outcomes: list[Any] = [None] * self.size
         dist.all_gather_object(outcomes, outcome, group=self._patient)
         for _, failure in outcomes:
@@ -98,16 +94,20 @@ class Ranks:
         """
         if self.group is None:
             return function()
-        outcome: tuple[Any, Exception | None] = (None, None)
-        if self.is_main:
-            try:
-                outcome = function(), None
-            except Exception as error:
-                outcome = None, error
+        nothing: tuple[Any, Exception | None] = None, None
+        outcome = _outcome(function) if self.is_main else nothing
         value, failure = self._broadcast(outcome, self._patient)
         if failure is not None:
             raise failure
         return value
+
+
+def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """Call a function; return its result and None, or None and the error that it raised."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
 
 
 ALONE = Ranks()

@@ -2,9 +2,11 @@
 
 import os
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,3 +19,15 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 def seeds() -> None:
     """Every test starts from the same random state, alone or in any order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """Megatron's groups of one process."""
+    from megatron.core import mpu
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mpu.initialize_model_parallel()
+    yield
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -2,13 +2,11 @@
 
 import asyncio
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from .comparing import assert_close, assert_same, function_of, imported_by, results
 from .trainers import slime
@@ -20,6 +18,7 @@ from slime.utils import ppo_utils  # noqa: E402
 from r1v3.integrations.slime import group_rewards, response_logprobs, reward, use_head  # noqa: E402
 from r1v3.kernels import grpo_loss  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 VOCABULARY = 300
 ACTOR = "slime.backends.megatron_utils.actor"
 ARGUMENTS: dict[str, Any] = {
@@ -51,16 +50,6 @@ CASES: dict[str, dict[str, Any]] = {
     "sft": {"loss_type": "sft_loss"},
     "top-p": {"rollout_top_p": 0.9},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_rank() -> Iterator[None]:
-    """Megatron's groups of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mpu.initialize_model_parallel()
-    yield
-    mpu.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 def batch() -> dict[str, Any]:

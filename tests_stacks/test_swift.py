@@ -1,20 +1,17 @@
 """ms-swift's own heads, from its wheel, against r1v3's."""
 
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from .comparing import assert_close, function_of, imported_by, results
 from .trainers import swift_megatron
 
 vocab_parallel_utils = swift_megatron()
-from megatron.core import mpu  # noqa: E402
 
 from r1v3.integrations import swift as adapter  # noqa: E402
 from r1v3.integrations.swift import AnswerReward, register_reward, use_head  # noqa: E402
@@ -43,16 +40,6 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     modules["grpo_trainer"].entropy_from_logits = entropy  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "swift.rlhf_trainers", ModuleType("swift.rlhf_trainers"))
     return modules
-
-
-@pytest.fixture()
-def one_rank() -> Iterator[None]:
-    """Megatron's groups of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mpu.initialize_model_parallel()
-    yield
-    mpu.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import machine
 from benchmarks.timing import Timing
 from benchmarks.training_step.engines import build
 from benchmarks.training_step.problem import REFERENCE, Workload
@@ -150,7 +151,7 @@ def _synchronize(device: str) -> None:
 
 
 def _memory(device: str) -> int | None:
-    return _status("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
+    return machine.process_bytes("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
 
 
 def _peak_memory(device: str) -> int:
@@ -158,16 +159,9 @@ def _peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated()
     # Not getrusage where it can be helped: on Linux that also counts what started this process.
     unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status(name: str) -> int | None:
-    """A size of this process in bytes, where the system tells it the way Linux does."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+    return (
+        machine.process_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from r1v3.engine.contract import Decoder
 from r1v3.evaluation.measures import answer_measures, question_facts
 from r1v3.evaluation.policy import Answers, Policy, mode_sampling
 from r1v3.evaluation.statistics import score
-from r1v3.files import write_bytes, write_json
+from r1v3.files import digest_of, write_bytes, write_json
 from r1v3.model.conversion import load_config
 from r1v3.progress import progress_bar
 from r1v3.ranks import Ranks
@@ -187,8 +187,7 @@ def _scoring(config: Evaluate) -> dict[str, Any]:
     assert config.model is not None
 
     def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest_of(path)[1]
 
     fields = {
         "seed",

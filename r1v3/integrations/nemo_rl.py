@@ -64,6 +64,11 @@ def use_head() -> Rebound:
     return rebind("nemo-rl", names)
 
 
+def _gradients(inference_only: bool) -> torch.set_grad_enabled:
+    """A context in which gradients are recorded as outside, but for inference."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only)
+
+
 class Logprob:
     """In the place of NeMo-RL's autograd function, of which it calls `apply` alone."""
 
@@ -81,7 +86,7 @@ class Logprob:
         Args:
             start, end: the shard's tokens, which are those of the rank in its group.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
+        with _gradients(inference_only):
             return selective_log_softmax(logits, target, group=group)
 
 
@@ -108,7 +113,7 @@ class ChunkedEntropy:
     @staticmethod
     def apply(logits: Tensor, chunk_size: int, group: Any, inference_only: bool = False) -> Tensor:
         """Return minus the entropies [B, S] of logits [B, S, V / TP]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
+        with _gradients(inference_only):
             return -entropy_from_logits(logits, group=group)
 
 
@@ -132,7 +137,7 @@ class HiddenLogprob:
             hidden: [S / TP, B, H], this rank's part of the sequence.
             target: [B, S]; weight: [V / TP, H].
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
+        with _gradients(inference_only):
             hidden = _Gathered.apply(hidden, group)
             logprobs, _ = linear_logprobs_and_entropy(
                 hidden.transpose(0, 1), weight, target, group=group, reduce_hidden_grad=False

@@ -19,7 +19,7 @@ from r1v3.data.tokenizer import load_tokenizer
 from r1v3.engine.build import build_engine, connect, resolve_max_tiles
 from r1v3.engine.contract import Decoder
 from r1v3.evaluation.policy import Policy
-from r1v3.files import read_json_object, write_json, write_text
+from r1v3.files import digest_of, read_json_object, write_json, write_text
 from r1v3.model.conversion import load_config
 from r1v3.progress import progress_bar, say
 from r1v3.ranks import Ranks
@@ -189,8 +189,7 @@ def _weights(config: Suite) -> list[str]:
         stat = path.stat()
         key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
         if not isinstance(kept.get(key), str):
-            with path.open("rb") as file:
-                kept[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            _, kept[key] = digest_of(path)
             changed = True
         found.append(kept[key])
     if changed:

@@ -124,14 +124,20 @@ def test_ops_that_read_a_number_on_the_host_stay_out_of_cuda_graphs() -> None:
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.r1v3, name).default.tags, name
 
 
-def test_the_gradient_of_few_hidden_rows_is_summed_in_float32(
-    cuda: Watch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fails if a library that cuts the product along the vocabulary may add parts in bfloat16."""
+def few_rows() -> tuple[Tensor, Tensor, head_module.TiledHead, SelectedRows]:
+    """Eight bfloat16 hidden rows and a weight, its head, and the rows, which go through whole."""
     hidden, weight = (torch.ones(n, 64, dtype=torch.bfloat16) for n in (8, 512))
     head = head_module.TiledHead(weight, None, hidden.dtype, 1.0)
     rows = SelectedRows(hidden, torch.ones(8, dtype=torch.int64), rows=torch.arange(8))
     rows.whole = True
+    return hidden, weight, head, rows
+
+
+def test_the_gradient_of_few_hidden_rows_is_summed_in_float32(
+    cuda: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a library that cuts the product along the vocabulary may add parts in bfloat16."""
+    hidden, weight, head, rows = few_rows()
     results = []
 
     def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
@@ -153,10 +159,7 @@ def test_the_gradient_of_logits_is_written_as_it_is_multiplied(
     cuda: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if it is written in float32 and copied to bfloat16: half as many bytes again."""
-    hidden, weight = (torch.ones(n, 64, dtype=torch.bfloat16) for n in (8, 512))
-    head = head_module.TiledHead(weight, None, hidden.dtype, 1.0)
-    rows = SelectedRows(hidden, torch.ones(8, dtype=torch.int64), rows=torch.arange(8))
-    rows.whole = True
+    _, _, head, rows = few_rows()
     written: list[Tensor] = []
     multiplied: list[Tensor] = []
     results = torch.ones(8), torch.ones(8), torch.ones(8, 3)
