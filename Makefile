@@ -26,9 +26,10 @@ studies: $(STAMP)
 
 # One torch thread per worker, which does not fight with the others. A worker more than there are
 # cores, up to four: tests spend a fifth of their time waiting for processes that they start. Where
-# a test asks for more threads, those that wait yield.
+# a test asks for more threads, those that wait yield. Compiled modules are kept, whatever the shell
+# says: tests start a hundred processes that import them.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 4 ? $$(getconf _NPROCESSORS_ONLN) + 1 : 4 )))
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
 	-n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)

@@ -51,7 +51,7 @@ def test_python_m_r1v3_refuses_a_bad_configuration_without_loading_torch(tmp_pat
     [
         ({}, "PASSIVE", "0"),
         ({"OMP_WAIT_POLICY": "active"}, "ACTIVE", "30000000000"),
-        ({"GOMP_SPINCOUNT": "77"}, "PASSIVE", "77"),
+        pytest.param({"GOMP_SPINCOUNT": "77"}, "PASSIVE", "77", marks=pytest.mark.slow),
     ],
 )
 def test_waiting_threads_yield_unless_told_otherwise(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r1v3.kernels import grpo_loss, reference
 from tests.kernels.budget import assert_within_budget
-from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED
+from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED, slow_interpreted
 from tests.kernels.tokens import AGGREGATIONS, random_batch
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -173,9 +173,20 @@ def test_unbiased_kl_is_the_kl(kl: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(mean, theta)[0], exact)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+TOKEN_OPTIONS: list[dict[str, Any]] = [
+    {"ratio_clip": "cispo", "kl_coef": 0.1},
+    {"kl_coef": 0.1, "dual_clip": 1.5},
+    {},
+]
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"kl_coef": 0.1, "dual_clip": 1.5}, {"ratio_clip": "cispo", "kl_coef": 0.1}]
+    "options,packed",
+    [
+        pytest.param(options, packed, marks=[slow_interpreted] if index and not packed else [])
+        for index, options in enumerate(TOKEN_OPTIONS)
+        for packed in (False, True)
+    ],
 )
 def test_losses_of_tokens(options: dict[str, Any], packed: bool) -> None:
     """Fails if a token's loss or gradient is not its term of the sum, or a masked one counts."""
@@ -228,8 +239,14 @@ CISPO: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("options", OPTIONS + CISPO)
+@pytest.mark.parametrize(
+    "options,per_token",
+    [
+        pytest.param(options, per_token, marks=[slow_interpreted] if index % 2 == per_token else [])
+        for index, options in enumerate(OPTIONS + CISPO)
+        for per_token in (False, True)
+    ],
+)
 def test_matches_float64(options: dict[str, Any], per_token: bool) -> None:
     """Fails if loss, gradient or a metric is less accurate than float32 PyTorch allows."""
     inputs = random_batch()

@@ -21,7 +21,7 @@ def layouts() -> dict[str, Tensor]:
         "shifted": x[0][:, :-1],
         "shifted batch": x[0, 1:, 1:],
         "transposed": x[0].transpose(0, 1),
-        "four dimensions": x[:, :, 1:],
+        "four dimensions": x[:2, :3, 1:],
         "every second column": x[0, 0, :, ::2],
         "expanded": x[0, 0, :1].expand(5, 101),
         "off alignment": x.view(-1)[3 : 3 + 5 * 101].view(5, 101),

@@ -60,8 +60,17 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> Variants:
     return found
 
 
-@pytest.mark.parametrize("vocab", [151_674, 151_936, 152_064])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "vocab,dtype",
+    [
+        (151_674, torch.bfloat16),
+        (152_064, torch.float32),
+        pytest.param(151_674, torch.float32, marks=pytest.mark.slow),
+        pytest.param(151_936, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(151_936, torch.float32, marks=pytest.mark.slow),
+        pytest.param(152_064, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_main_loops_move_16_bytes(
     vocab: int, dtype: torch.dtype, variants: Variants, tmp_path: Path
 ) -> None:

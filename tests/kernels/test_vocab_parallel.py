@@ -12,7 +12,7 @@ from tests.processes import run_ranks
 @pytest.mark.parametrize(
     "world,implementation",
     [
-        (2, "cpu"),
+        pytest.param(2, "cpu", marks=pytest.mark.slow),
         pytest.param(3, "cpu", marks=pytest.mark.slow),
         (4, "cpu"),
         (3, "triton"),

@@ -29,8 +29,12 @@ from tests.tiny_run import (
     write_configs,
 )
 
+SLOW = pytest.mark.slow
 
-@pytest.mark.parametrize("stage", ["sft", "grpo", "connector"])
+
+@pytest.mark.parametrize(
+    "stage", ["sft", pytest.param("grpo", marks=SLOW), pytest.param("connector", marks=SLOW)]
+)
 def test_a_killed_process_of_python_m_r1v3_resumes_to_the_same_bits(
     tmp_path: Path, stage: str
 ) -> None:
