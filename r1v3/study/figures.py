@@ -153,7 +153,7 @@ class _Painter:
         drawn = False
         for arm in self.arms:
             for i, run in enumerate(self.runs(arm)):
-                name = f"{arm}, " if len(self.arms) > 1 else " "
+                name = f"{arm}, " if len(self.arms) > 1 else ""
                 drawn |= self._budget_lines(axes, run, self.color(arm), None if i else name)
         if not drawn:
             return False

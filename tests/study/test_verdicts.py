@@ -1,17 +1,22 @@
 """Verdicts from intervals, of answers that were written by hand."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from r1v3.evaluation.statistics import paired_gain
+from r1v3.study import figures as study_figures
 from r1v3.study.collapse import collapse_step
 from r1v3.study.figures import write_figures
 from r1v3.study.page import findings_table, write_page
 from r1v3.study.record import make_record
 from r1v3.study.verdicts import find_all, verdict
-from tests.study.written import finding, planned, write_answers, write_metrics
+from tests.study.written import TREE, finding, planned, write_answers, write_metrics
 
 DOMAINS = ["sums"] * 20 + ["counting"] * 10
 MACHINE = {"cpu": "a <b>cpu</b>", "cores": 2, "commit": None}
@@ -160,3 +165,51 @@ def test_an_unfinished_study_still_has_its_record_page_and_figures() -> None:
     assert "https://" not in page.replace("https://arxiv.org", "") and "<script" not in page
     assert page.count('<img src="data:image/png') == 2 and "not complete" in page
     assert "hot is \\| better" in findings_table([record])
+
+
+@pytest.mark.parametrize("arms", [["default"], ["default", "hot"]])
+def test_budgets_are_drawn_at_their_accuracies(
+    arms: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a curve is left out, stands at other accuracies, or is not named for its arm."""
+    canvases = []
+
+    def draw(painter: Any, paint: Callable[[Any, Figure], bool], file: Path) -> Path:
+        canvases.append(Figure())
+        assert paint(painter, canvases[-1])
+        return file
+
+    monkeypatch.setattr(study_figures, "draw_png", draw)
+    stages = {
+        **TREE["stages"],
+        "score": {
+            **TREE["stages"]["score"],
+            "settings": {**TREE["stages"]["score"]["settings"], "budgets": [4, 8]},
+        },
+    }
+    figure = {"draw": "budgets", "title": "Budgets", "stage": "score", "arms": arms}
+    plan = planned(stages=stages, figures=[figure])
+    shares = {"slow": 0.5, "nothink": 0.1, "budget-4": 0.2, "budget-8": 0.4}
+    for arm in arms:
+        written = {
+            mode: {"correct": np.tile(np.arange(10) < 10 * share, 2).astype(int)[:20, None],
+                   "tokens": np.full((20, 1), 7)}
+            for mode, share in shares.items()
+        }  # fmt: skip
+        write_answers(plan.run(arm, 0, "score"), written, ["sums"] * 20)
+    write_figures(plan, Path("mine"))
+    (axes,) = canvases[0].axes
+    curves = {
+        str(line.get_label()): (np.ravel(line.get_xdata()).tolist(), np.ravel(line.get_ydata()))
+        for line in axes.lines
+        if not str(line.get_label()).startswith("_")
+    }
+    for arm in arms:
+        name = f"{arm}, " if len(arms) > 1 else ""
+        at, values = curves.pop(f"{name}thought closed by force")
+        assert at == [4, 8] and values == pytest.approx([20, 40])
+        at, values = curves.pop(f"{name}response cut off")
+        assert at == [4, 8] and values == pytest.approx([0, 50])
+        assert curves.pop(f"{name}slow thinking (7 tokens)")[1] == pytest.approx([50, 50])
+        assert curves.pop(f"{name}NoThink (7 tokens)")[1] == pytest.approx([10, 10])
+    assert not curves
