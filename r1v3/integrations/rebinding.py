@@ -5,7 +5,6 @@ import importlib.metadata
 import inspect
 from dataclasses import dataclass
 from operator import attrgetter
-from types import TracebackType
 from typing import Any
 
 from r1v3.integrations.versions import TESTED, requirement
@@ -64,12 +63,7 @@ class Rebound:
     def __enter__(self) -> "Rebound":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
     def __repr__(self) -> str:
