@@ -14,10 +14,9 @@ from torch import Tensor
 
 from r1v3.config import GRPO, SFT, Connector, Data, Evaluate
 from r1v3.data.batch import Batch
-from r1v3.data.builders import questions
 from r1v3.data.encoding import Example, collate, encode_sample, model_image_shape
+from r1v3.data.recipe import cold_start_rows
 from r1v3.data.sample import Sample
-from r1v3.data.tasks import IN_DOMAIN
 from r1v3.data.tokenizer import load_tokenizer
 from r1v3.engine.head import Head
 from r1v3.engine.hf.engine import HFEngine
@@ -25,9 +24,9 @@ from r1v3.model.internvl import load_model
 from r1v3.model.parts import PARTS
 
 _PROMPTS, _GROUP, _STEPS = 8, 32, 6
-# Tokens of a typical response, and what decoding a completion costs in steps of a full batch.
-_RESPONSE_TOKENS = 50
-_COMPLETION_STEPS = 80
+# What decoding a completion costs in steps of a full batch, for each token of a typical response:
+# a batch goes on until its longest one ends.
+_STEPS_PER_TOKEN = 1.6
 
 
 @dataclass(frozen=True)
@@ -57,37 +56,39 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def measure(model: Path) -> Speed:
-    """Do a little of everything with a model folder on one thread; return what it took."""
+def measure(model: Path, data: Data) -> Speed:
+    """Do a little of everything with a model folder on one thread; return what it took.
+
+    Args:
+        data: the recipe, whose cold-start rows stand for all pictures and responses.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _measure(model)
+        return _measure(model, data)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(model: Path) -> Speed:
+def _measure(model: Path, data: Data) -> Speed:
     tokenizer = load_tokenizer(model)
     engine = HFEngine(load_model(model), tokenizer, modules=dict.fromkeys(PARTS, True))
     shape = model_image_shape(engine.config, 1)
     rows = _PROMPTS * _GROUP
-    questions("train", IN_DOMAIN, 1, 0)  # loads the scans
+    cold_start_rows(data, 1)  # loads the scans
     samples: list[Sample] = []
-    composing = _seconds(lambda: samples.extend(questions("train", IN_DOMAIN, rows, 0)))
+    composing = _seconds(lambda: samples.extend(cold_start_rows(data, rows)))
     examples: list[Example] = []
     encoding = _seconds(
         lambda: examples.extend(encode_sample(sample, tokenizer, shape) for sample in samples)
     )
+    pictured = [one for one in examples if len(one.tiles)] or examples
+    tokens = sum(len(example.response_ids) for example in pictured) // len(pictured)
 
-    def batch(prompts: int, group_size: int) -> Batch:
-        responses = [[tokenizer.pad_token_id] * _RESPONSE_TOKENS] * (prompts * group_size)
-        return collate(
-            examples[:prompts],
-            tokenizer.pad_token_id,
-            responses=responses,
-            group_size=group_size,
-        )
+    def batch(chosen: list[Example], group_size: int) -> Batch:
+        pad = tokenizer.pad_token_id
+        responses = [[pad] * tokens] * (len(chosen) * group_size)
+        return collate(chosen, pad, responses=responses, group_size=group_size)
 
     def loss(head: Head, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         return -head.logprobs_and_entropy()[0].mean(), {}
@@ -95,16 +96,17 @@ def _measure(model: Path) -> Speed:
     def learn(given: Batch) -> None:
         engine.train_step([given], loss, learning_rate=0.0)
 
-    pairs, grouped = batch(64, 1), batch(_PROMPTS // 4, _GROUP)
+    pairs, grouped = batch(examples[:64], 1), batch(pictured[: _PROMPTS // 4], _GROUP)
     learn(grouped)  # the first step of a process is slower
     learning = _seconds(lambda: learn(pairs)) / 64
     responding = _seconds(lambda: learn(grouped)) / (_PROMPTS // 4 * _GROUP)
     decoder, ids = engine.decoder(), torch.full((rows,), tokenizer.pad_token_id)
-    prefilling = _seconds(lambda: decoder.prefill(pairs, 1, 2)) / 64
-    decoder.prefill(batch(_PROMPTS, _GROUP), _GROUP, _STEPS + 32)
+    asked = batch(pictured[:64], 1)
+    prefilling = _seconds(lambda: decoder.prefill(asked, 1, 2)) / len(pictured[:64])
+    decoder.prefill(batch(pictured[:_PROMPTS], _GROUP), _GROUP, _STEPS + 32)
     decoder.step(ids)
     decoding = _seconds(lambda: [decoder.step(ids) for _ in range(_STEPS)]) / (_STEPS * rows)
-    completing = decoding * _COMPLETION_STEPS
+    completing = decoding * tokens * _STEPS_PER_TOKEN
     return Speed(composing / rows, encoding / rows, learning, responding, prefilling, completing)
 
 

@@ -79,6 +79,11 @@ def build(
     return paths
 
 
+def cold_start_rows(config: Data, count: int) -> list[Sample]:
+    """Make so many rows of the cold start, as `build` would, and write nothing."""
+    return _makers(config)["sft"](count)[0]
+
+
 def share_out(counts: Mapping[str, int], parts: int) -> list[list[str]]:
     """Share named work among `parts`, the largest first, each to the part that has least."""
     shares: list[list[str]] = [[] for _ in range(parts)]
