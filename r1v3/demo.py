@@ -136,12 +136,8 @@ def run_demo(run: Path | None, seed: int, configs: Path, *, resuming: bool) -> d
 
     def foretell() -> None:
         if not resuming:
-            minutes = (
-                expected_seconds(
-                    measure(demo.base, demo.stages["data"]), demo.stages, demo.scoring()
-                )
-                / 60
-            )
+            speed = measure(demo.base, demo.stages["data"])
+            minutes = expected_seconds(speed, demo.stages, demo.scoring()) / 60
             console.print(f"about {minutes:.0f} minutes, longer beside other programs")
 
     begin("data", demo.stages["data"], folder)
