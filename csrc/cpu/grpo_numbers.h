@@ -23,7 +23,7 @@ struct Exponential {
 };
 
 // For |x| <= 20, to some units in the last place, the differences too; NaN stays.
-inline Exponential exponential(F x) {
+__attribute__((always_inline)) inline Exponential exponential(F x) {
   const F magic = broadcast(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
   const F shifted = x * 1.44269504f + magic;
   const F n = shifted - magic;

@@ -1,5 +1,8 @@
 """The compiled CPU kernels for log-probability and entropy, against float64."""
 
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 import torch
@@ -242,3 +245,14 @@ def test_the_probe_of_bandwidth_reads_everything(capability: str, n: int) -> Non
     for threads in (1, 2):
         got = _C.read_sum(values.data_ptr(), n, threads, capability)
         assert got == values.double().sum().item()
+
+
+def test_a_gradient_of_a_vector_is_no_call() -> None:
+    """Fails if the compiler's limit of a file's growth takes the gradient out of the row's loop."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    command = ["nm", "-C", _C.__file__]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    if "row_gradient<" not in names:
+        pytest.skip("the compiled kernels carry no names")
+    assert "GradientOf<1>::operator()(float __vector" not in names
