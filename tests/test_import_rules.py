@@ -264,7 +264,7 @@ def kernels_of_ops(path: Path) -> set[str]:
         node.args[1].id
         for node in ast.walk(syntax(path))
         if isinstance(node, ast.Call)
-        and ast.unparse(node.func) == "register_op"
+        and ast.unparse(node.func) in ("register_op", "register_small_op")
         and isinstance(node.args[1], ast.Name)
     }
 

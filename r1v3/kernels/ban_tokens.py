@@ -4,7 +4,7 @@ from torch import Tensor
 
 from r1v3.kernels import cpu, devices, reference
 from r1v3.kernels.arguments import check_shape
-from r1v3.kernels.registration import register_op
+from r1v3.kernels.registration import register_small_op
 
 
 def ban_tokens_(
@@ -39,7 +39,7 @@ def ban_tokens_(
     if enabled is not None:
         check_shape("enabled", enabled, tuple(logits.shape[:-1]))
         enabled = enabled != 0
-    _ban_tokens_op(logits, token_ids, enabled, vocab_start)
+    _call_ban_tokens(logits, token_ids, enabled, vocab_start)
     return logits
 
 
@@ -58,6 +58,6 @@ def _ban_tokens_(
         reference.ban_tokens_(logits, token_ids, enabled=enabled, vocab_start=vocab_start)
 
 
-_ban_tokens_op = register_op(
+_call_ban_tokens = register_small_op(
     "ban_tokens_", _ban_tokens_, fake=lambda *_: None, mutates_args=("logits",)
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from r1v3.kernels import cpu, devices, reference
 from r1v3.kernels.arguments import BASELINES, SCALES, SINGLETONS, check_choice, check_shape
-from r1v3.kernels.registration import register_op
+from r1v3.kernels.registration import register_small_op
 
 
 def group_advantages(
@@ -66,7 +66,7 @@ def group_advantages(
     else:
         offsets = _offsets(groups, rewards)
     codes = BASELINES.index(baseline), SCALES.index(scale), SINGLETONS.index(singleton)
-    return _group_advantages_op(rewards, ids, offsets, length, *codes, ddof, eps)
+    return _call_group_advantages(rewards, ids, offsets, length, *codes, ddof, eps)
 
 
 def _ids(ids: Tensor, rewards: Tensor) -> Tensor:
@@ -160,6 +160,6 @@ def _fake_group_advantages(rewards: Tensor, *rest: object) -> Tensor:
     return rewards.new_empty(rewards.shape, dtype=reference.accumulation_dtype(rewards))
 
 
-_group_advantages_op = register_op(
+_call_group_advantages = register_small_op(
     "group_advantages", _group_advantages, fake=_fake_group_advantages
 )

@@ -4,9 +4,57 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
 _LIBRARY = torch.library.Library("r1v3", "FRAGMENT")
+
+
+def register_small_op(
+    name: str,
+    kernel: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    mutates_args: Sequence[str] = (),
+) -> Callable[..., Any]:
+    """Register an op without a gradient as `register_op` does, and return how to call it.
+
+    The dispatcher takes ten microseconds, longer than the smallest kernels. Where nothing between
+    the caller and the kernel wants to see the call, it goes past the dispatcher: no compiler, mode
+    or transformation is active, and all tensors are plain ones.
+    """
+    op = register_op(name, kernel, fake=fake, mutates_args=mutates_args)
+    run = _below_autograd(kernel, _written(op, mutates_args))
+
+    def call(*arguments: Any) -> Any:
+        return run(*arguments) if _unobserved(arguments) else op(*arguments)
+
+    return call
+
+
+def _unobserved(arguments: Sequence[Any]) -> bool:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(x) is Tensor for x in arguments if isinstance(x, Tensor))
+
+
+def _written(op: OpOverload, mutates_args: Sequence[str]) -> list[int]:
+    return [i for i, x in enumerate(op._schema.arguments) if x.name in mutates_args]
+
+
+def _below_autograd(kernel: Callable[..., Any], written: Sequence[int]) -> Callable[..., Any]:
+    """The kernel without autograd, which is told what was written."""
+
+    def run(*arguments: Any) -> Any:
+        for i in written:
+            if arguments[i] is not None:
+                torch.autograd.graph.increment_version(arguments[i])
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*arguments)
+
+    return run
 
 
 def register_op(
@@ -40,15 +88,7 @@ def register_op(
         tags.append(torch.Tag.cudagraph_unsafe)
     _LIBRARY.define(name + schema, tags=tuple(tags))
     op: OpOverload = getattr(torch.ops.r1v3, name).default
-    written = [i for i, x in enumerate(op._schema.arguments) if x.name in mutates_args]
-
-    def run(*arguments: Any) -> Any:
-        for i in written:
-            if arguments[i] is not None:
-                torch.autograd.graph.increment_version(arguments[i])
-        with torch._C._AutoDispatchBelowAutograd():
-            return kernel(*arguments)
-
+    run = _below_autograd(kernel, _written(op, mutates_args))
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
     torch.library.register_fake(op, fake, lib=_LIBRARY)

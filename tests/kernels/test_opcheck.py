@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from r1v3 import kernels
 from tests.kernels.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="registration does not see the kernels")
@@ -143,3 +145,30 @@ def test_no_op_is_forgotten() -> None:
     every = torch._C._dispatch_get_all_op_names()
     registered = {name.partition("::")[2] for name in every if name.startswith("r1v3::")}
     assert {name.partition(".")[0] for name in registered} == {name.split()[0] for name in cases()}
+
+
+class Named(TorchDispatchMode):
+    """Names of the operations that pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_small_ops_are_seen_by_who_looks() -> None:
+    """Fails if a call past the dispatcher hides an op from a mode, a write from autograd's count,
+    or gives another result."""
+    x, banned, rewards = torch.randn(3, 5), torch.tensor([1]), torch.randn(4).requires_grad_()
+    plain = x.clone(), kernels.group_advantages(rewards, 2)
+    assert kernels.ban_tokens_(plain[0], banned)._version == 1
+    assert not plain[1].requires_grad
+    with Named() as mode:
+        kernels.ban_tokens_(x, banned)
+        advantages = kernels.group_advantages(rewards, 2)
+    assert {"r1v3.ban_tokens_.default", "r1v3.group_advantages.default"} <= set(mode.seen)
+    assert torch.equal(x, plain[0]) and torch.equal(advantages, plain[1])
+    kernels.ban_tokens_(torch.nn.Parameter(x, requires_grad=False), banned)
