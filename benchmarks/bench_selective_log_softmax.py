@@ -8,6 +8,7 @@ from r1v3 import kernels
 from r1v3.kernels import reference
 
 MODES: tuple[Mode, ...] = ("forward",)
+WITH_ENTROPY = "r1v3, with the entropy"
 
 
 def eager(logits: Tensor, token_ids: Tensor) -> tuple[Tensor]:
@@ -17,6 +18,11 @@ def eager(logits: Tensor, token_ids: Tensor) -> tuple[Tensor]:
 
 def ours(logits: Tensor, token_ids: Tensor) -> tuple[Tensor]:
     return (kernels.selective_log_softmax(logits, token_ids),)
+
+
+def with_entropy(logits: Tensor, token_ids: Tensor) -> tuple[Tensor]:
+    """The same from the op that gives the entropy too."""
+    return (kernels.logprobs_and_entropy(logits, token_ids)[0],)
 
 
 def exact(logits: Tensor, token_ids: Tensor) -> tuple[Tensor]:
@@ -42,5 +48,6 @@ def problem(shape: dict[str, int], mode: Mode, device: str) -> Problem:
         eager=eager,
         reference=exact,
         row_inputs=("logits", "token_ids"),
+        restated={WITH_ENTROPY: with_entropy},
         bytes_read=logits.numel() * logits.element_size(),
     )
