@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.multiprocessor import sass
 from benchmarks.multiprocessor.model import RESERVED, SHARED, Block
-from benchmarks.multiprocessor.reading import Compiled, one_pass, part_of_row
+from benchmarks.multiprocessor.reading import Compiled, one_pass, part_of_row, streamed_row
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW_INTEGERS = "n_rows base out_base inner vocab width vocab_start".split()
@@ -94,21 +94,27 @@ def modelled(architecture: str, vocabularies: list[int]) -> Iterator[Modelled]:
     from r1v3.kernels.triton import logits_gradient, logits_statistics
 
     target = int(architecture)
-    for name, module, kernel, arguments, writes in (
-        ("row statistics", logits_statistics, logits_statistics._row_statistics_kernel,
-         statistics_arguments("bf16", 8), False),
-        ("row gradient", logits_gradient, logits_gradient._row_gradient_kernel,
-         gradient_arguments("bf16", 8), True),
-    ):  # fmt: skip
-        binary = compile_triton(kernel, target, arguments, module.WARPS)
-        (compiled,) = read_binary(binary.asm["cubin"], module.WARPS * 32)
-        for vocab in vocabularies:
-            vectors = vocab * BFLOAT16 // VECTOR
-            parts = max(1, -(-(vectors // module.VECTORS) // module.PART_BLOCKS))
-            rest = -(-(vectors % module.VECTORS) // module.VECTORS)
-            part = vocab * BFLOAT16 / parts
-            block = part_of_row(compiled, part, part * writes, rest / parts)
-            yield Modelled(name, vocab, compiled, block)
+    module: Any = logits_statistics
+    binary = compile_triton(
+        module._row_statistics_kernel, target, statistics_arguments("bf16", 8), module.WARPS
+    )
+    (compiled,) = read_binary(binary.asm["cubin"], module.WARPS * 32)
+    for vocab in vocabularies:
+        blocks, rest = divmod(vocab * BFLOAT16, module.VECTORS * VECTOR)
+        starts = range(0, max(blocks, 1), module.PART_BLOCKS)
+        parts = [min(module.PART_BLOCKS, blocks - start) for start in starts]
+        yield Modelled("row statistics", vocab, compiled, streamed_row(compiled, parts, rest))
+    module = logits_gradient
+    binary = compile_triton(
+        module._row_gradient_kernel, target, gradient_arguments("bf16", 8), module.WARPS
+    )
+    (compiled,) = read_binary(binary.asm["cubin"], module.WARPS * 32)
+    for vocab in vocabularies:
+        vectors = vocab * BFLOAT16 // VECTOR
+        count = max(1, -(-(vectors // module.VECTORS) // module.PART_BLOCKS))
+        ends = -(-(vectors % module.VECTORS) // module.VECTORS) / count
+        part = vocab * BFLOAT16 / count
+        yield Modelled("row gradient", vocab, compiled, part_of_row(compiled, part, part, ends))
     if shutil.which("nvcc"):
         for vocab in vocabularies:
             yield _one_pass(architecture, vocab)

@@ -71,6 +71,46 @@ def part_of_row(kernel: Compiled, read: float, written: float, ends: float) -> B
     return kernel.block(*phases, last)
 
 
+def streamed_row(kernel: Compiled, parts: Sequence[int], rest: float) -> Block:
+    """The programs of a row one after the other, each of which reads its part in rounds of a loop.
+
+    A round's loads are issued in the round before.
+
+    Args:
+        parts: 16-byte vectors of each thread in each program.
+        rest: bytes that the last program collects in a loop of narrow loads.
+    """
+    code = kernel.code
+    loads = [i for i in code if i.is_load and i.is_wide]
+    loops = sass.loops(code)
+    if len(loops) != 2 or not any(load in loops[0] for load in loads):
+        raise ValueError("the kernel has no loop of 16-byte loads, followed by one for the rest")
+    early, late = _split(loops[0], next(load for load in loops[0] if load in loads))
+    at_once = sum(load in late for load in loads)
+    vector = 16.0 * kernel.threads
+    before = kernel.warps * slots([i for i in code if i.address < early[0].address])
+    waits = 150.0 + LOAD * sass.dependent_loads(code, loads[0])
+    after = [i for i in code if i.address > loops[1][-1].address]
+    barriers = sum(i.kind == "BAR" for i in after)
+    reducing = Phase(kernel.warps * slots(after), 0.0, 50.0 + BARRIER * min(barriers, 3))
+    phases = []
+    for vectors in parts:
+        rounds = [min(at_once, vectors - k) * vector for k in range(0, vectors, at_once)]
+        phases += [Phase(least=START), Phase(before, 0.0, waits), Phase(0.0, rounds[0], STREAM)]
+        for following in rounds[1:]:
+            phases.append(Phase(kernel.warps * slots(early)))
+            phases.append(Phase(kernel.warps * slots(late), following, STREAM))
+        phases.append(Phase(kernel.warps * slots(loops[0]), 0.0, 150.0))
+        phases.append(reducing)
+    collecting = Phase(kernel.warps * slots(loops[1]), rest, STREAM)
+    return kernel.block(*phases[:-1], *([collecting] if rest else []), phases[-1])
+
+
+def _split(code: Code, at: Instruction) -> tuple[list[Instruction], list[Instruction]]:
+    """What is before an instruction, and the rest."""
+    return [i for i in code if i.address < at.address], [i for i in code if i.address >= at.address]
+
+
 @dataclass(frozen=True)
 class OnePass:
     """Slots of the one-pass kernel per warp, in its parts, and what its threads wait for."""

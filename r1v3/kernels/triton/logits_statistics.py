@@ -1,10 +1,10 @@
 """Triton kernels over rows of logits: statistics of parts or shards, and their merge.
 
-A row is cut into parts of 16 KiB, one program each: a program's loads need nothing of each other,
-so one row is one memory latency deep (two where the compiler orders the last loads behind the
-first sum) and seven fill an H100, and how a row is summed never depends on how many
-rows there are. Between the first load and the end of a part no thread waits for
-another: a state is kept per 16-byte vector, and reduced once.
+A row is cut into parts of 40 KiB, one program each, which reads its part four blocks at a time and
+asks for the next four while it sums these. A shard of 18,976 logits is one part, 17 rows of a whole
+vocabulary fill an H100, and how a row is summed never depends on how many rows there are. Between
+the first load and the end of a part no thread waits for another: every thread has a state of its
+own, raised once for 32 logits, and states are reduced once.
 
 V = 151,674 makes most rows start off a 16-byte boundary: each row skips to the first aligned
 element, streams unmasked vectors from there, and the last part collects the skipped head and the
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from r1v3.kernels import devices
 
-# Two 16-byte vectors per thread of 4 warps, and four such blocks per program: what a thread does
-# once, before its loads and when states are reduced, is shared by 64 logits, and registers are few
+# A 16-byte vector per thread of 4 warps, and twenty such blocks per program: what a thread does
+# once, before its loads and when states are reduced, is shared by 160 logits, and registers are few
 # enough for ten programs per multiprocessor.
-VECTORS = 256
-PART_BLOCKS = 4
+VECTORS = 128
+PART_BLOCKS = 20
 WARPS = 4
 MERGE_ELEMENTS = 512
 LOWEST = tl.constexpr(-3.4028234e38)
@@ -57,21 +57,59 @@ def row_scale(unit: tl.constexpr, temperature):
 
 
 @triton.jit
-def _accumulate(x, m, s, w, scale):
-    """Online (max, sum e, sum e d), d = (x - max) * scale in log2 units, per row of x [*, k]."""
-    top = tl.maximum(m, tl.max(x, axis=1))
+def _raised(m, s, w, top, scale):
+    """(max, sum e, sum e d) for the maximum `top` instead of m, d = (x - max) * scale."""
     gap = _distance(m, top, scale)
     shrink = tl.exp2(gap)
-    d = _distance(x, top[:, None], scale)
+    return top, shrink * s, shrink * (w + gap * s)
+
+
+@triton.jit
+def _added(x, m, s, w, scale):
+    """The same with x [*, k], of which nothing is above m."""
+    d = _distance(x, m[:, None], scale)
     e = tl.exp2(d)
-    w = shrink * (w + gap * s) + tl.sum(e * d, axis=1)
-    s = shrink * s + tl.sum(e, axis=1)
-    return top, s, w
+    return m, s + tl.sum(e, axis=1), w + tl.sum(e * d, axis=1)
+
+
+@triton.jit
+def _accumulate(x, m, s, w, scale):
+    m, s, w = _raised(m, s, w, tl.maximum(m, tl.max(x, axis=1)), scale)
+    return _added(x, m, s, w, scale)
+
+
+@triton.jit
+def _accumulate_four(x0, x1, x2, x3, m, s, w, scale):
+    x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+    low = tl.maximum(tl.max(x0, axis=1), tl.max(x1, axis=1))
+    high = tl.maximum(tl.max(x2, axis=1), tl.max(x3, axis=1))
+    m, s, w = _raised(m, s, w, tl.maximum(m, tl.maximum(low, high)), scale)
+    m, s, w = _added(x0, m, s, w, scale)
+    m, s, w = _added(x1, m, s, w, scale)
+    m, s, w = _added(x2, m, s, w, scale)
+    return _added(x3, m, s, w, scale)
 
 
 @triton.jit
 def row_offset(row, base, inner, stride_outer, stride_inner):
     return base + (row // inner) * stride_outer + (row % inner) * stride_inner
+
+
+@triton.jit
+def _stream(pointers, inside):
+    return tl.load(pointers, mask=inside, other=-float("inf"), eviction_policy="evict_first")
+
+
+@triton.jit
+def _four_blocks(pointers, block, end, BLOCK: tl.constexpr):
+    """Blocks from this one on, -inf from `end` on; `pointers` are those of block 0."""
+    pointers += block * BLOCK
+    return (
+        _stream(pointers, block < end),
+        _stream(pointers + BLOCK, block + 1 < end),
+        _stream(pointers + 2 * BLOCK, block + 2 < end),
+        _stream(pointers + 3 * BLOCK, block + 3 < end),
+    )
 
 
 @triton.jit(do_not_specialize=["n_rows", "inner", "stride_outer"])
@@ -101,9 +139,8 @@ def _row_statistics_kernel(
     PART_BLOCKS: tl.constexpr,
 ):
     BLOCK: tl.constexpr = VECTORS * ALIGN
-    pid = tl.program_id(0)
-    selected = (pid // parts).to(tl.int64)
-    part = pid % parts
+    selected = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     row = selected
     if HAS_ROWS:
         row = tl.load(rows_ptr + selected).to(tl.int64)
@@ -125,16 +162,13 @@ def _row_statistics_kernel(
     s = tl.zeros([VECTORS], tl.float32)
     w = tl.zeros([VECTORS], tl.float32)
     first = part * PART_BLOCKS
-    start = tl.multiple_of(offset + head + first * BLOCK, ALIGN)
-    tl.static_assert(PART_BLOCKS == 4)
-    x0 = _stream(x_ptr + start + lanes, first < full)
-    x1 = _stream(x_ptr + tl.multiple_of(start + BLOCK, ALIGN) + lanes, first + 1 < full)
-    x2 = _stream(x_ptr + tl.multiple_of(start + 2 * BLOCK, ALIGN) + lanes, first + 2 < full)
-    x3 = _stream(x_ptr + tl.multiple_of(start + 3 * BLOCK, ALIGN) + lanes, first + 3 < full)
-    m, s, w = _accumulate(x0.to(tl.float32), m, s, w, scale)
-    m, s, w = _accumulate(x1.to(tl.float32), m, s, w, scale)
-    m, s, w = _accumulate(x2.to(tl.float32), m, s, w, scale)
-    m, s, w = _accumulate(x3.to(tl.float32), m, s, w, scale)
+    end = tl.minimum(first + PART_BLOCKS, full)
+    row_ptr = x_ptr + tl.multiple_of(offset + head, ALIGN) + lanes
+    x0, x1, x2, x3 = _four_blocks(row_ptr, first, end, BLOCK)
+    for block in range(first, end, 4):
+        y0, y1, y2, y3 = _four_blocks(row_ptr, block + 4, end, BLOCK)
+        m, s, w = _accumulate_four(x0, x1, x2, x3, m, s, w, scale)
+        x0, x1, x2, x3 = y0, y1, y2, y3
     if part == parts - 1:
         done = full.to(tl.int64) * BLOCK
         for rest in range(0, vocab - done, BLOCK):
@@ -155,11 +189,6 @@ def _row_statistics_kernel(
     tl.store(out + 1, tl.sum(shrink * s, axis=0))
     tl.store(out + 2, tl.sum(shrink * (w + gap * s), axis=0) * LN_2)
     tl.store(out + 3, target)
-
-
-@triton.jit
-def _stream(pointers, inside):
-    return tl.load(pointers, mask=inside, other=-float("inf"), eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -311,7 +340,7 @@ def row_statistics(
     number, temperatures = temperature_arguments(temperature)
     if n:
         with devices.launching_on(logits):
-            _row_statistics_kernel[(n * parts,)](
+            _row_statistics_kernel[(n, parts)](
                 layout.pointer, rows, token_ids, _flags(keep), shard, temperatures, stats, n,
                 layout.base, layout.inner, layout.stride_outer, layout.stride_inner, vocab, number,
                 parts, HAS_ROWS=rows is not None, HAS_IDS=token_ids is not None,
