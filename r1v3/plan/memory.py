@@ -9,7 +9,7 @@ bytes; GB is 10^9.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from r1v3.kernels.linear.tiles import DEVICE_WORKSPACE
+from r1v3.kernels.linear.tiles import GROUP_WORKSPACE
 from r1v3.model.flops import Dimensions, Work
 
 # Not measured here; what is usual for a process with NCCL communicators on an 80 GB device.
@@ -284,7 +284,8 @@ def head_workspace(
     # All tokens gathered and their gradient; the counted rows, their gradient in both precisions.
     hidden = 2 * t * h * e + m * h * (2 * e + 4)
     weight = columns * h * (4 + e) if trained else 0
-    chunk = min(DEVICE_WORKSPACE, m * columns * (4 + e))
+    # Without a group the head takes more where that is free.
+    chunk = min(GROUP_WORKSPACE, m * columns * (4 + e))
     return float(hidden + weight + chunk), float(hidden + weight + 2 * 4 * m * columns)
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -157,3 +159,22 @@ def test_logits_in_the_memory_of_a_gradient(
     for got, want in zip(*answers, strict=True):
         near = torch.finfo(got.dtype).eps
         torch.testing.assert_close(got.double(), want.double(), rtol=8 * near, atol=2 * near)
+
+
+@pytest.mark.parametrize(("group", "free", "chunks"), [("", 40, 2), ("", 3, 8), ("tp", 40, 8)])
+def test_chunks_on_a_device(
+    group: str, free: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a head's gradient is read and written more often than free memory asks for, or
+    ranks of a group, whose free memory differs, choose their own chunks."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    weight = SimpleNamespace(device=device, shape=(151_674, 5120))
+    head: Any = SimpleNamespace(
+        weight=weight, group=group, row_tile=0, result=torch.float32, operand=torch.bfloat16,
+        whole_rows=True, common_width=lambda: 151_674,
+    )  # fmt: skip
+    rows = tiles.chunk_rows(head, 8192, sums=True)
+    assert rows == 8192 // chunks

@@ -134,9 +134,9 @@ def linear_grpo_loss(
 
     Where a gradient is required, it is computed together with the loss: three matrix products
     instead of the four of a recomputing backward, which then only multiplies by the upstream
-    gradient (in place: a second backward raises). As many rows at a time as `CPU_WORKSPACE` or
-    `DEVICE_WORKSPACE` of `tiles` allow; on the CPU, up to H rows (H / 2 with bfloat16) keep
-    their logits where the weight's gradient will be.
+    gradient (in place: a second backward raises). As many rows at a time as `CPU_WORKSPACE`,
+    `DEVICE_WORKSPACE` or `GROUP_WORKSPACE` of `tiles` allow; on the CPU, up to H rows (H / 2 with
+    bfloat16) keep their logits where the weight's gradient will be.
 
     If that is more than one chunk, the gradient of a 16-bit weight is summed in a float32 [V, H]
     of its own. On the CPU the logits are then computed twice instead.

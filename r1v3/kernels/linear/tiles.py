@@ -12,10 +12,13 @@ import torch
 from r1v3.kernels.linear.head import TiledHead
 
 # Whole rows of logits and their gradient, for the one-pass loss: on the CPU 96 rows of 151,936.
-# On a GPU a product of fewer than about a thousand rows is bound by reading the weight.
+# On a GPU a product of fewer than about a thousand rows is bound by reading the weight, and every
+# chunk reads it twice and its float32 gradient once, and writes that: of 152,064 x 5,120 numbers,
+# 9.3 GB, as much as the logits of 3,400 rows. A shard of a group is narrow.
 CPU_WORKSPACE = 56 * 2**20
 SMALLEST_DEVICE_WORKSPACE = 160 * 2**20
-DEVICE_WORKSPACE = 2**30
+DEVICE_WORKSPACE = 2**32
+GROUP_WORKSPACE = 2**30
 ROW_ALIGNMENT = 128
 # Tiles of logits, cut into columns as well: rows of one product, and bytes.
 CPU_BLOCK_ROWS = 1024
@@ -76,12 +79,13 @@ def chunk_rows(head: TiledHead, n: int, *, sums: bool) -> int:
 def _workspace(device: torch.device, *, shared: bool) -> int:
     if device.type != "cuda":
         return CPU_WORKSPACE
+    if shared:
+        return GROUP_WORKSPACE
     size = DEVICE_WORKSPACE
-    if not shared:
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        while size > free // 2 and size > SMALLEST_DEVICE_WORKSPACE:
-            size //= 2
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    while size > free // 2 and size > SMALLEST_DEVICE_WORKSPACE:
+        size //= 2
     return size
 
 
