@@ -107,7 +107,7 @@ def streamed_row(kernel: Compiled, parts: Sequence[int], rest: float) -> Block:
 
 
 def _split(code: Code, at: Instruction) -> tuple[list[Instruction], list[Instruction]]:
-    """What is before an instruction, and the rest."""
+    """The instructions before one, and the rest."""
     return [i for i in code if i.address < at.address], [i for i in code if i.address >= at.address]
 
 
