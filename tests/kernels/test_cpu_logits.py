@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -255,4 +256,7 @@ def test_a_gradient_of_a_vector_is_no_call() -> None:
     names = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     if "row_gradient<" not in names:
         pytest.skip("the compiled kernels carry no names")
+    source = Path(__file__).resolve().parents[2] / "csrc/cpu/rows_impl.h"
+    if Path(_C.__file__).stat().st_mtime < source.stat().st_mtime:
+        pytest.skip("the kernels were compiled before their source was changed")
     assert "GradientOf<1>::operator()(float __vector" not in names
