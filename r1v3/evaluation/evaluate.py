@@ -22,7 +22,7 @@ from r1v3.data.words import expand_words
 from r1v3.engine.build import build_engine, connect, resolve_max_tiles
 from r1v3.engine.contract import Decoder
 from r1v3.evaluation.measures import answer_measures, question_facts
-from r1v3.evaluation.policy import Answers, Policy, mode_sampling
+from r1v3.evaluation.policy import Answers, Policy, mode_sampling, question_seed
 from r1v3.evaluation.statistics import score
 from r1v3.files import digest_of, write_bytes, write_json
 from r1v3.model.conversion import load_config
@@ -60,7 +60,7 @@ def run_mode(
     mode: str,
     notify: Callable[[int], None] = lambda completions: None,
 ) -> tuple[dict[str, Any], Answers]:
-    """Score one mode; the random numbers depend on seed and mode, not on the checkpoint.
+    """Score one mode; a question's random numbers depend on it and the seed alone.
 
     A batch holds as many completions in every mode: where a question is answered once, more
     questions share the cost of a decoding step. `notify`: see `Policy.answer`.
@@ -69,11 +69,14 @@ def run_mode(
         config.decoding, config.monitor.words, policy.tokenizer, mode
     )
     repeats = _repeats(config, mode)
-    generator = torch.Generator().manual_seed(config.seed * 1009 + sum(mode.encode()))
     answers = policy.answer(
         samples,
         sampling,
-        generator=generator,
+        generator=torch.Generator(),
+        seeds=[
+            question_seed(config.seed, one.data_source, str(one.index), one.question, *one.images)
+            for one in samples
+        ],
         repeats=repeats,
         thinking=thinking,
         batch_prompts=config.batch_prompts * max(1, config.samples // repeats),

@@ -1,7 +1,8 @@
 """A policy that answers questions: samples in, graded completions out, in every decoding mode."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,17 @@ def mode_sampling(
         raise ValueError(f"mode {mode!r} is not slow, nothink, nowait or budget-N")
     sampling = Sampling(decoding.temperature, decoding.max_tokens, banned, budget)
     return sampling, mode != "nothink"
+
+
+def question_seed(seed: int, *question: str | bytes) -> int:
+    """The seed of a question's random numbers: that of the run, and what tells it from others.
+
+    It is the same in every mode and for every checkpoint, so that gains are paired.
+    """
+    digest = hashlib.sha256(str(seed).encode())
+    for part in question:
+        digest.update(b"\0" + (part.encode() if isinstance(part, str) else part))
+    return int.from_bytes(digest.digest()[:6], "big")
 
 
 @dataclass(frozen=True)
@@ -113,19 +125,27 @@ class Policy:
     def _request(self, sample: Sample, example: Example, thinking: bool) -> Request:
         return Request(example, sample, thinking, self.shape.pictures)
 
-    def complete(
+    def ask(
         self,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         sampling: Sampling,
         *,
         generator: torch.Generator,
-        group_size: int = 1,
-    ) -> tuple[Rollout, list[str]]:
-        """Sample `group_size` completions of each prompt; return the rollout and its texts."""
-        rollout = self.sampler.complete(
-            requests, sampling, group_size=group_size, generator=generator
-        )
-        return rollout, decode_texts(self.tokenizer, rollout, self.stop_id)
+        repeats: int = 1,
+        batch_prompts: int,
+    ) -> Iterator[tuple[list[int], Rollout, list[str]]]:
+        """Sample `repeats` completions of each prompt; yield them with their texts as they come.
+
+        See `contract.Sampler.stream`.
+        """
+        for numbers, rollout in self.sampler.stream(
+            requests,
+            sampling,
+            group_size=repeats,
+            generator=generator,
+            batch_prompts=batch_prompts,
+        ):
+            yield numbers, rollout, decode_texts(self.tokenizer, rollout, self.stop_id)
 
     def answer(
         self,
@@ -133,6 +153,7 @@ class Policy:
         sampling: Sampling,
         *,
         generator: torch.Generator,
+        seeds: Sequence[int] | None = None,
         repeats: int = 1,
         thinking: bool = True,
         batch_prompts: int = 64,
@@ -140,26 +161,35 @@ class Policy:
     ) -> Answers:
         """Complete and grade every sample `repeats` times.
 
-        Prompts are batched in order of their length; the answers come in the order of `samples`.
-        `notify` is told after each batch how many completions it held.
+        Prompts are asked in order of their length; the answers come in the order of `samples`.
+
+        Args:
+            generator: as `contract.Sampler.stream`.
+            seeds: of the random numbers of each sample; None takes them from `generator`.
+            notify: told how many completions have come, whenever some have.
         """
         requests = self.requests(samples, thinking)
+        if seeds is not None:
+            pairs = zip(requests, seeds, strict=True)
+            requests = [replace(request, seed=seed) for request, seed in pairs]
         by_length = sorted(range(len(samples)), key=lambda i: len(requests[i].example.prompt_ids))
         texts: list[str] = [""] * (len(samples) * repeats)
         tokens = np.zeros((len(samples), repeats), dtype=np.int64)
         rollouts: list[Rollout | None] = [None] * len(samples)
-        for start in range(0, len(samples), batch_prompts):
-            chosen = by_length[start : start + batch_prompts]
-            rollout, completed = self.complete(
-                [requests[i] for i in chosen], sampling, generator=generator, group_size=repeats
-            )
+        for numbers, rollout, completed in self.ask(
+            (requests[i] for i in by_length),
+            sampling,
+            generator=generator,
+            repeats=repeats,
+            batch_prompts=batch_prompts,
+        ):
             lengths = rollout.mask.sum(1).view(-1, repeats).numpy()
-            for position, i in enumerate(chosen):
-                rows = slice(position * repeats, (position + 1) * repeats)
+            for position, number in enumerate(numbers):
+                i, rows = by_length[number], slice(position * repeats, (position + 1) * repeats)
                 texts[i * repeats : (i + 1) * repeats] = completed[rows]
                 tokens[i] = lengths[position]
                 rollouts[i] = rollout.rows(rows.start, rows.stop)
-            notify(len(chosen) * repeats)
+            notify(len(completed))
         asked = [sample for sample in samples for _ in range(repeats)]
         # Time limits may differ from rank to rank; grades must not.
         rewards = self.ranks.divide(

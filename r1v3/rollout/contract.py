@@ -1,6 +1,6 @@
 """The interface of everything that samples completions for a trainer or an evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -136,6 +136,31 @@ class Sampler(Protocol):
             generator: the only source of randomness; advanced by the call.
         Raises:
             RuntimeError: some prompt has no valid answer, and a retry would not give one.
+        """
+        ...
+
+    def stream(
+        self,
+        requests: Iterable[Request],
+        sampling: Sampling,
+        *,
+        group_size: int = 1,
+        generator: torch.Generator,
+        batch_prompts: int,
+    ) -> Iterator[tuple[list[int], Rollout]]:
+        """Sample `group_size` completions of every request; yield them as they come.
+
+        Every rank is given what every other is: the numbers of the requests that were completed,
+        counted from 0 as they were drawn, and their completions as `complete` gives them.
+
+        Args:
+            requests: drawn as there is room, so that their pictures need not all be held; perhaps
+                on the first rank alone, and in another thread.
+            generator: as `complete`; requests with seeds of their own do not use it.
+            batch_prompts: how many are completed at a time by an engine that waits for the last of
+                them.
+        Raises:
+            RuntimeError: as `complete`.
         """
         ...
 

@@ -12,10 +12,11 @@ from r1v3.data.thoughts import BudgetedThought
 from r1v3.engine.contract import Decoder
 from r1v3.kernels import sample_tokens
 from r1v3.ranks import ALONE, Ranks
+from r1v3.rollout.batches import Batched
 from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules, join
 
 
-class LocalSampler:
+class LocalSampler(Batched):
     """A `contract.Sampler` over live weights, which every call uses as they are then.
 
     Args:

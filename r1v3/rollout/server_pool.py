@@ -8,7 +8,7 @@ request a number of attempts, and a pool without a live server a limit on waitin
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -16,9 +16,11 @@ from r1v3.http import RequestFailed, backoff, check_limits
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
-# A request is late when most have been answered and it has run this many times as long as the
-# slowest of them, and at least this many seconds.
+# A request is late when no further job waits for its place, most requests of its kind have been
+# answered, and it has run this many times as long as the slowest of them and this many seconds.
 LATE_FACTOR, LATE_SECONDS = 2.0, 1.0
 # How long the first requests wait for servers whose check has not ended, so that not all of them
 # go to the first one that has passed.
@@ -108,8 +110,16 @@ def no_servers(what: str, servers: Sequence[Server]) -> NoServers:
 
 
 @dataclass
+class _Answered:
+    """How many requests of one kind were answered, and the seconds of the slowest."""
+
+    count: int = 0
+    slowest: float = 0.0
+
+
+@dataclass
 class Pool(Generic[Task, Answer]):
-    """A pool of servers that runs tasks, at most `limits.concurrency` of them at a time.
+    """A pool of servers that answers tasks, at most `limits.concurrency` of them at a time.
 
     Attributes:
         ask: does one task on one server. Like `check`, it raises RequestFailed when it fails; any
@@ -125,43 +135,81 @@ class Pool(Generic[Task, Answer]):
     limits: ServerLimits
     failed: int = field(default=0, init=False)
     resent: int = field(default=0, init=False)
-    _durations: list[float] = field(default_factory=list, init=False)
+    _answered: dict[int, _Answered] = field(default_factory=dict, init=False)
     _open: int = field(default=0, init=False)
+    _drawn: bool = field(default=False, init=False)
+    _slots: asyncio.Semaphore = field(init=False, repr=False)
 
-    async def run(self, tasks: Sequence[Task]) -> list[Answer]:
-        """Run all tasks; return their answers in order.
+    async def run(
+        self,
+        jobs: Iterable[Job],
+        work: Callable[[Job], Awaitable[Result]],
+        take: Callable[[int, Result], None],
+    ) -> None:
+        """Do all jobs; hand over each result, with the number of its job, as soon as it is there.
+
+        Args:
+            jobs: drawn one by one, in another thread, as there is room: never more than
+                `limits.concurrency` are held.
+            work: does a job with the help of `answer`.
 
         Raises:
             NoServers: a task failed on every attempt, or no server was live for too long.
         """
-        self._durations, self._open = [], len(tasks)
+        self._answered, self._open, self._drawn = {}, 0, False
+        self._slots = asyncio.Semaphore(self.limits.concurrency)
         for server in self.servers:
             server.retry_at = 0.0  # much may have happened since the last run
-        slots = asyncio.Semaphore(self.limits.concurrency)
-
-        async def one(task: Task) -> Answer:
-            async with slots:
-                return await self._answer(task)
-
-        async def all_of_them() -> list[Answer]:
-            await self._settle()
-            async with asyncio.TaskGroup() as group:
-                running = [group.create_task(one(task)) for task in tasks]
-            return [task.result() for task in running]
-
         watch = asyncio.create_task(self._watch())
-        work = asyncio.create_task(all_of_them())
+        all_of_them = asyncio.create_task(self._do(jobs, work, take))
         try:
-            await asyncio.wait([watch, work], return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            await asyncio.wait([watch, all_of_them], return_when=asyncio.FIRST_COMPLETED)
+            if not all_of_them.done():
                 await watch  # it only ends by raising
-            return work.result()
+            all_of_them.result()
         except BaseExceptionGroup as group:
             raise _first(group) from None
         finally:
-            for task in (watch, work):
+            for task in (watch, all_of_them):
                 task.cancel()
-            await asyncio.gather(watch, work, return_exceptions=True)
+            await asyncio.gather(watch, all_of_them, return_exceptions=True)
+
+    async def _do(
+        self,
+        jobs: Iterable[Job],
+        work: Callable[[Job], Awaitable[Result]],
+        take: Callable[[int, Result], None],
+    ) -> None:
+        room, numbered = asyncio.Semaphore(self.limits.concurrency), enumerate(jobs)
+
+        async def one(number: int, job: Job) -> None:
+            take(number, await work(job))
+            room.release()
+
+        await self._settle()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await room.acquire()
+                drawn = await asyncio.to_thread(next, numbered, None)
+                if drawn is None:
+                    break
+                group.create_task(one(*drawn))
+            self._drawn = True
+
+    async def answer(self, task: Task, kind: int = 0) -> Answer:
+        """Return the answer to a task; within the work of `run`.
+
+        Args:
+            kind: only tasks of one kind are compared to tell which are late.
+
+        Raises:
+            NoServers: as `run`.
+        """
+        self._open += 1
+        async with self._slots:
+            answer = await self._answer(task, self._answered.setdefault(kind, _Answered()))
+        self._open -= 1
+        return answer
 
     async def ready(self) -> None:
         """Check every server that is out, until one is live.
@@ -224,21 +272,18 @@ class Pool(Generic[Task, Answer]):
         finally:
             server.checking = False
 
-    async def _answer(self, task: Task) -> Answer:
+    async def _answer(self, task: Task, others: _Answered) -> Answer:
         reasons: list[str] = []
         tried: set[str] = set()
         while len(reasons) <= self.limits.retries:
             server = await self._free(tried)
             tried.add(server.url)
             try:
-                answer = await self._attempt(task, server)
+                return await self._attempt(task, server, others)
             except RequestFailed as failure:
                 reasons.append(failure.reason)
                 if not failure.retry:
                     break
-            else:
-                self._open -= 1
-                return answer
         count = f"{len(reasons)} attempt{'s' if len(reasons) > 1 else ''}"
         raise no_servers(f"a request failed after {count} ({'; '.join(reasons)})", self.servers)
 
@@ -252,7 +297,7 @@ class Pool(Generic[Task, Answer]):
             await asyncio.sleep(_TICK)
         return min(live, key=lambda server: (server.url in avoid, server.running))
 
-    async def _attempt(self, task: Task, server: Server) -> Answer:
+    async def _attempt(self, task: Task, server: Server, others: _Answered) -> Answer:
         """Ask a server, and a second one if it is late; return the first valid answer."""
         began = time.monotonic()
         asked = [server]
@@ -269,12 +314,14 @@ class Pool(Generic[Task, Answer]):
                     except RequestFailed as failed:
                         failure = failed
                     else:
-                        self._durations.append(time.monotonic() - began)
+                        others.count += 1
+                        others.slowest = max(others.slowest, time.monotonic() - began)
                         return answer
-                if not done and len(asked) == 1 and self._is_late(time.monotonic() - began):
-                    others = [s for s in self.servers if s.live and s is not server]
-                    if others:
-                        asked.append(min(others, key=lambda other: other.running))
+                seconds = time.monotonic() - began
+                if not done and len(asked) == 1 and self._is_late(seconds, others):
+                    free = [s for s in self.servers if s.live and s is not server]
+                    if free:
+                        asked.append(min(free, key=lambda other: other.running))
                         attempts.add(self._start(asked[1], task))
                         self.resent += 1
         finally:
@@ -308,10 +355,10 @@ class Pool(Generic[Task, Answer]):
         server.failures = 0
         return answer
 
-    def _is_late(self, seconds: float) -> bool:
-        if len(self._durations) < max(1, self._open):
+    def _is_late(self, seconds: float, others: _Answered) -> bool:
+        if not self._drawn or others.count < max(1, self._open):
             return False
-        return seconds > max(LATE_SECONDS, LATE_FACTOR * max(self._durations))
+        return seconds > max(LATE_SECONDS, LATE_FACTOR * others.slowest)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

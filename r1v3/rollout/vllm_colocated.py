@@ -37,6 +37,7 @@ from r1v3.data.special_tokens import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from r1v3.data.tiles import decode_picture
 from r1v3.data.tokenizer import token_id
 from r1v3.ranks import ALONE, Ranks, shard_range
+from r1v3.rollout.batches import Batched
 from r1v3.rollout.completions import (
     Completion,
     assemble,
@@ -99,7 +100,7 @@ OWN_ARGUMENTS = frozenset(
 )
 
 
-class ColocatedVLLM:
+class ColocatedVLLM(Batched):
     """A `contract.Sampler` by vLLM in the training processes.
 
     Args:

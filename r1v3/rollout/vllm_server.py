@@ -23,8 +23,9 @@ protocol.
 
 import asyncio
 import json
-from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Coroutine, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,7 +41,7 @@ from r1v3.http import (
     require_httpx,
 )
 from r1v3.ranks import ALONE, Ranks
-from r1v3.rollout.completions import Completion, assemble, complete_thoughts
+from r1v3.rollout.completions import Completion, assemble, close_thought
 from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
 from r1v3.rollout.server_pool import DEFAULT_LIMITS, Pool, Server, ServerLimits
 from r1v3.rollout.vllm_protocol import (
@@ -60,6 +61,21 @@ if TYPE_CHECKING:
 
 _CHECK_SECONDS, _CHECK_BYTES = 30.0, 1 << 20
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One prompt on its way.
+
+    Attributes:
+        ids: of its tokens.
+        call: the first request.
+        seeds: of the further requests that close its thoughts, one for each completion.
+    """
+
+    ids: tuple[int, ...]
+    call: Call
+    seeds: Sequence[int]
 
 
 class VLLMServers:
@@ -128,40 +144,91 @@ class VLLMServers:
                 trainer's, reports log-probs of another kind, or does not apply bans or budgets.
             NoServers: requests are unanswered, with every server and its last failure.
         """
-        check_sampling(sampling)
-        budget = sampling.budget
-        if budget is not None and budget >= sampling.max_tokens:
-            budget = None
-        sampling = replace(sampling, budget=budget)
-        # The completions of greedy decoding are one, and vLLM wants to be asked for one.
-        count = group_size if sampling.temperature > 0 else 1
-        seeds = _seeds(len(requests), generator)
-        later_seeds = _seeds(0 if budget is None else len(requests) * count, generator)
-        for i, request in enumerate(requests):
-            if (own := request.own_generator()) is not None:
-                seeds[i] = request.seed or 0
-                if later_seeds:
-                    later_seeds[i * count : (i + 1) * count] = _seeds(count, own)
+        given = requests, sampling, group_size, generator
 
-        def sample() -> list[Completion]:
-            calls = [
-                self._call(request, sampling, count, seed)
-                for request, seed in zip(requests, seeds, strict=True)
-            ]
-            answers = iter(self._answers([call for call in calls if call.max_tokens]))
-            nothing = [Completion()] * count
-            found = [
-                row for call in calls for row in (next(answers) if call.max_tokens else nothing)
-            ]
-            if budget is not None:
-                prompts = [request.example.prompt_ids for request in requests for _ in range(count)]
-                found = self._go_on(prompts, found, sampling, later_seeds)
-            return found
+        def sample() -> list[list[Completion]]:
+            numbered = [one for some in self._each(*given) for one in some]
+            return [rows for _, rows in sorted(numbered, key=lambda one: one[0])]
 
         found = self.ranks.on_main(sample)
-        if count < group_size:
-            found = [row for row in found for _ in range(group_size)]
-        return assemble(found, self.rules.pad_id)
+        return assemble([row for rows in found for row in rows], self.rules.pad_id)
+
+    def stream(
+        self,
+        requests: Iterable[Request],
+        sampling: Sampling,
+        *,
+        group_size: int = 1,
+        generator: torch.Generator,
+        batch_prompts: int,
+    ) -> Iterator[tuple[list[int], Rollout]]:
+        """See `contract.Sampler.stream`; a prompt is sent as soon as there is room for it.
+
+        `batch_prompts` is not read: `ServerLimits.concurrency` says how many are under way. Only
+        the first process draws requests.
+
+        Raises:
+            ValueError, NoServers: as `complete`.
+        """
+        with closing(self._each(requests, sampling, group_size, generator)) as answers:
+            while some := self.ranks.on_main(lambda: next(answers, None)):
+                rows = [row for _, rows in some for row in rows]
+                yield [number for number, _ in some], assemble(rows, self.rules.pad_id)
+
+    def _each(
+        self,
+        requests: Iterable[Request],
+        sampling: Sampling,
+        group_size: int,
+        generator: torch.Generator,
+    ) -> Generator[list[tuple[int, list[Completion]]]]:
+        """Complete prompts; yield what came since the last time, each with its number."""
+        check_sampling(sampling)
+        if sampling.budget is not None and sampling.budget >= sampling.max_tokens:
+            sampling = replace(sampling, budget=None)
+        # The completions of greedy decoding are one, and vLLM wants to be asked for one.
+        count = group_size if sampling.temperature > 0 else 1
+        prompts = (self._prompt(request, sampling, count, generator) for request in requests)
+        came: asyncio.Queue[tuple[int, list[Completion]] | None] = asyncio.Queue()
+
+        async def answer(prompt: _Prompt) -> list[Completion]:
+            return await self._complete(prompt, sampling) * (group_size // count)
+
+        async def ask() -> None:
+            try:
+                await self._pool.run(prompts, answer, lambda *one: came.put_nowait(one))
+            finally:
+                came.put_nowait(None)
+
+        async def start() -> asyncio.Task[None]:
+            return asyncio.create_task(self._with_client(ask()))
+
+        async def what_came() -> list[tuple[int, list[Completion]] | None]:
+            found = [await came.get()]
+            while not came.empty():
+                found.append(came.get_nowait())
+            return found
+
+        async def end(work: asyncio.Task[None]) -> None:
+            await work
+
+        with asyncio.Runner() as runner:
+            work, open_ = runner.run(start()), True
+            while open_:
+                found = runner.run(what_came())
+                open_ = found[-1] is not None
+                if some := [one for one in found if one is not None]:
+                    yield some
+            runner.run(end(work))
+
+    def _prompt(
+        self, request: Request, sampling: Sampling, count: int, generator: torch.Generator
+    ) -> _Prompt:
+        seed = _seeds(1, generator)[0] if request.seed is None else request.seed
+        further = 0 if sampling.budget is None else count
+        call = self._call(request, sampling, count, seed)
+        seeds = _seeds(further, torch.Generator().manual_seed(seed))
+        return _Prompt(request.example.prompt_ids, call, seeds)
 
     def _call(self, request: Request, sampling: Sampling, count: int, seed: int) -> Call:
         """The first request for a prompt; without pictures it ends where a budget is spent."""
@@ -181,30 +248,30 @@ class VLLMServers:
         length = sampling.max_tokens if sampling.budget is None else sampling.budget
         return completion_call(ids, sampling, self.rules, count=count, max_tokens=length, seed=seed)
 
-    def _go_on(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        first: list[Completion],
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> list[Completion]:
-        """Close the thoughts that have spent their budget, and complete what is cut."""
+    async def _complete(self, prompt: _Prompt, sampling: Sampling) -> list[Completion]:
+        """Complete a prompt; close the thoughts that have spent their budget and go on behind."""
+        found = [Completion()] * prompt.call.count
+        if prompt.call.max_tokens:
+            found = await self._pool.answer(prompt.call)
+        if sampling.budget is None:
+            return found
 
-        def go_on(rows: dict[int, Completion], calls: int) -> list[Completion]:
-            asked = [
-                completion_call(
-                    prompts[row] + begun.token_ids,
-                    sampling,
-                    self.rules,
-                    count=1,
-                    max_tokens=sampling.max_tokens - len(begun.token_ids),
-                    seed=seeds[row] + calls,
+        async def closed(row: Completion, seed: int) -> Completion:
+            calls = 0
+            while True:
+                row = close_thought(row, sampling, self.rules) or row
+                left = sampling.max_tokens - len(row.token_ids)
+                if row.finished or not left:
+                    return row
+                ids = prompt.ids + row.token_ids
+                call = completion_call(
+                    ids, sampling, self.rules, count=1, max_tokens=left, seed=seed + calls
                 )
-                for row, begun in rows.items()
-            ]
-            return [later for (later,) in self._answers(asked)]
+                calls += 1
+                (later,) = await self._pool.answer(call, kind=calls)
+                row = row.followed_by(later)
 
-        return complete_thoughts(first, sampling, self.rules, go_on)
+        return await asyncio.gather(*map(closed, found, prompt.seeds))
 
     def update_weights(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
         """See `contract.Sampler.update_weights`; a server that is out loads them on its return.
@@ -229,7 +296,7 @@ class VLLMServers:
                 raise failure
             for server in self.servers:
                 server.live, server.retry_at = False, 0.0
-            self._run(self._pool.ready())
+            asyncio.run(self._with_client(self._pool.ready()))
 
         self.ranks.on_main(load)
 
@@ -255,20 +322,14 @@ class VLLMServers:
             "rollout_resent": self._pool.resent,
         }
 
-    def _answers(self, calls: Sequence[Call]) -> list[list[Completion]]:
-        return self._run(self._pool.run(calls)) if calls else []
-
-    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+    async def _with_client(self, work: Coroutine[Any, Any, Result]) -> Result:
         import httpx
 
-        async def with_client() -> Result:
-            limits = httpx.Limits(max_connections=None)
-            async with httpx.AsyncClient(
-                headers=IDENTITY, limits=limits, **CLIENT_OPTIONS
-            ) as self._client:
-                return await work
-
-        return asyncio.run(with_client())
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            headers=IDENTITY, limits=limits, **CLIENT_OPTIONS
+        ) as self._client:
+            return await work
 
     async def _ask(self, server: Server, call: Call) -> list[Completion]:
         reply = await self._post(server, call, self._limits.timeout_seconds)

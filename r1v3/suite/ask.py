@@ -1,15 +1,14 @@
 """Asks a policy the questions of a benchmark that have no answers yet.
 
-Questions are taken in windows of a few batches, in file order: their pictures are read, they are
-encoded, and batches are formed in order of prompt length. Every question has random numbers of its
-own, so that an answer depends neither on the batch nor on what was asked before.
+Questions are drawn in file order as there is room for them, when their pictures are read and they
+are encoded. Every question has random numbers of its own, so that an answer depends neither on the
+batch nor on what was asked before.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 
 import torch
 from torch import Tensor
@@ -20,14 +19,12 @@ from r1v3.data.images import TruncatedImage
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.sample import Sample
 from r1v3.data.words import expand_words
-from r1v3.evaluation.policy import Policy, mode_sampling
+from r1v3.evaluation.policy import Policy, mode_sampling, question_seed
 from r1v3.ranks import Ranks
 from r1v3.rollout.contract import Request, Rollout
 from r1v3.suite.answers import Answer, AnswerFile, Finish
 from r1v3.suite.question import Question
 from r1v3.suite.table import Table, pictures
-
-WINDOW_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,6 @@ class Asked:
     question: Question
     table: int
     row: int
-
-
-def question_seed(seed: int, benchmark: str, row: str) -> int:
-    """The seed of a question's random numbers, the same in every mode: gains are paired."""
-    digest = hashlib.sha256(f"{seed}\0{benchmark}\0{row}".encode()).digest()
-    return int.from_bytes(digest[:6], "big")
 
 
 class Asker:
@@ -70,10 +61,10 @@ class Asker:
         answers: AnswerFile,
         notify: Callable[[int], None],
     ) -> None:
-        """Ask what is missing and append it to the file, batch by batch.
+        """Ask what is missing and append the answers to the file as they come.
 
         Args:
-            notify: told after each batch how many samples it brought.
+            notify: told how many samples have come, whenever some have.
 
         Raises:
             ValueError: a prompt does not fit the model, or a picture cannot be read; names the row.
@@ -81,42 +72,41 @@ class Asker:
         wanted = set(range(self.config.samples))
         have = self.ranks.on_main(answers.samples)
         missing = [one for one in asked if wanted - have.get(one.question.id, set())]
-        window = WINDOW_BATCHES * self.config.batch_prompts
-        held: list[tuple[Question, list[bytes]]] = []
-        for question, images in _with_pictures(missing, tables):
-            held.append((question, images))
-            if len(held) == window:
-                self._ask_window(benchmark, held, have, answers, notify)
-                held = []
-        if held:
-            self._ask_window(benchmark, held, have, answers, notify)
+        under_way: dict[int, tuple[Question, Request]] = {}
+        unasked: list[Answer] = []
 
-    def _ask_window(
-        self,
-        benchmark: str,
-        held: Sequence[tuple[Question, list[bytes]]],
-        have: dict[str, set[int]],
-        answers: AnswerFile,
-        notify: Callable[[int], None],
-    ) -> None:
-        ready: list[tuple[Question, Request]] = []
-        for question, images in held:
-            request = self._request(benchmark, question, images)
-            if isinstance(request, Request):
-                ready.append((question, request))
-            else:
-                self._keep(self._unasked(benchmark, question, request), have, answers, notify)
-        ready.sort(key=lambda pair: len(pair[1].example.prompt_ids))
-        size = self.config.batch_prompts
-        for start in range(0, len(ready), size):
-            batch = ready[start : start + size]
-            rollout, texts = self.policy.complete(
-                [request for _, request in batch],
-                self.sampling,
-                generator=torch.Generator().manual_seed(self.config.seed),
-                group_size=self.config.samples,
-            )
-            self._keep(self._read(batch, rollout, texts), have, answers, notify)
+        def requests() -> Iterator[Request]:
+            numbers = count()
+            for question, images in _with_pictures(missing, tables):
+                request = self._request(benchmark, question, images)
+                if isinstance(request, Request):
+                    under_way[next(numbers)] = question, request
+                    yield request
+                else:
+                    unasked.extend(self._unasked(benchmark, question, request))
+
+        def keep(found: list[Answer]) -> None:
+            def append() -> int:
+                first = len(unasked)  # while it grows in the thread that draws requests
+                rows = [*unasked[:first], *found]
+                del unasked[:first]
+                new = [one for one in rows if one.sample not in have.get(one.row, set())]
+                answers.append(new)
+                return len(new)
+
+            notify(self.ranks.on_main(append))
+
+        for numbers, rollout, texts in self.policy.ask(
+            requests(),
+            self.sampling,
+            generator=torch.Generator(),
+            repeats=self.config.samples,
+            batch_prompts=self.config.batch_prompts,
+        ):
+            # Other ranks than the first have drawn nothing where servers answer.
+            batch = [under_way.pop(number) for number in numbers if number in under_way]
+            keep(self._read(batch, rollout, texts))
+        keep([])
 
     def _request(
         self, benchmark: str, question: Question, images: Sequence[bytes]
@@ -191,17 +181,6 @@ class Asker:
                     )
                 )
         return found
-
-    def _keep(
-        self,
-        found: Sequence[Answer],
-        have: dict[str, set[int]],
-        answers: AnswerFile,
-        notify: Callable[[int], None],
-    ) -> None:
-        new = [answer for answer in found if answer.sample not in have.get(answer.row, set())]
-        self.ranks.on_main(lambda: answers.append(new))
-        notify(len(new))
 
 
 def _means(entropy: Tensor, where: Tensor) -> list[float | None]:

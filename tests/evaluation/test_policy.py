@@ -122,9 +122,9 @@ def test_the_template_follows_the_mode(
     policy: Policy, thinking: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = []
-    complete = policy.complete
+    complete = policy.sampler.complete
     monkeypatch.setattr(
-        policy,
+        policy.sampler,
         "complete",
         lambda requests, *a, **k: prompts.extend(requests) or complete(requests, *a, **k),
     )

@@ -1,6 +1,5 @@
 """Prompts with random numbers and a number of tiles of their own."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from r1v3.engine.hf.decoder import HFDecoder
 from r1v3.rollout.completions import Completion
 from r1v3.rollout.contract import Request, Sampling, TokenRules
 from r1v3.rollout.local import LocalSampler
+from r1v3.rollout.server_pool import Server
 from r1v3.rollout.vllm_protocol import Call, chat_call, picture_name
 from r1v3.rollout.vllm_server import VLLMServers
 from tests import tiny
@@ -72,11 +72,15 @@ def test_a_server_is_told_the_seed_of_a_seeded_prompt(
     )
     told: list[int] = []
 
-    def answers(calls: Sequence[Call]) -> list[list[Completion]]:
-        told.extend(call.body["seed"] for call in calls)
-        return [[Completion((5,), (0.0,), True)] * call.count for call in calls]
+    async def answer(server: Server, call: Call) -> list[Completion]:
+        told.append(call.body["seed"])
+        return [Completion((5,), (0.0,), True)] * call.count
 
-    monkeypatch.setattr(sampler, "_answers", answers)
+    async def check(server: Server) -> None:
+        pass
+
+    monkeypatch.setattr(sampler._pool, "ask", answer)
+    monkeypatch.setattr(sampler._pool, "check", check)
     asked = requests(3, [11, None, 13])
     for seed in (1, 2):
         sampler.complete(asked, Sampling(1.0, 4), generator=torch.Generator().manual_seed(seed))

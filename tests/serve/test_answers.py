@@ -32,7 +32,7 @@ def generated(policy: Policy, mode: str, temperature: float, tokens: int, seed: 
     sampling, thinking = mode_sampling(decoding, words, policy.tokenizer, mode)
     requests = policy.requests([sample], thinking)
     generator = torch.Generator().manual_seed(seed)
-    return policy.complete(requests, sampling, generator=generator)[0]
+    return policy.sampler.complete(requests, sampling, generator=generator)
 
 
 def ids_of(answer: dict[str, Any], index: int = 0) -> list[int]:

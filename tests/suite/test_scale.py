@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from r1v3.rollout.batches import Batched
 from r1v3.rollout.contract import Request, Rollout
 from r1v3.suite import run as suite_run
 from tests.suite.files import encoded, write_tsv
@@ -19,7 +20,7 @@ ROWS, SAMPLES, BATCH = 20_000, 5, 500
 THOUGHT = "Let me look at the picture again. Wait, 3 + 4 is 7, so the second one fits. " * 3
 
 
-class StandIn:
+class StandIn(Batched):
     """A sampler that says the same to every row, for a right answer or a wrong one."""
 
     def __init__(self, encode: Callable[[str], list[int]], stop_id: int) -> None:
