@@ -8,9 +8,9 @@ request a number of attempts, and a pool without a live server a limit on waitin
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from r1v3.http import RequestFailed, backoff, check_limits
 
@@ -144,9 +144,9 @@ class Pool(Generic[Task, Answer]):
         self,
         jobs: Iterable[Job],
         work: Callable[[Job], Awaitable[Result]],
-        take: Callable[[int, Result], None],
+        take: Callable[[tuple[int, Result]], None],
     ) -> None:
-        """Do all jobs; hand over each result, with the number of its job, as soon as it is there.
+        """Do all jobs; `take` the number and the result of each as soon as it is done.
 
         Args:
             jobs: drawn one by one, in another thread, as there is room: never more than
@@ -178,12 +178,12 @@ class Pool(Generic[Task, Answer]):
         self,
         jobs: Iterable[Job],
         work: Callable[[Job], Awaitable[Result]],
-        take: Callable[[int, Result], None],
+        take: Callable[[tuple[int, Result]], None],
     ) -> None:
         room, numbered = asyncio.Semaphore(self.limits.concurrency), enumerate(jobs)
 
         async def one(number: int, job: Job) -> None:
-            take(number, await work(job))
+            take((number, await work(job)))
             room.release()
 
         await self._settle()
@@ -359,6 +359,42 @@ class Pool(Generic[Task, Answer]):
         if not self._drawn or others.count < max(1, self._open):
             return False
         return seconds > max(LATE_SECONDS, LATE_FACTOR * others.slowest)
+
+
+def as_they_come(
+    work: Callable[[Callable[[Result], None]], Coroutine[Any, Any, None]],
+) -> Generator[list[Result], None, None]:
+    """Run a coroutine; yield all that it has handed over since the last time, in order.
+
+    Its event loop stands still while the caller deals with what came.
+
+    Args:
+        work: called with the function to hand results over.
+
+    Raises:
+        Whatever ends `work`, after all that came before.
+    """
+    came: asyncio.Queue[Result | None] = asyncio.Queue()
+
+    async def start() -> asyncio.Task[None]:
+        task = asyncio.create_task(work(came.put_nowait))
+        task.add_done_callback(lambda _: came.put_nowait(None))
+        return task
+
+    async def next_ones() -> list[Result | None]:
+        found = [await came.get()]
+        while not came.empty():
+            found.append(came.get_nowait())
+        return found
+
+    with asyncio.Runner() as runner:
+        task, last = runner.run(start()), False
+        while not last:
+            found = runner.run(next_ones())
+            last = found[-1] is None
+            if results := [one for one in found if one is not None]:
+                yield results
+        task.result()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -43,7 +43,7 @@ from r1v3.http import (
 from r1v3.ranks import ALONE, Ranks
 from r1v3.rollout.completions import Completion, assemble, close_thought
 from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
-from r1v3.rollout.server_pool import DEFAULT_LIMITS, Pool, Server, ServerLimits
+from r1v3.rollout.server_pool import DEFAULT_LIMITS, Pool, Server, ServerLimits, as_they_come
 from r1v3.rollout.vllm_protocol import (
     Call,
     chat_call,
@@ -147,7 +147,7 @@ class VLLMServers:
         given = requests, sampling, group_size, generator
 
         def sample() -> list[list[Completion]]:
-            numbered = [one for some in self._each(*given) for one in some]
+            numbered = [one for some in self._answers(*given) for one in some]
             return [rows for _, rows in sorted(numbered, key=lambda one: one[0])]
 
         found = self.ranks.on_main(sample)
@@ -170,56 +170,30 @@ class VLLMServers:
         Raises:
             ValueError, NoServers: as `complete`.
         """
-        with closing(self._each(requests, sampling, group_size, generator)) as answers:
+        with closing(self._answers(requests, sampling, group_size, generator)) as answers:
             while some := self.ranks.on_main(lambda: next(answers, None)):
                 rows = [row for _, rows in some for row in rows]
                 yield [number for number, _ in some], assemble(rows, self.rules.pad_id)
 
-    def _each(
+    def _answers(
         self,
         requests: Iterable[Request],
         sampling: Sampling,
         group_size: int,
         generator: torch.Generator,
-    ) -> Generator[list[tuple[int, list[Completion]]]]:
-        """Complete prompts; yield what came since the last time, each with its number."""
+    ) -> Generator[list[tuple[int, list[Completion]]], None, None]:
+        """Completions of prompts with the numbers of these, in the order in which they come."""
         check_sampling(sampling)
         if sampling.budget is not None and sampling.budget >= sampling.max_tokens:
             sampling = replace(sampling, budget=None)
         # The completions of greedy decoding are one, and vLLM wants to be asked for one.
         count = group_size if sampling.temperature > 0 else 1
         prompts = (self._prompt(request, sampling, count, generator) for request in requests)
-        came: asyncio.Queue[tuple[int, list[Completion]] | None] = asyncio.Queue()
 
-        async def answer(prompt: _Prompt) -> list[Completion]:
+        async def complete(prompt: _Prompt) -> list[Completion]:
             return await self._complete(prompt, sampling) * (group_size // count)
 
-        async def ask() -> None:
-            try:
-                await self._pool.run(prompts, answer, lambda *one: came.put_nowait(one))
-            finally:
-                came.put_nowait(None)
-
-        async def start() -> asyncio.Task[None]:
-            return asyncio.create_task(self._with_client(ask()))
-
-        async def what_came() -> list[tuple[int, list[Completion]] | None]:
-            found = [await came.get()]
-            while not came.empty():
-                found.append(came.get_nowait())
-            return found
-
-        async def end(work: asyncio.Task[None]) -> None:
-            await work
-
-        with asyncio.Runner() as runner:
-            work, open_ = runner.run(start()), True
-            while open_:
-                found = runner.run(what_came())
-                open_ = found[-1] is not None
-                if some := [one for one in found if one is not None]:
-                    yield some
-            runner.run(end(work))
+        return as_they_come(lambda take: self._with_client(self._pool.run(prompts, complete, take)))
 
     def _prompt(
         self, request: Request, sampling: Sampling, count: int, generator: torch.Generator
