@@ -1,5 +1,6 @@
 """The suite from configuration to tables, with the demo's model on files of 12 rows."""
 
+import asyncio
 import csv
 import json
 import os
@@ -14,13 +15,17 @@ from typing import Any
 import pytest
 
 from r1v3.config import Suite, load
+from r1v3.http import RequestFailed
 from r1v3.rollout.local import LocalSampler
+from r1v3.rollout.server_pool import NoServers
+from r1v3.suite import run as suite_run
 from r1v3.suite.answers import Answer, AnswerFile
 from r1v3.suite.benchmarks import BENCHMARKS
 from r1v3.suite.run import run_suite as run_or_nothing
 from r1v3.suite.run import score_suite
 from r1v3.suite.tables import Record
 from tests.suite.files import choice_rows, encoded, write_all, write_tsv
+from tests.suite.servers import StandInServers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,6 +111,49 @@ def test_an_interrupted_run_asks_only_what_is_missing(
     lines = answers_of(tmp_path, "mmstar").read_bytes()
     assert len(fourth.rows) == 12 and lines.startswith(whole)
     assert len(lines.splitlines()) == 1 + 3 * 12
+
+
+def test_answers_of_servers_are_kept_as_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a long answer holds back others, or is lost with what failed; if a resumed run asks
+    again; if more requests are under way than allowed; or if the order of arrival changes a score.
+    """
+    write_tsv(tmp_path / "data" / "MMStar.tsv", choice_rows())
+    settings: dict[str, Any] = {"benchmarks": ["mmstar"], "protocol": "kit"}
+    built: list[StandInServers] = []
+    fails = False
+
+    async def say(row: str, count: int) -> list[str]:
+        if row == "3":
+            while built[-1].under_way > 1 or len(built[-1].asked) not in (1, 12):
+                await asyncio.sleep(0.001)
+            if fails:
+                raise RequestFailed("too hard", retry=False)
+        else:
+            while built[-1].under_way < 4 and len(built[-1].asked) < 12:
+                await asyncio.sleep(0.001)
+        return [f"\n</think>\n\n\\boxed{{{'ABCD'[(int(row) + k) % 4]}}}" for k in range(count)]
+
+    def build(rollout: Any, config: Any, tokenizer: Any, **kwargs: Any) -> StandInServers:
+        built.append(StandInServers(config.model, tokenizer, 4, say))
+        return built[-1]
+
+    monkeypatch.setattr(suite_run, "build_sampler", build)
+    whole = run_suite(config(tmp_path, **settings))
+    assert set(built[0].asked.values()) == {1} and built[0].most == 4
+    lines = answers_of(tmp_path, "mmstar").read_bytes().splitlines()
+    assert [json.loads(line)["row"] for line in lines[-2:]] == ["3", "3"]
+    answers_of(tmp_path, "mmstar").unlink()
+    fails = True
+    with pytest.raises(NoServers, match="too hard"):
+        run_suite(config(tmp_path, **settings))
+    assert len(answers_of(tmp_path, "mmstar").read_bytes().splitlines()) == 1 + 2 * 11
+    fails = False
+    again = run_suite(config(tmp_path, **settings))
+    assert built[2].asked == {"3": 1}
+    assert sorted(answers_of(tmp_path, "mmstar").read_bytes().splitlines()) == sorted(lines)
+    assert again.as_json() == whole.as_json()
 
 
 def test_other_settings_are_other_answers(tmp_path: Path) -> None:
