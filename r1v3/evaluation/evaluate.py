@@ -1,7 +1,6 @@
 """Scores of a checkpoint in every decoding mode, on questions that it was not trained on."""
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,16 +18,14 @@ from r1v3.data.schema import load_samples
 from r1v3.data.tiles import TileCache
 from r1v3.data.tokenizer import load_tokenizer
 from r1v3.data.words import expand_words
-from r1v3.engine.build import build_engine, connect, resolve_max_tiles
-from r1v3.engine.contract import Decoder
+from r1v3.engine.build import connect, resolve_max_tiles
 from r1v3.evaluation.measures import answer_measures, question_facts
-from r1v3.evaluation.policy import Answers, Policy, mode_sampling, question_seed
+from r1v3.evaluation.policy import Answers, Policy, build_policy, mode_sampling, question_seed
 from r1v3.evaluation.statistics import score
-from r1v3.files import digest_of, write_bytes, write_json
+from r1v3.files import digest_of, read_json_object, write_bytes, write_json
 from r1v3.model.conversion import load_config
 from r1v3.progress import progress_bar
 from r1v3.ranks import Ranks
-from r1v3.rollout.build import build_sampler
 
 
 def domain_scores(
@@ -53,6 +50,14 @@ def _repeats(config: Evaluate, mode: str) -> int:
     return config.samples if mode == "slow" else config.mode_samples
 
 
+def question_seeds(seed: int, samples: Sequence[Sample]) -> list[int]:
+    """The seeds of the questions' random numbers, which depend on what they ask and show."""
+    return [
+        question_seed(seed, one.data_source, str(one.index), one.question, *one.images)
+        for one in samples
+    ]
+
+
 def run_mode(
     config: Evaluate,
     policy: Policy,
@@ -73,10 +78,7 @@ def run_mode(
         samples,
         sampling,
         generator=torch.Generator(),
-        seeds=[
-            question_seed(config.seed, one.data_source, str(one.index), one.question, *one.images)
-            for one in samples
-        ],
+        seeds=question_seeds(config.seed, samples),
         repeats=repeats,
         thinking=thinking,
         batch_prompts=config.batch_prompts * max(1, config.samples // repeats),
@@ -151,20 +153,9 @@ def _policy(config: Evaluate, ranks: Ranks) -> tuple[Policy, list[Sample], int]:
         encoded += [examples[i] for i in kept]
         total += len(asked)
 
-    def local() -> tuple[Decoder, Ranks]:
-        engine = build_engine(config, ranks)
-        return engine.decoder(), engine.samplers
-
     longest = max((len(example.prompt_ids) for example in encoded), default=0)
-    sampler = build_sampler(
-        config.rollout,
-        config,
-        tokenizer,
-        ranks=ranks,
-        max_length=longest + config.decoding.max_tokens,
-        local=local,
-    )
-    policy = Policy(sampler, tokenizer, shape, cache, ranks)
+    most = longest + config.decoding.max_tokens
+    policy = build_policy(config, tokenizer, shape, ranks, max_length=most, cache=cache)
     policy.remember(samples, encoded)
     return policy, samples, total - len(samples)
 
@@ -174,12 +165,10 @@ def _read(path: Path, config: Evaluate) -> dict[str, Any]:
     fresh = {"checkpoint": str(config.model), "scoring": _scoring(config), "modes": {}}
     fresh["answers"] = {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json_object(path)
     except (OSError, ValueError):
         return fresh
-    if isinstance(record, dict) and all(
-        record.get(k) == fresh[k] for k in ("checkpoint", "scoring")
-    ):
+    if all(record.get(k) == fresh[k] for k in ("checkpoint", "scoring")):
         # Records of an earlier version have no answers.
         return {"answers": {}, **record}
     return fresh
@@ -206,6 +195,7 @@ def _scoring(config: Evaluate) -> dict[str, Any]:
     return {
         "weights": [digest(file) for file in sorted(config.model.glob("*.safetensors"))],
         "data": [digest(Path(file)) for file in config.data],
+        "random_numbers": "of each question",  # earlier versions drew them batch by batch
         **config.model_dump(mode="json", include=fields),
     }
 

@@ -9,17 +9,20 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from r1v3.config import DEFAULT_PICTURES, Decoding, Pictures
+from r1v3.config import DEFAULT_PICTURES, Decoding, Evaluate, Pictures, Suite
 from r1v3.data.encoding import Example, encode_sample, model_image_shape
 from r1v3.data.sample import Sample
 from r1v3.data.special_tokens import TURN_END
 from r1v3.data.tiles import ImageShape, TileCache
 from r1v3.data.tokenizer import load_tokenizer, token_id
 from r1v3.data.words import expand_words
+from r1v3.engine.build import build_engine
+from r1v3.engine.contract import Decoder
 from r1v3.engine.hf.decoder import HFDecoder
 from r1v3.model.internvl import load_model
 from r1v3.ranks import ALONE, Ranks
 from r1v3.rewards import score
+from r1v3.rollout.build import build_sampler
 from r1v3.rollout.contract import Request, Rollout, Sampler, Sampling, TokenRules, decode_texts
 from r1v3.rollout.local import LocalSampler
 
@@ -200,6 +203,32 @@ class Policy:
         )
         correct = np.array([reward.rule for reward in rewards]).reshape(len(samples), repeats)
         return Answers([r for r in rollouts if r is not None], texts, correct, tokens)
+
+
+def build_policy(
+    config: Evaluate | Suite,
+    tokenizer: PreTrainedTokenizerFast,
+    shape: ImageShape,
+    ranks: Ranks,
+    *,
+    max_length: int,
+    cache: TileCache | None = None,
+) -> Policy:
+    """Load the model of a configuration into the engine that is to sample from it.
+
+    Args:
+        max_length: longest prompt and completion together, in tokens.
+        shape, cache, ranks: see `Policy`.
+    """
+
+    def local() -> tuple[Decoder, Ranks]:
+        engine = build_engine(config, ranks)
+        return engine.decoder(), engine.samplers
+
+    sampler = build_sampler(
+        config.rollout, config, tokenizer, ranks=ranks, max_length=max_length, local=local
+    )
+    return Policy(sampler, tokenizer, shape, cache, ranks)
 
 
 def load_policy(

@@ -111,7 +111,7 @@ def no_servers(what: str, servers: Sequence[Server]) -> NoServers:
 
 @dataclass
 class _Answered:
-    """How many requests of one kind were answered, and the seconds of the slowest."""
+    """Count of the requests of one kind that were answered, and seconds of the slowest."""
 
     count: int = 0
     slowest: float = 0.0

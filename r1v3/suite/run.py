@@ -16,14 +16,12 @@ from r1v3.config import Suite, modes_of
 from r1v3.data.encoding import model_image_shape
 from r1v3.data.lengths import PositionLimit
 from r1v3.data.tokenizer import load_tokenizer
-from r1v3.engine.build import build_engine, connect, resolve_max_tiles
-from r1v3.engine.contract import Decoder
-from r1v3.evaluation.policy import Policy
+from r1v3.engine.build import connect, resolve_max_tiles
+from r1v3.evaluation.policy import build_policy
 from r1v3.files import digest_of, read_json_object, write_json, write_text
 from r1v3.model.conversion import load_config
 from r1v3.progress import progress_bar, say
 from r1v3.ranks import Ranks
-from r1v3.rollout.build import build_sampler
 from r1v3.suite.answers import AnswerFile
 from r1v3.suite.ask import Asked, Asker
 from r1v3.suite.benchmark import Benchmark
@@ -209,15 +207,8 @@ def _ask(config: Suite, chosen: Sequence[Loaded], ranks: Ranks) -> None:
     tokenizer, model = load_tokenizer(config.model), load_config(config.model)
     limit = PositionLimit.of(model, config.too_long, config.decoding.max_tokens)
 
-    def local() -> tuple[Decoder, Ranks]:
-        engine = build_engine(config, ranks)
-        return engine.decoder(), engine.samplers
-
-    sampler = build_sampler(
-        config.rollout, config, tokenizer, ranks=ranks, max_length=limit.positions, local=local
-    )
     shape = model_image_shape(model, config.max_tiles, config.pictures)
-    policy = Policy(sampler, tokenizer, shape)
+    policy = build_policy(config, tokenizer, shape, ranks, max_length=limit.positions)
     for loaded in chosen:
         for mode in modes_of(config):
             missing = ranks.on_main(partial(_missing, config, loaded, mode))
@@ -234,7 +225,7 @@ def _ask(config: Suite, chosen: Sequence[Loaded], ranks: Ranks) -> None:
                     answer_file(config, loaded, mode),
                     bar.advance,
                 )
-    sampler.close()
+    policy.sampler.close()
 
 
 def _score(config: Suite, chosen: Sequence[Loaded]) -> Record:

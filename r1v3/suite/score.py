@@ -3,6 +3,7 @@
 Scoring asks no model under test and can be repeated with another protocol or judge in seconds.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,8 @@ class _Tally:
     def outcomes(self, questions: Sequence[Question], *, phrases: bool) -> Outcomes:
         """Return the outcomes; `phrases` asks for table 5."""
         critical = sum(count for count, _ in self._critical)
-        total = sum(count * mean for count, mean in self._critical)
+        # `fsum` is the same in any order: answers are kept as they come.
+        total = math.fsum(count * mean for count, mean in self._critical)
         known = len(self._entropies) == self.there.size
         return Outcomes(
             tuple(questions),
@@ -175,7 +177,7 @@ class _Tally:
             self._by_judge,
             self._tokens,
             self._unfinished,
-            entropy=float(np.mean(self._entropies)) if known else None,
+            entropy=math.fsum(self._entropies) / len(self._entropies) if known else None,
             critical_tokens=critical,
             critical_entropy=total / critical if critical else None,
             phrases=compare(self._right, self.said, self.said_in_answers) if phrases else None,

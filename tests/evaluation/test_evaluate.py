@@ -12,7 +12,7 @@ from r1v3.data.sample import make_sample
 from r1v3.data.schema import write_samples
 from r1v3.data.words import expand_words
 from r1v3.evaluation import evaluate as benchmark
-from r1v3.evaluation.evaluate import evaluate, run_mode
+from r1v3.evaluation.evaluate import evaluate, question_seeds, run_mode
 from r1v3.evaluation.policy import Policy, load_policy, mode_sampling
 from tests import tiny
 
@@ -100,6 +100,21 @@ def test_a_mode_gives_the_same_score_again(home: Path, policy: Policy, tmp_path:
     assert run_mode(other, policy, QUESTIONS, "slow")[1].texts != first[1].texts
     small = config(home, tmp_path, batch_prompts=2)
     assert run_mode(small, policy, QUESTIONS, "slow")[1].texts == first[1].texts
+
+
+def test_an_answer_does_not_depend_on_what_else_is_asked(
+    home: Path, policy: Policy, tmp_path: Path
+) -> None:
+    """Fails if other questions, their order or the number of samples change an answer; or if two
+    questions that differ in their picture alone have the same random numbers."""
+    settings = config(home, tmp_path)
+    whole = run_mode(settings, policy, QUESTIONS, "slow")[1].texts
+    part = run_mode(settings, policy, [QUESTIONS[4], QUESTIONS[1]], "slow")[1].texts
+    assert part == whole[8:10] + whole[2:4]
+    more = run_mode(config(home, tmp_path, samples=3), policy, QUESTIONS[:1], "slow")[1].texts
+    assert more[:2] == whole[:2]
+    other = QUESTIONS[0].model_copy(update={"images": QUESTIONS[3].images})
+    assert question_seeds(0, [QUESTIONS[0]]) != question_seeds(0, [other])
 
 
 def test_domains_are_scored_apart_and_the_held_out_one_by_itself(

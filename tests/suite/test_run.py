@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from r1v3.config import Suite, load
+from r1v3.evaluation import policy
 from r1v3.http import RequestFailed
 from r1v3.rollout.local import LocalSampler
 from r1v3.rollout.server_pool import NoServers
-from r1v3.suite import run as suite_run
 from r1v3.suite.answers import Answer, AnswerFile
 from r1v3.suite.benchmarks import BENCHMARKS
 from r1v3.suite.run import run_suite as run_or_nothing
@@ -139,7 +139,7 @@ def test_answers_of_servers_are_kept_as_they_come(
         built.append(StandInServers(config.model, tokenizer, 4, say))
         return built[-1]
 
-    monkeypatch.setattr(suite_run, "build_sampler", build)
+    monkeypatch.setattr(policy, "build_sampler", build)
     whole = run_suite(config(tmp_path, **settings))
     assert set(built[0].asked.values()) == {1} and built[0].most == 4
     lines = answers_of(tmp_path, "mmstar").read_bytes().splitlines()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from r1v3.evaluation import policy
 from r1v3.rollout.batches import Batched
 from r1v3.rollout.contract import Request, Rollout
 from r1v3.suite import run as suite_run
@@ -67,7 +68,7 @@ def test_twenty_thousand_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             found.append(StandIn(tokenizer.encode, tokenizer.convert_tokens_to_ids("<|im_end|>")))
         return found[0]
 
-    monkeypatch.setattr(suite_run, "build_sampler", build)
+    monkeypatch.setattr(policy, "build_sampler", build)
     with pytest.raises(KeyboardInterrupt):
         build(
             None, None, suite_run.load_tokenizer(config(tmp_path, **settings).model)
