@@ -70,9 +70,9 @@ def _head(tokens: dict[str, int], bits: int, masked: int) -> tuple[Mode, dict[st
     """512 tokens and a quarter of Qwen3's vocabulary.
 
     Where a processor has no instructions for bfloat16, eager PyTorch takes minutes for hidden
-    states of 1,024 numbers: they have 128.
+    states of 1,024 numbers: they have 64.
     """
-    width = 128 if bits == 16 and not cpu.has_bfloat16_dot() else 1024
+    width = 64 if bits == 16 and not cpu.has_bfloat16_dot() else 1024
     shape = {**tokens, "H": width, "V": 151_936 // 4, "bits": bits, "masked": masked}
     return "forward+backward", shape
 
