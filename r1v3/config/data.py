@@ -25,7 +25,9 @@ class Search(Section):
 
     signs: Annotated[str, Field(pattern=r"^(\+-x?|\+x|-x)$")] = "+-"
     largest: Annotated[int, Field(ge=3, le=9)] = 9
+    order: Literal["hunch", "fixed"] = "hunch"
     noise: Annotated[float, Field(ge=0)] = 4.0
+    plain: Fraction = 0.0
     sharpness: Annotated[float, Field(gt=0)] = 2.0
     check: Fraction = 0.2
     most_trials: Positive = 8

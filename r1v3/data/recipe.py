@@ -110,7 +110,9 @@ def _search_makers(config: Data) -> dict[str, Maker]:
     seed, tries, teacher = config.seed, config.tries, config.search
     searcher = Searcher(
         Range(teacher.signs, teacher.largest),
-        **teacher.model_dump(include={"noise", "sharpness", "check", "most_trials"}),
+        **teacher.model_dump(
+            include={"order", "noise", "plain", "sharpness", "check", "most_trials"}
+        ),
     )
     mix = Mix(teacher.bare, teacher.drill)
 

@@ -1,14 +1,16 @@
 """Cold-start chains that search: try, calculate, compare, and try the next, until something fits.
 
 The teacher reads the scans through real classifiers (`digits.reading_probabilities`) and never
-sees a label. Its trials come in the order of its hunches, which err, so that dead ends are real
-and a chain is as long as its search was. A search that finds nothing looks at the digits again.
+sees a label. Its trials come in the order of its hunches, which err, or in a fixed order, so that
+dead ends are real and a chain is as long as its search was. A search that finds nothing looks at
+the digits again.
 Every calculation in a chain is right; what may be wrong is what was read, and chains whose answer
 is wrong, or whose search did not end, are rejected afterwards.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -25,24 +27,30 @@ class Searcher:
     """Settings of the teacher that searches.
 
     allowed: the signs and digits of the questions.
+    order: of the trials; by `hunch`, or `fixed`: all plus first, the last sign changing fastest.
     noise: standard deviation of a hunch, in units of the value that it is about.
+    plain: chance that a further trial goes on without a word that opens it.
     sharpness: exponent on the probabilities of a first look.
     check: chance to verify what fits by calculating back to the first digit.
     most_trials: a search of more trials is given up.
     """
 
     allowed: Range = Range()
+    order: Literal["hunch", "fixed"] = "hunch"
     noise: float = 4.0
+    plain: float = 0.0
     sharpness: float = 2.0
     check: float = 0.2
     most_trials: int = 8
 
 
-def hunches(
+def ways_in_order(
     digits: Sequence[int], target: int, searcher: Searcher, rng: np.random.Generator
 ) -> list[str]:
     """Every way to fill in signs, in the order in which the teacher tries them."""
     ways = all_signs(digits, searcher.allowed.signs)
+    if searcher.order == "fixed":
+        return list(ways)
     misses = np.array([abs(value - target) for value in ways.values()], dtype=np.float64)
     felt = misses + rng.normal(0.0, searcher.noise, len(misses))
     return [list(ways)[i] for i in np.argsort(felt)]
@@ -64,9 +72,14 @@ def calculation_back(digits: Sequence[int], signs: str, target: int) -> str:
     return calculation([target, *reversed(digits[1:])], undone)
 
 
-def verdict(value: int, target: int) -> str:
-    """The end of a trial's sentence, which says whether it reached the target."""
-    return "it fits." if value == target else f"not {target}."
+def trial(digits: Sequence[int], signs: str, target: int) -> str:
+    """Signs, their line calculated, and whether it reaches the target: `+-: 3+5=8, 8-1=7 (7) fits.`
+
+    The target stands beside the value, in brackets as in the question, and the verdict follows: a
+    small model copies the one and compares neighbors.
+    """
+    verdict = "fits" if from_left(digits, signs) == target else "not"
+    return f"{signs}: {calculation(digits, signs)} ({target}) {verdict}."
 
 
 def _opening(previous: str, way: str) -> str:
@@ -80,11 +93,11 @@ def _search(
     """The sentences of a search, one per trial, and the signs that were found to fit, if any."""
     sentences: list[str] = []
     previous = ""
-    for way in hunches(digits, target, searcher, rng):
-        value = from_left(digits, way)
-        opening = f"{_opening(previous, way)}, " if previous else ""
-        sentences.append(f"{opening}{calculation(digits, way)}, {verdict(value, target)}")
-        if value == target:
+    for way in ways_in_order(digits, target, searcher, rng):
+        spoken = previous and rng.random() >= searcher.plain
+        opening = f"{_opening(previous, way)}, " if spoken else ""
+        sentences.append(opening + trial(digits, way, target))
+        if from_left(digits, way) == target:
             return sentences, way
         previous = way
     return sentences, None
@@ -103,7 +116,7 @@ def search_signs(problem: Problem, searcher: Searcher, rng: np.random.Generator)
     row = [scan for scans in problem.rows for scan in scans]
     target = int(problem.target)
     digits = _read(row, CAREFUL_STRENGTH, searcher.sharpness, rng)
-    sentences = [f"I see {''.join(map(str, digits))}."]
+    sentences = [f"I see {''.join(map(str, digits))} ({target})."]
     trials, way = _search(digits, target, searcher, rng)
     sentences += trials
     rechecks = len(trials) - 1
@@ -113,7 +126,7 @@ def search_signs(problem: Problem, searcher: Searcher, rng: np.random.Generator)
             return None
         digits = again
         trials, way = _search(digits, target, searcher, rng)
-        sentences += [f"Hmm, it is {''.join(map(str, digits))}.", *trials]
+        sentences += [f"Hmm, it is {''.join(map(str, digits))} ({target}).", *trials]
         rechecks += len(trials)
     if way is None or rechecks >= searcher.most_trials:
         return None

@@ -7,7 +7,7 @@ import numpy as np
 
 from r1v3.data.builders import ColdStart, question_text, row_of, widened
 from r1v3.data.sample import Sample
-from r1v3.data.search_chains import Searcher, calculation, sample_search, verdict
+from r1v3.data.search_chains import Searcher, sample_search, trial
 from r1v3.data.search_tasks import (
     DIFFICULTIES,
     SEARCH_BUILDERS,
@@ -60,7 +60,8 @@ def _grading(problem: Problem, searcher: Searcher) -> dict[str, object]:
     puzzle = read_puzzle(problem.answer)
     if puzzle is None:
         return {"difficulty": problem.difficulty}
-    trials = expected_trials(puzzle.digits, searcher.allowed.signs, puzzle.target, searcher.noise)
+    noise = searcher.noise if searcher.order == "hunch" else None
+    trials = expected_trials(puzzle.digits, searcher.allowed.signs, puzzle.target, noise)
     return {"difficulty": problem.difficulty, "trials": round(trials, 3)}
 
 
@@ -92,10 +93,9 @@ def _drill(split: str, index: int, searcher: Searcher, rng: np.random.Generator)
             lines[place] = line()
     fits = [from_left(*each) == target for each in lines]
     asked = ", ".join(write_line(*each) for each in lines)
-    verdicts = [verdict(from_left(*each), target) for each in lines]
-    worked = [f"{calculation(*each)}, {end}" for each, end in zip(lines, verdicts, strict=True)]
+    worked = [trial(*each, target) for each in lines]
     answer = str(sum(fits))
-    problem = Problem("sums", f"How many of {asked} give {target}?", answer, (), ())
+    problem = Problem("sums", f"How many of {asked} give ({target})?", answer, (), ())
     return row_of(
         problem,
         problem.question,

@@ -37,14 +37,19 @@ def solutions(digits: Sequence[int], signs: str, target: int) -> list[str]:
     return [way for way, value in all_signs(digits, signs).items() if value == target]
 
 
-def expected_trials(digits: Sequence[int], signs: str, target: int, noise: float) -> float:
+def expected_trials(digits: Sequence[int], signs: str, target: int, noise: float | None) -> float:
     """Trials that a search takes on average, which tries ways in the order of its hunches.
+
+    Without `noise` there are no hunches, and ways are tried in the order of `all_signs`.
 
     A hunch about a way is the distance of its value to the target plus a normal error of
     deviation `noise` (see `search_chains`); so a way that misses by d comes before the right one
     with probability Phi(-d / (noise sqrt 2)).
     """
-    misses = [abs(value - target) for value in all_signs(digits, signs).values()]
+    values = list(all_signs(digits, signs).values())
+    if noise is None:
+        return 1.0 + values.index(target)
+    misses = [abs(value - target) for value in values]
     before = (math.erfc(miss / (2 * noise)) / 2 for miss in misses if miss)
     return 1 + sum(before)
 
@@ -91,7 +96,7 @@ def operators(
             sheet.write(str(digit), top + row, GRID - 1)
     else:
         sheet.write("".join(map(str, digits)), int(rng.integers(0, GRID)), GRID - 1)
-    question = f"Fill in {_listed(allowed.signs)} from left to right to get {target}."
+    question = f"Fill in {_listed(allowed.signs)} from left to right to get ({target})."
     if column:
         question = question.replace("from left to right", "from top to bottom")
     return sheet.problem(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r1v3.config import Evaluate, load
+from r1v3.config import Data, Evaluate, load
 from r1v3.data import digits, tasks
 from r1v3.data.chains import CAREFUL_STRENGTH, GLANCE_STRENGTH, Chain
 from r1v3.data.digits import reading_probabilities
@@ -18,6 +18,7 @@ from r1v3.data.search_chains import (
     look_twice,
     sample_search,
     search_signs,
+    trial,
 )
 from r1v3.data.search_tasks import DIFFICULTIES, SEARCH_BUILDERS, Range
 from r1v3.data.tasks import Problem
@@ -26,7 +27,9 @@ from r1v3.rewards.rules import answers_match
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SEARCHER = Searcher(noise=6.0, check=0.5)
-TRIAL = re.compile(r"(Hmm, )?((?:-?\d+[-+x]\d=-?\d+, )+)(it fits|not (\d+))")
+LINE = r"((?:-?\d+[-+x]\d=-?\d+(?:, )?)+)"
+TRIAL = re.compile(rf"([-+x]+): {LINE} \((-?\d+)\) (fits|not)\.")
+BACK = re.compile(rf"Hmm, {LINE}it fits\.")
 STEP = re.compile(r"(-?\d+)([-+x])(\d)=(-?\d+)")
 
 
@@ -59,18 +62,21 @@ def test_every_calculation_is_true_and_every_verdict_honest(difficulty: str) -> 
     """Fails if the cold start teaches wrong sums, or to accept or refuse what it should not."""
     checks = 0
     for problem, chain in kept("operators", difficulty):
-        readings = re.split(r"I see (\d+)\.|Hmm, it is (\d+)\.", chain.thought)[1:]
+        aim = rf" \({problem.target}\)\."
+        readings = re.split(rf"I see (\d+){aim}|Hmm, it is (\d+){aim}", chain.thought)[1:]
         found = []
         for first, again, text in zip(*[iter(readings)] * 3, strict=True):
             read = first or again
-            for back, line, verdict, refused in TRIAL.findall(text):
-                digits, _, value = follow(line, problem.target if back else read[0])
-                wanted = read[0] if back else problem.target
-                assert digits == (read[:0:-1] if back else read[1:])
-                assert (value == wanted) == (verdict == "it fits")
-                assert refused in ("", problem.target)
-                checks += bool(back)
+            for stated, line, target, verdict in TRIAL.findall(text):
+                digits, signs, value = follow(line, read[0])
+                assert (digits, signs, target) == (read[1:], stated, problem.target)
+                assert (value == target) == (verdict == "fits")
                 found += STEP.findall(line)
+            for line in BACK.findall(text):
+                digits, _, value = follow(line, problem.target)
+                assert (digits, value) == (read[:0:-1], read[0])
+                found += STEP.findall(line)
+                checks += 1
         assert found == STEP.findall(chain.thought)
     assert checks > 3
 
@@ -82,13 +88,37 @@ def test_a_search_ends_with_what_fits_and_tries_nothing_twice(difficulty: str) -
     for problem, chain in kept("operators", difficulty, replace(SEARCHER, check=0.0)):
         read, _, last = re.split(r"(?:I see|Hmm, it is) ", chain.thought)[-1].partition(". ")
         tried = [follow(line, read[0])[1] for _, line, _, _ in TRIAL.findall(last)]
-        assert len(set(tried)) == len(tried) and last.endswith(", it fits.")
-        assert last.count("it fits") == 1 and tried[-1] == chain.answer
+        assert len(set(tried)) == len(tried) and last.endswith(" fits.")
+        assert last.count("fits") == 1 and tried[-1] == chain.answer
         assert answers_match(chain.answer, problem.answer)
         words = len(re.findall("Wait|Alternatively|Hmm", chain.thought))
         assert words == chain.rechecks <= SEARCHER.most_trials
         lengths.append(len(tried))
     assert set(lengths) >= {1, 2, 3}
+
+
+def test_a_fixed_order_leaves_nothing_out() -> None:
+    """Fails if a systematic search skips a way, or if its words do not say how trials differ."""
+    searcher = Searcher(order="fixed", check=0.0, most_trials=16)
+    ways = {"+++", "++-", "+-+", "+--", "-++", "-+-", "--+", "---"}
+    seen = set()
+    for _, chain in kept("operators", "hard", searcher, 100):
+        last = chain.thought.split("it is")[-1]
+        tried = re.findall(r"(?:(\w+), )?([-+]{3}): ", last)
+        stated = [signs for _, signs in tried]
+        assert stated == sorted(ways)[: len(stated)]
+        for (_, before), (word, signs) in zip(tried, tried[1:], strict=False):
+            assert word == ("Wait" if before[0] == signs[0] else "Alternatively")
+        seen.add(stated[-1])
+    assert len(seen) > 5
+
+
+def test_some_trials_go_on_without_a_word() -> None:
+    """Fails if NoWait, which bans the words, would leave a model no way to search on."""
+    chains = kept("operators", "hard", replace(SEARCHER, plain=0.5, check=0.0), 100)
+    trials = sum(len(TRIAL.findall(chain.thought)) - 1 for _, chain in chains)
+    words = sum(len(re.findall("Wait|Alternatively", chain.thought)) for _, chain in chains)
+    assert 0.35 * trials < words < 0.65 * trials
 
 
 def test_harder_questions_have_longer_chains() -> None:
@@ -97,7 +127,7 @@ def test_harder_questions_have_longer_chains() -> None:
     for difficulty in DIFFICULTIES:
         chains = [chain for _, chain in kept("operators", difficulty, count=200)]
         trials.append(
-            np.mean([c.thought.count(", not ") for c in chains if "it is" not in c.thought])
+            np.mean([c.thought.count(" not.") for c in chains if "it is" not in c.thought])
         )
     assert trials[0] + 0.2 < trials[1]
 
@@ -171,15 +201,19 @@ def test_calculations_by_hand() -> None:
     assert calculation((3, 9, 1), "-+") == "3-9=-6, -6+1=-5"
     assert calculation((2, 3, 4), "+x") == "2+3=5, 5x4=20"
     assert calculation_back((3, 5, 1), "+-", 7) == "7+1=8, 8-5=3"
+    assert trial((3, 5, 1), "+-", 7) == "+-: 3+5=8, 8-1=7 (7) fits."
+    assert trial((3, 5, 1), "--", 7) == "--: 3-5=-2, -2-1=-3 (7) not."
 
 
 def test_the_longest_chain_fits_the_evaluation_of_the_recipe() -> None:
     """Fails if the cold start teaches what decoding would cut off, or words of many tokens."""
     tokenizer = load_tokenizer(ROOT / "assets/tiny-internvl")
     config = load(Evaluate, ROOT / "configs/search/eval.yaml")
+    taught = load(Data, ROOT / "configs/search/data.yaml").search
+    searcher = replace(SEARCHER, order=taught.order, most_trials=taught.most_trials)
     longest = 0
     for difficulty in DIFFICULTIES:
-        for _, chain in kept("operators", difficulty):
+        for _, chain in kept("operators", difficulty, searcher, 100):
             text = f"{chain.thought}\n</think>\n\n\\boxed{{{chain.answer}}}"
             ids = tokenizer.encode(text, add_special_tokens=False)
             assert tokenizer.decode(ids) == text

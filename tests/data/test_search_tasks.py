@@ -8,7 +8,7 @@ import pytest
 
 from r1v3.data.compose import GRID
 from r1v3.data.digits import SPLITS, scans
-from r1v3.data.search_chains import Searcher, hunches
+from r1v3.data.search_chains import Searcher, ways_in_order
 from r1v3.data.search_tasks import (
     DIFFICULTIES,
     SEARCH_BUILDERS,
@@ -65,7 +65,7 @@ def test_the_domains_are_those_that_have_a_builder() -> None:
 def test_signs_have_exactly_one_solution(domain: str, difficulty: str, signs: str) -> None:
     """Fails if a right answer would be judged wrong because there is another, or there is none."""
     for problem in problems(domain, difficulty, allowed=Range(signs)):
-        digits, asked = drawn(problem), int(re.findall(r"to get (\d+)", problem.question)[0])
+        digits, asked = drawn(problem), int(re.findall(r"to get \((\d+)\)", problem.question)[0])
         assert len(digits) == COUNT[difficulty] and str(asked) == problem.target
         right = [
             "".join(way)
@@ -154,9 +154,12 @@ def test_expected_trials_are_those_that_a_search_takes() -> None:
     digits, target, searcher = (7, 3, 4, 5), 5, Searcher(noise=5.0)
     (way,) = [way for way, value in all_signs(digits, "+-").items() if value == target]
     rng = np.random.default_rng(0)
-    taken = [1 + hunches(digits, target, searcher, rng).index(way) for _ in range(3000)]
+    taken = [1 + ways_in_order(digits, target, searcher, rng).index(way) for _ in range(3000)]
     error = 4 * np.std(taken) / len(taken) ** 0.5
     assert abs(np.mean(taken) - expected_trials(digits, "+-", target, 5.0)) < error
+    searcher = Searcher(order="fixed")
+    in_turn = 1 + ways_in_order(digits, target, searcher, rng).index(way)
+    assert expected_trials(digits, "+-", target, None) == in_turn > 1
 
 
 @pytest.mark.parametrize("domain", SEARCH_BUILDERS)
