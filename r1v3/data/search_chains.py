@@ -73,13 +73,13 @@ def calculation_back(digits: Sequence[int], signs: str, target: int) -> str:
 
 
 def trial(digits: Sequence[int], signs: str, target: int) -> str:
-    """Signs, their line calculated, and whether it reaches the target: `+-: 3+5=8, 8-1=7 (7) fits.`
+    """Signs, their line calculated, and by how much it misses: `+-: 3+5=8, 8-1=7, 7-7=0 fits.`
 
-    The target stands beside the value, in brackets as in the question, and the verdict follows: a
-    small model copies the one and compares neighbors.
+    A small model learns to calculate the miss as it learns any other sum; whether two numbers are
+    equal it did not learn in some hundred steps.
     """
     verdict = "fits" if from_left(digits, signs) == target else "not"
-    return f"{signs}: {calculation(digits, signs)} ({target}) {verdict}."
+    return f"{signs}: {calculation((*digits, target), signs + '-')} {verdict}."
 
 
 def _opening(previous: str, way: str) -> str:

@@ -12,6 +12,7 @@ from r1v3.data.search_tasks import (
     DIFFICULTIES,
     SEARCH_BUILDERS,
     SEARCH_OUT_OF_DOMAIN,
+    SEARCH_TARGETS,
     expected_trials,
 )
 from r1v3.data.tasks import Problem
@@ -86,7 +87,7 @@ def _drill(split: str, index: int, searcher: Searcher, rng: np.random.Generator)
         return digits, "".join(rng.choice(list(searcher.allowed.signs), len(digits) - 1))
 
     lines = [line() for _ in range(DRILL_LINES)]
-    target = from_left(*lines[int(rng.integers(0, DRILL_LINES))])
+    target = int(rng.choice(SEARCH_TARGETS))
     # Two lines of five or so fit: a line that does not is mostly drawn again, some ten times.
     for place in range(DRILL_LINES):
         while rng.random() < 0.9 and from_left(*lines[place]) != target:

@@ -22,7 +22,8 @@ from r1v3.rewards.operators import from_left, state_puzzle
 SEARCH_IN_DOMAIN = ("operators", "two_hands")
 SEARCH_OUT_OF_DOMAIN = ("column", "factors")
 DIFFICULTIES = ("normal", "hard")
-SEARCH_TARGETS = range(0, 100)
+# One digit: a large number would say by itself that all signs are plus.
+SEARCH_TARGETS = range(0, 10)
 _DIGITS = {"normal": 3, "hard": 4}
 
 

@@ -94,9 +94,9 @@ def test_drills_are_true_and_have_no_picture() -> None:
         steps = re.findall(r"(-?\d+)([-+])(\d)=(-?\d+)", str(sample.response))
         assert len(steps) > 8 and not sample.images
         target = re.findall(r"give \((-?\d+)\)\?", sample.question)[0]
-        verdicts = re.findall(r"=(-?\d+) \((-?\d+)\) (fits|not)\.", str(sample.response))
-        assert len(verdicts) == 5 and {asked for _, asked, _ in verdicts} == {target}
-        assert all((end == target) == (said == "fits") for end, _, said in verdicts)
+        verdicts = re.findall(r"-(\d)=(-?\d+) (fits|not)\.", str(sample.response))
+        assert len(verdicts) == 5 and {asked for asked, _, _ in verdicts} == {target}
+        assert all((missing == "0") == (said == "fits") for _, missing, said in verdicts)
         assert sample.ground_truth == str(sum(said == "fits" for _, _, said in verdicts))
         for a, sign, b, c in steps:
             assert int(c) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
