@@ -29,7 +29,8 @@ class Searcher:
     allowed: the signs and digits of the questions.
     order: of the trials; by `hunch`, or `fixed`: all plus first, the last sign changing fastest.
     noise: standard deviation of a hunch, in units of the value that it is about.
-    plain: chance that a further trial goes on without a word that opens it.
+    plain: chance that a further trial goes on without a word that opens it, and that of two hands
+        only the first is looked at.
     sharpness: exponent on the probabilities of a first look.
     check: chance to verify what fits by calculating back to the first digit.
     most_trials: a search of more trials is given up.
@@ -138,13 +139,16 @@ def search_signs(problem: Problem, searcher: Searcher, rng: np.random.Generator)
 
 
 def look_twice(problem: Problem, searcher: Searcher, rng: np.random.Generator) -> Chain:
-    """A chain for `two_hands`: one hand, then the other, and both weighed where they disagree."""
+    """A chain for `two_hands`: one hand, mostly the other, and both weighed where they disagree."""
     first, second = (
         "".join(map(str, _read(row, GLANCE_STRENGTH, searcher.sharpness, rng)))
         for row in problem.rows
     )
     chosen, sentences = first, [f"I see {first}."]
-    if first == second:
+    looks = 1 + (first != second)
+    if rng.random() < searcher.plain:
+        looks = 0
+    elif first == second:
         sentences.append(f"Hmm, the second is {second}, it fits.")
     else:
         p = reading_probabilities(CAREFUL_STRENGTH)
@@ -155,7 +159,7 @@ def look_twice(problem: Problem, searcher: Searcher, rng: np.random.Generator) -
         sentences.append(f"Wait, the second is {second}. Hmm, {first} or {second}. It is {chosen}.")
     digits = [int(digit) for digit in chosen]
     sentences.append(f"{calculation(digits, '+' * (len(digits) - 1))}.")
-    return Chain(" ".join(sentences), str(sum(digits)), 1 + (first != second))
+    return Chain(" ".join(sentences), str(sum(digits)), looks)
 
 
 def sample_search(

@@ -113,12 +113,16 @@ def test_a_fixed_order_leaves_nothing_out() -> None:
     assert len(seen) > 5
 
 
-def test_some_trials_go_on_without_a_word() -> None:
+def test_some_chains_go_on_without_a_word() -> None:
     """Fails if NoWait, which bans the words, would leave a model no way to search on."""
     chains = kept("operators", "hard", replace(SEARCHER, plain=0.5, check=0.0), 100)
     trials = sum(len(TRIAL.findall(chain.thought)) - 1 for _, chain in chains)
     words = sum(len(re.findall("Wait|Alternatively", chain.thought)) for _, chain in chains)
     assert 0.35 * trials < words < 0.65 * trials
+    looks = [c.rechecks for _, c in kept("two_hands", "normal", replace(SEARCHER, plain=0.5), 100)]
+    assert 35 < looks.count(0) < 65
+    short = [c for _, c in kept("two_hands", "normal", replace(SEARCHER, plain=1.0), 20)]
+    assert not re.search("Wait|Hmm|second", "".join(chain.thought for chain in short))
 
 
 def test_harder_questions_have_longer_chains() -> None:

@@ -81,7 +81,7 @@ def test_bare_answers_and_sums_are_as_many_as_asked(name: str) -> None:
     """Fails if NoThink is a mode that the model was never shown, or if sums crowd out questions."""
 
     def share(part: float) -> float:
-        samples = search_cold_start("train", 40, 0, Searcher(), Mix(**{name: part})).samples
+        samples = search_cold_start("train", 100, 0, Searcher(), Mix(**{name: part})).samples
         return float(np.mean([not s.thinking for s in samples]))
 
     assert share(0.0) == 0.0 and share(1.0) == 1.0 and 0.1 < share(0.3) < 0.5
