@@ -138,6 +138,7 @@ class RolloutEngine(Section):
     local: the training weights themselves. vllm: vLLM in the training processes, asleep while
     they train; `tensor` ranks hold one copy. vllm-server: OpenAI-compatible servers at `urls`.
     timeout_seconds: of one request; it is then sent to another server, at most `retries` times.
+    concurrency: requests under way at a time, over all servers; one has all samples of a prompt.
     weights_folder: where servers find new weights, by default `<run>/rollout-weights`; it must be
     the same path for them. trust_remote_code: let vLLM run the code in the model's folder, which
     it needs for InternVL's original layout. vllm: further arguments of `vllm.LLM` for engine vllm,
