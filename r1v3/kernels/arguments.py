@@ -96,11 +96,32 @@ def check_temperature(temperature: float | Tensor) -> None:
         )
 
 
-def check_token_ids(token_ids: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless token_ids are integers of this shape."""
-    check_shape("token_ids", token_ids, shape)
+def check_token_ids(token_ids: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return () for one label in each row of this shape, and (K,) for K of them.
+
+    Raises:
+        ValueError: for labels of another shape, or that are no integers.
+    """
+    labels = token_ids.shape[len(shape) :]
+    if tuple(token_ids.shape[: len(shape)]) != tuple(shape) or len(labels) > 1:
+        rows = list(shape)
+        raise ValueError(
+            f"token_ids must have shape {rows}, or {[*rows, 'K']} of K labels for each row, "
+            f"got {list(token_ids.shape)}"
+        )
     if token_ids.is_floating_point() or token_ids.is_complex():
         raise ValueError(f"token_ids must be integers, got {token_ids.dtype}")
+    return tuple(labels)
+
+
+def check_one_label(token_ids: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless token_ids are integers, one in each row of this shape."""
+    if check_token_ids(token_ids, shape):
+        raise ValueError(
+            f"token_ids must have shape {list(shape)}: the policy loss is of one token in each "
+            f"row, got {list(token_ids.shape)}; log-probabilities of several come from "
+            "logprobs_and_entropy and linear_logprobs_and_entropy"
+        )
 
 
 def check_rows(rows: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from r1v3.kernels import cuda, devices, reference, softmax_rows
 from r1v3.kernels.arguments import (
     as_temperature,
     check_logits,
-    check_token_ids,
+    check_one_label,
     is_zero,
     number_or_rows,
 )
@@ -20,6 +20,7 @@ from r1v3.kernels.grpo_loss import loss_and_metrics_of_head
 from r1v3.kernels.grpo_terms import GrpoInputs, GrpoOptions, TokenTerms
 from r1v3.kernels.logprobs_and_entropy import logprobs_and_entropy
 from r1v3.kernels.registration import register_op
+from r1v3.kernels.row_labels import RowLabels, part_of
 from r1v3.kernels.vocab_parallel import group_name, shard_bounds
 from r1v3.kernels.with_gradient import with_gradient_op
 
@@ -85,7 +86,7 @@ def logits_grpo_loss(
     check_logits(logits, vocab_size if group is None else None)
     shape = tuple(logits.shape[:-1])
     degrees = as_temperature(temperature, shape, logits.device)
-    check_token_ids(token_ids, shape)
+    check_one_label(token_ids, shape)
     options = GrpoOptions(
         clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, unbiased_kl, aggregation
     )
@@ -148,13 +149,13 @@ def _logits_grpo(
         # Only the rows that count, since waiting for their number costs nothing here.
         rows = keep.nonzero().squeeze(-1)
         ids, own, mask = token_ids[rows], own[rows], None
-        degrees = softmax_rows.part_of(degrees, rows)
+        degrees = part_of(degrees, rows)
     else:
         rows, ids, mask = None, torch.where(keep, token_ids, reference.IGNORED_TOKEN), keep
         if isinstance(degrees, Tensor):  # that of a token that does not count may be anything
             degrees = torch.where(keep, degrees, 1.0)
     shard = shard_bounds(logits.shape[-1], vocab_size, group, logits.device)
-    labels = softmax_rows.RowLabels(ids, rows, degrees, vocab_size, shard, group)
+    labels = RowLabels(ids, rows, degrees, vocab_size, shard, group)
     logprobs, entropy, saved = softmax_rows.forward(logits, labels, keep=mask)
     if gradient is not None:
         upstream = own.grad_logprobs(logprobs, mask)

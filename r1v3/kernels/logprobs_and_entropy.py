@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1v3.kernels import reference, softmax_rows
+from r1v3.kernels import reference, several_labels, softmax_rows
 from r1v3.kernels.arguments import (
     as_temperature,
     check_logits,
@@ -21,7 +21,7 @@ from r1v3.kernels.arguments import (
     number_or_rows,
 )
 from r1v3.kernels.registration import register_op
-from r1v3.kernels.softmax_rows import RowLabels
+from r1v3.kernels.row_labels import RowLabels
 from r1v3.kernels.vocab_parallel import group_name, shard_bounds
 
 
@@ -35,7 +35,7 @@ def logprobs_and_entropy(
     group: ProcessGroup | None = None,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's token and entropy of each row, in nats.
+    """Log-probability of each row's token, or of K tokens, and entropy of each row, in nats.
 
     A -inf logit has probability 0. A row of -inf gives logp -inf, entropy 0 and gradient 0. NaN
     and +inf make both results of their row NaN. Label -100 gives logp 0 and adds no gradient.
@@ -48,7 +48,9 @@ def logprobs_and_entropy(
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64, any strides.
         token_ids: [...] integers in [0, vocabulary) or -100. Outside it a CPU tensor raises; a
-            CUDA tensor gives NaN (nothing here waits for the device).
+            CUDA tensor gives NaN (nothing here waits for the device). Or [..., K], K labels for
+            each row, which may repeat or be -100: the log-probabilities are [..., K], from the
+            same reads of the logits and K elements of each row besides.
         temperature: finite and >= 0, a number or a floating-point tensor [...] with one for each
             row (with `rows` too, which selects from it); a tensor gets no gradient.
         vocab_size: the true vocabulary where columns are padded; columns from it on carry no
@@ -63,14 +65,14 @@ def logprobs_and_entropy(
             torch.compile, which plans memory itself, and where logits share memory.
 
     Returns:
-        logprobs and entropy, [...] or [n], float32 (float64 for float64 logits).
+        logprobs and entropy, [...] or [n], float32 (float64 for float64 logits); with K labels,
+        logprobs [..., K] or [n, K].
 
     Raises:
         ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
             vocab_size exceeds the columns, or, on the CPU, a label, a row or a row's temperature is
             out of range. A CUDA tensor gives NaN for such a temperature.
     """
-    check_token_ids(token_ids, tuple(logits.shape[:-1]))
     logprobs, entropy = _results(
         logits, token_ids, rows, temperature, vocab_size, group, inplace_backward, True
     )
@@ -113,17 +115,16 @@ def selective_log_softmax(
     """log softmax(logits / temperature) at token_ids, in nats; see `logprobs_and_entropy`.
 
     Args:
-        logits: [..., V]; token_ids: [...]; the rest as in `logprobs_and_entropy`.
+        logits: [..., V]; token_ids: [...] or [..., K]; the rest as in `logprobs_and_entropy`.
 
     Returns:
-        [...] (or [len(rows)]) float32 (float64 for float64 logits).
+        [...] (or [len(rows)]), with K labels [..., K], float32 (float64 for float64 logits).
 
     Raises:
         ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
             vocab_size exceeds the columns, or, on the CPU, a label, a row or a row's temperature is
             out of range.
     """
-    check_token_ids(token_ids, tuple(logits.shape[:-1]))
     return _results(logits, token_ids, rows, temperature, vocab_size, group, False, False)[0]
 
 
@@ -138,9 +139,13 @@ def _results(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     check_logits(logits, vocab_size if group is None else None)
-    degrees = as_temperature(temperature, tuple(logits.shape[:-1]), logits.device)
+    shape, labels = logits.shape[:-1], ()
+    degrees = as_temperature(temperature, shape, logits.device)
     check_rows(rows)
-    ids = None if token_ids is None else token_ids.reshape(-1).contiguous()
+    ids = None
+    if token_ids is not None:
+        labels = check_token_ids(token_ids, shape)
+        ids = token_ids.reshape(shape.numel(), *labels).contiguous()
     rows = None if rows is None else rows.contiguous()
     if ids is not None and rows is not None:
         ids = ids[rows]
@@ -151,8 +156,8 @@ def _results(
         logits, ids, rows, degrees, vocab_size, group_name(group), inplace,
         with_entropy,
     )  # fmt: skip
-    shape = logits.shape[:-1] if rows is None else rows.shape
-    return logprobs.view(shape), entropy.view(shape) if with_entropy else entropy
+    shape = shape if rows is None else rows.shape
+    return logprobs.view(*shape, *labels), entropy.view(shape) if with_entropy else entropy
 
 
 def _logprobs_and_entropy(
@@ -165,7 +170,7 @@ def _logprobs_and_entropy(
     inplace_backward: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities [n], entropy [n] or [0], what the backward needs [n, 3], the shard."""
+    """Log-probabilities [n] or [n, K], entropy [n] or [0], what the backward needs [n, 3], the shard."""
     shard = shard_bounds(logits.shape[-1], vocab_size, group, logits.device)
     labels = RowLabels(token_ids, rows, number_or_rows(temperature), vocab_size, shard, group)
     logprobs, entropy, saved = softmax_rows.forward(logits, labels, with_entropy=with_entropy)
@@ -177,7 +182,8 @@ def _fake_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, _, group, _, with_entropy = rest
     n = math.prod(logits.shape[:-1]) if rows is None else rows.shape[0]
-    logprobs = logits.new_empty(n, dtype=reference.accumulation_dtype(logits))
+    labels = () if token_ids is None else token_ids.shape[1:]
+    logprobs = logits.new_empty(n, *labels, dtype=reference.accumulation_dtype(logits))
     shard = logits.new_empty(2 if group else 0, dtype=torch.int64)
     entropy = logprobs.new_empty(n if with_entropy else 0)
     return logprobs, entropy, logprobs.new_empty(n, 3), shard
@@ -197,6 +203,8 @@ def _logits_gradient(
 ) -> None:
     """Write the gradient, which may be the logits."""
     labels = RowLabels(token_ids, rows, number_or_rows(temperature), vocab_size, shard)
+    if labels.several and grad_logprobs is not None:
+        grad_logprobs = several_labels.summed_gradients(grad_logprobs, labels.token_ids)
     softmax_rows.backward(logits, gradient, labels, saved, grad_logprobs, grad_entropy)
 
 

@@ -38,23 +38,25 @@ def logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of `token_ids` and entropy of softmax(logits / temperature), in nats.
 
-    Shapes: logits [..., V], token_ids [...], a temperature for each row [...], results [...] (or
-    [len(rows)]).
+    Shapes: logits [..., V], token_ids [...] or [..., K], a temperature for each row [...], results
+    [...] (or [len(rows)]), with K labels for each row log-probabilities [..., K].
     """
-    shape = logits.shape[:-1] if rows is None else rows.shape
+    leading, shape = logits.shape[:-1], logits.shape[:-1] if rows is None else rows.shape
+    labels = token_ids.shape[len(leading) :]
     x = _selected(logits, vocab_size, rows)
-    ids = token_ids.reshape(-1) if rows is None else token_ids.reshape(-1)[rows]
+    ids = token_ids.reshape(leading.numel(), labels.numel())
+    ids = ids if rows is None else ids[rows]
     ignored = ids == IGNORED_TOKEN
     if bool(((ids < 0) | (ids >= x.shape[-1])).logical_and(~ignored).any()):
-        raise ValueError(f"token_ids must be in [0, {x.shape[-1]}) or -100, got {ids.tolist()[:8]}")
+        raise ValueError(f"token_ids must be in [0, {x.shape[-1]}) or -100, got {ids.flatten()[:8].tolist()}")
     d, log_s, entropy, dead = _softmax_parts(x, _of_rows(temperature, rows, x.dtype))
     if x.shape[-1] == 0:
-        target = d.new_zeros(d.shape[0])
+        target = d.new_zeros(ids.shape)
     else:
-        target = d.gather(-1, ids.clamp(min=0)[:, None]).squeeze(-1)
-    logprobs = torch.where(dead, -torch.inf, target - log_s)
+        target = d.gather(-1, ids.clamp(min=0))
+    logprobs = torch.where(dead[:, None], -torch.inf, target - log_s[:, None])
     logprobs = torch.where(ignored, 0.0, logprobs)
-    return logprobs.view(shape), entropy.view(shape)
+    return logprobs.view(*shape, *labels), entropy.view(shape)
 
 
 def entropy_from_logits(
@@ -135,7 +137,7 @@ def _coldest(shifted: Tensor) -> Tensor:
     )
 
 
-def _over(difference: Tensor, temperature: float | Tensor) -> Tensor:
+def over(difference: Tensor, temperature: float | Tensor) -> Tensor:
     """difference / temperature for differences <= 0, [n] or [n, V]; at 0 the limit, 0 or -inf."""
     if not isinstance(temperature, Tensor):
         if temperature == 0:
@@ -169,7 +171,7 @@ def row_statistics(x: Tensor, token_ids: Tensor | None, temperature: float | Ten
     maximum = x.amax(-1)
     dead = maximum == -torch.inf
     shifted = x - torch.where(dead, 0.0, maximum)[:, None]
-    d = _over(shifted, temperature)
+    d = over(shifted, temperature)
     e = d.exp()
     w = (e * torch.where(d == -torch.inf, 0.0, d)).sum(-1)
     target = torch.zeros_like(maximum)
@@ -186,7 +188,7 @@ def join_statistics(stats: Tensor, temperature: float | Tensor) -> Tensor:
     m = m_all.amax(0)
     s, w, t = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
     for m_r, s_r, w_r, t_r in zip(m_all, s_all, w_all, t_all, strict=True):
-        gap = _over(torch.where(m_r == -torch.inf, 0.0, m_r - m), temperature)
+        gap = over(torch.where(m_r == -torch.inf, 0.0, m_r - m), temperature)
         scale = gap.exp()
         gap = torch.where(scale == 0, 0.0, gap)
         s = s + scale * s_r
@@ -210,7 +212,7 @@ def merge_statistics(
     dead = s == 0
     log_s = torch.where(dead, 1.0, s).log()
     entropy = torch.where(dead, 0.0, log_s - w / torch.where(dead, 1.0, s))
-    logprobs = torch.where(dead, -torch.inf, _over(t - m, temperature) - log_s)
+    logprobs = torch.where(dead, -torch.inf, over(t - m, temperature) - log_s)
     if ignored is not None:
         logprobs = torch.where(ignored, 0.0, logprobs)
     return logprobs, entropy, torch.stack([m, log_s, entropy], dim=-1)
@@ -275,11 +277,13 @@ def linear_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`logprobs_and_entropy(hidden @ weight.T + bias, token_ids)`, logits in float32.
 
-    Shapes: hidden [..., H], weight [V, H], bias [V], token_ids and loss_mask [...].
-    Rows with loss_mask 0 or label -100 give 0 for both results and never touch a gradient.
+    Shapes: hidden [..., H], weight [V, H], bias [V], token_ids [...] or [..., K], loss_mask [...].
+    Rows with loss_mask 0 or no label but -100 give 0 for both results and touch no gradient.
     """
     dtype = accumulation_dtype(hidden)
     keep = token_ids != IGNORED_TOKEN
+    if token_ids.dim() == hidden.dim():
+        keep = keep.any(-1) if token_ids.shape[-1] else keep.new_ones(hidden.shape[:-1])
     if loss_mask is not None:
         keep = keep & (loss_mask != 0)
     logits = hidden[keep].to(dtype) @ weight.to(dtype).T
@@ -290,8 +294,9 @@ def linear_logprobs_and_entropy(
     logprobs, entropy = logprobs_and_entropy(
         logits, token_ids[keep], temperature=temperature, vocab_size=vocab_size
     )
-    zero = torch.zeros(keep.shape, dtype=dtype, device=hidden.device)
-    return zero.masked_scatter(keep, logprobs), zero.masked_scatter(keep, entropy)
+    of_labels = torch.zeros(token_ids.shape, dtype=dtype, device=hidden.device)
+    of_rows = torch.zeros(keep.shape, dtype=dtype, device=hidden.device)
+    return of_labels.index_put((keep,), logprobs), of_rows.index_put((keep,), entropy)
 
 
 def ban_tokens_(

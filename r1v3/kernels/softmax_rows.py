@@ -9,60 +9,19 @@ chunk, no allocation of its size.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from r1v3.kernels import cpu, devices, reference, vocab_parallel
-from r1v3.kernels.arguments import check_temperature, is_zero
-
-
-class RowLabels(NamedTuple):
-    """Rows of logits [..., V] that are computed, their labels, and the softmax over them.
-
-    Attributes:
-        token_ids: [n] global ids of the rows or -100, or None.
-        rows: int64 [n] into the flattened leading dimensions, or None for all of them.
-        temperature: of all rows, or float64 [n].
-        vocab_size: columns that take part, or None for all; a shard says it better.
-        shard: int64 [2], id of the first column and the true vocabulary size, or empty.
-        group: name of the group over which the vocabulary is sharded, or empty.
-    """
-
-    token_ids: Tensor | None
-    rows: Tensor | None
-    temperature: float | Tensor
-    vocab_size: int | None
-    shard: Tensor
-    group: str = ""
-
-    def columns(self, width: int) -> tuple[int, int, int]:
-        """First token id here, number of columns that take part, and the true vocabulary size."""
-        return vocab_parallel.columns(width, self.vocab_size, self.shard)
-
-    def columns_on_device(self, width: int) -> tuple[int, Tensor | None]:
-        """Columns of which a shard on the device, if there is one, takes a part: no wait."""
-        if self.shard.numel():
-            return width, self.shard
-        return width if self.vocab_size is None else self.vocab_size, None
-
-    def local_ids(self, first: int) -> Tensor | None:
-        """int64 [n] ids counted from this shard's first one."""
-        if self.token_ids is None:
-            return None
-        ids = self.token_ids.to(torch.int64).contiguous()
-        return ids - first if first else ids
-
-    def runs_triton(self, tensor: Tensor) -> bool:
-        """Whether Triton computes them from logits or statistics like `tensor`."""
-        return devices.runs_triton(tensor) and not is_zero(self.temperature)
+from r1v3.kernels import cpu, devices, reference, several_labels, vocab_parallel
+from r1v3.kernels.arguments import check_temperature
+from r1v3.kernels.row_labels import RowLabels, part_of
 
 
 def forward(
     logits: Tensor, labels: RowLabels, *, with_entropy: bool = True, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [n], entropy [n] and what the backward needs [n, 3].
+    """Log-probabilities [n], or [n, K], entropy [n] and what the backward needs [n, 3].
 
     Args:
         with_entropy: False where nobody looks at the entropy, which then may hold anything; the
@@ -76,6 +35,12 @@ def forward(
         if labels.rows is not None:
             check_row_index(labels.rows, logits.shape[:-1].numel())
         check_temperature(labels.temperature)
+    if labels.several:
+        targets = several_labels.target_logits(logits, labels)
+        unlabeled = labels._replace(token_ids=None)
+        _, entropy, saved = forward(logits, unlabeled, with_entropy=with_entropy, keep=keep)
+        logprobs = several_labels.target_logprobs(targets, labels, logits.shape[-1], saved)
+        return logprobs, entropy, saved
     if cpu.supports(logits) and not labels.group and not labels.runs_triton(logits):
         return _forward_on_cpu(logits, labels, with_entropy)
     return merge(statistics(logits, labels, keep), labels, logits.shape[-1])
@@ -133,7 +98,13 @@ def backward(
     """Write the gradient of all rows of logits [..., V] to out, which may be the logits.
 
     Rows outside `rows` and columns outside the vocabulary get 0.
+
+    Args:
+        grad_logprobs: [n], or with K labels for each row `several_labels.summed_gradients`.
     """
+    if labels.several and grad_logprobs is not None:
+        _backward_of_several(logits, out, labels, saved, grad_logprobs, grad_entropy)
+        return
     if labels.token_ids is None:
         grad_logprobs = None  # without labels the log-probabilities are the constant 0
     upstream = [
@@ -171,6 +142,22 @@ def backward(
     target[:, :vocab][slice(None) if rows is None else rows] = grad
 
 
+def _backward_of_several(
+    logits: Tensor,
+    out: Tensor,
+    labels: RowLabels,
+    saved: Tensor,
+    summed: Tensor,
+    grad_entropy: Tensor | None,
+) -> None:
+    """`backward` with a label that is nowhere, and the columns of the K labels put right."""
+    gradients = several_labels.target_gradients(logits, labels, saved, summed, grad_entropy)
+    total = summed[:, 0]
+    nowhere = labels._replace(token_ids=torch.full_like(total, -1, dtype=torch.int64))
+    backward(logits, out, nowhere, saved, total, grad_entropy)
+    several_labels.write_gradients(out, labels, gradients)
+
+
 def writable_in_place(logits: Tensor) -> bool:
     """Whether every element has its own memory and the kernels can address the rows there."""
     if any(
@@ -186,7 +173,7 @@ def check_labels(token_ids: Tensor, vocab: Tensor | int) -> None:
     """Raise ValueError for a label outside the vocabulary; on a GPU that would be a wait."""
     if token_ids.is_cuda or token_ids.numel() == 0:
         return
-    size, ids = int(vocab), token_ids.to(torch.int64).contiguous()
+    size, ids = int(vocab), token_ids.reshape(-1).to(torch.int64).contiguous()
     if cpu.built() and cpu.first_outside(ids, size, reference.IGNORED_TOKEN) < 0:
         return
     bad = ids[((ids < 0) | (ids >= size)) & (ids != reference.IGNORED_TOKEN)]
@@ -264,11 +251,6 @@ def _forward_on_cpu(
             _part(entropy, part), saved[part],
         )  # fmt: skip
     return logprobs, logprobs.new_empty(0) if entropy is None else entropy, saved
-
-
-def part_of(temperature: float | Tensor, part: slice | Tensor) -> float | Tensor:
-    """The temperature of a part of its rows."""
-    return temperature[part] if isinstance(temperature, Tensor) else temperature
 
 
 def _part(vector: Tensor | None, part: slice) -> Tensor | None:

@@ -29,7 +29,8 @@ def logprobs_step(x: Tensor, ids: Tensor, temperature: float) -> Tensor:
     weight = x[:8]
     logprobs, entropy = linear_logprobs_and_entropy(x, weight, ids % 8, temperature=temperature)
     more, _ = linear_logprobs_and_entropy(x, weight, ids % 8, rows=ids[:1], vocab_size=8)
-    return logprobs.sum() + entropy.sum() + more.sum()
+    several, _ = linear_logprobs_and_entropy(x, weight, torch.stack([ids % 8, ids % 3], 1))
+    return logprobs.sum() + entropy.sum() + more.sum() + several.sum()
 
 
 def loss_step(x: Tensor, ids: Tensor, temperature: float) -> Tensor:

@@ -13,6 +13,7 @@ from r1v3.kernels import (
     selective_log_softmax,
     softmax_rows,
 )
+from r1v3.kernels.row_labels import RowLabels
 from tests.kernels.budget import check_logits
 from tests.kernels.conftest import CPU_BACKENDS, INTERPRETED, slow_interpreted
 
@@ -274,7 +275,7 @@ def test_a_gradient_in_another_dtype_is_rounded_once(backend: str) -> None:
         pytest.skip("the CPU kernels write the dtype they read")
     logits, ids = torch.randn(3, 4160)[:, :4101], torch.tensor([0, 4100, 2000])
     nowhere = torch.empty(0, dtype=torch.int64)
-    labels = softmax_rows.RowLabels(ids, None, 0.8, None, nowhere)
+    labels = RowLabels(ids, None, 0.8, None, nowhere)
     saved, upstream = softmax_rows.forward(logits, labels)[2], torch.randn(3)
     single, wide = torch.empty(3, 4101), torch.full((3, 4160), 7.0, dtype=torch.bfloat16)
     softmax_rows.backward(logits, single, labels, saved, upstream)

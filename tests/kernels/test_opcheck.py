@@ -25,7 +25,7 @@ def logits_cases() -> dict[str, tuple[Any, ...]]:
     x, ids, rows = torch.randn(6, 11), torch.randint(0, 9, (6,)), torch.tensor([4, 0])
     leaf = x.clone().requires_grad_()
     saved, slope = torch.rand(6, 3), torch.randn(6)
-    degrees = torch.rand(6, dtype=torch.float64)
+    degrees, pairs = torch.rand(6, dtype=torch.float64), torch.stack([ids, ids.flip(0)], 1)
     gradient = ids, None, scalar(0.7), 9, rows[:0], saved, slope, slope
     terms = [torch.rand(6), slope, None, slope, None]
     grpo = ids, terms, [0.2, 0.3, 0.0, 0.0, 0.1, 2.0, 0.0, 0.0], scalar(0.7), 9, ""
@@ -37,7 +37,11 @@ def logits_cases() -> dict[str, tuple[Any, ...]]:
         ),
         "logprobs_and_entropy without ids": (leaf, None, None, scalar(1.0), None, "", False, True),
         "logprobs_and_entropy without entropy": (leaf, ids, None, scalar(1.0), 9, "", False, False),
+        "logprobs_and_entropy of several": (leaf, pairs, None, scalar(0.7), 9, "", False, True),
         "logits_gradient": (x, x.clone(), *gradient),
+        "logits_gradient of several": (
+            x, x.clone(), pairs, None, scalar(0.7), 9, rows[:0], saved, pairs.float(), slope,
+        ),
         "logits_gradient of rows": (
             x, x.clone(), ids[rows], rows, scalar(1.0), None, rows[:0], saved[rows], None,
             slope[rows],
@@ -89,6 +93,7 @@ def linear_cases() -> dict[str, tuple[Any, ...]]:
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     bias = torch.randn(11).requires_grad_()
     ids, mask = torch.randint(0, 9, (6,)), torch.ones(6, dtype=torch.bool)
+    pairs = torch.stack([ids, ids.flip(0)], 1)
     some, sharding = torch.tensor([4]), ("", True, 0)
     rest = scalar(0.7), None, *sharding
     per_token: list[Tensor | None] = [torch.rand(6) for _ in range(5)]
@@ -101,10 +106,15 @@ def linear_cases() -> dict[str, tuple[Any, ...]]:
         "linear_logprobs_and_entropy by row": (
             *leaves, None, ids, mask, None, degrees, None, *sharding,
         ),
+        "linear_logprobs_and_entropy of several": (*leaves, None, pairs, mask, None, *rest),
         "linear_logprobs_and_entropy of rows": (*leaves, bias, ids, None, some, *rest),
         "linear_gradient": (
             hidden, weight, bias.detach(), ids, mask, None, *gradient, [True, True, True],
             *sharding,
+        ),
+        "linear_gradient of several": (
+            hidden, weight, None, pairs, mask, None, scalar(0.7), bounds, saved,
+            [pairs.float(), slope], [True, True, False], *sharding,
         ),
         "linear_gradient of the weight": (
             hidden, weight, None, ids, mask, None, *gradient, [False, True, False], *sharding,

@@ -23,6 +23,7 @@ SUITE = (
     "linear_edges",
     "linear_persistent",
     "row_temperature",
+    "several_labels",
     "ban_tokens",
     "sample_tokens",
     "properties",

@@ -108,6 +108,35 @@ def check_rest(mine: slice) -> None:
         raise AssertionError("a label or vocabulary outside all shards must raise")
 
 
+def check_several(mine: slice) -> list[Tensor]:
+    """Labels in several shards, repeated and ignored, of logits and of a head.
+
+    The gradients of a shard's columns, of padding too, are those of the whole vocabulary.
+    """
+    logits, one = whole(torch.bfloat16)
+    ids = torch.stack([one, one.flip(0), torch.full_like(one, 700), one], 1)
+    hidden, weight = torch.randn(12, 16), torch.randn(PADDED, 16)
+    upstream = torch.randn(12, 4), torch.randn(12)
+    results = []
+    for part, options in ((slice(None), {}), (mine, {"group": dist.group.WORLD})):
+        found = []
+        for function, leaves in (
+            (logprobs_and_entropy, [logits[:, part]]),
+            (linear_logprobs_and_entropy, [hidden, weight[part]]),
+        ):
+            leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+            outputs = function(*leaves, ids, temperature=0.7, vocab_size=VOCAB, **options)
+            legal = [torch.where(value.isfinite(), value, 0.0) for value in outputs]
+            torch.autograd.backward(legal, upstream)
+            found += [*(value.detach() for value in outputs), *(leaf.grad for leaf in leaves)]
+        results.append(found)
+    (*of_logits, grad_logits), (*of_head, grad_weight) = results[0][:3], results[0][3:]
+    wanted = [*of_logits, grad_logits[:, mine], *of_head, grad_weight[mine]]
+    for got, want in zip(results[1], wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=2.0**-7, atol=1e-4, equal_nan=True)
+    return [*results[1][:2], *results[1][3:6]]
+
+
 def check_grpo(mine: slice) -> list[Tensor]:
     """The loss of sharded logits, in place and not, is that of the whole vocabulary."""
     logits, ids = torch.randn(2, 5, PADDED), torch.randint(0, VOCAB, (2, 5))
@@ -236,6 +265,7 @@ def main(folder: Path, device: str) -> None:
     if not INTERPRETED:  # a compiled rank shows the same
         check_rest(mine)
         check_linear(mine)
+        outputs += check_several(mine)
     check_collectives(mine)
     unsharded = entropy_from_logits(torch.zeros(1, 8))
     assert abs(unsharded.item() - 2.0794415) < 1e-6, "group=None must not mean the world group"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from r1v3.kernels import cpu, vocab_parallel
-from r1v3.kernels.softmax_rows import RowLabels, part_of
+from r1v3.kernels.row_labels import RowLabels, part_of
 
 # Elements from row to row of what is allocated here, a multiple of 128 bytes: of rows of 151,674
 # most start off the 16 bytes that tensor cores load.
@@ -76,7 +76,7 @@ class TiledHead:
         """These rows of logits, which start with these columns, or of all, and their labels.
 
         Args:
-            token_ids: [n] of the rows.
+            token_ids: [n] of the rows, or [n, K].
         """
         shard = self.bounds
         if columns is not None:

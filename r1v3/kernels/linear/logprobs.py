@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1v3.kernels import softmax_rows
+from r1v3.kernels import several_labels, softmax_rows
 from r1v3.kernels.linear.gradients import Gradients, HiddenReduction
 from r1v3.kernels.linear.head import TiledHead
 from r1v3.kernels.linear.rows import SelectedRows
@@ -33,7 +33,7 @@ def _linear_logprobs(
     reduce_hidden_grad: bool,
     row_tile: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities [n], entropy [n], (m, log s, entropy) [n, 3], the shard's bounds [2].
+    """Log-probabilities [n] or [n, K], entropy [n], (m, log s, entropy) [n, 3], shard's bounds [2].
 
     n counts tokens, or entries of `rows`. reduce_hidden_grad is for the backward.
     """
@@ -48,7 +48,7 @@ def _linear_logprobs(
 
 
 def row_results(head: TiledHead, rows: SelectedRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [n], entropy [n], (m, log s, entropy) [n, 3] of the selected rows."""
+    """Log-probabilities [n], or [n, K], entropy [n], (m, log s, entropy) [n, 3] of the rows."""
     statistics = RowStatistics(head, rows.token_ids)
     states = rows.states(head.states)
     block, width = tile_shape(head, rows.n)
@@ -68,9 +68,9 @@ def _fake_linear_logprobs(
     *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = token_ids.shape[0] if rows is None else rows.shape[0]
-    logprobs = hidden.new_empty(n, dtype=accumulation_dtype(hidden))
+    entropy = hidden.new_empty(n, dtype=accumulation_dtype(hidden))
     bounds = hidden.new_empty(2, dtype=torch.int64)
-    return logprobs, torch.empty_like(logprobs), logprobs.new_empty(n, 3), bounds
+    return entropy.new_empty(n, *token_ids.shape[1:]), entropy, entropy.new_empty(n, 3), bounds
 
 
 def _linear_gradient(
@@ -100,6 +100,8 @@ def _linear_gradient(
     if rows is None:
         saved = saved[selected.row_index]
         upstream = [_part(x, selected.row_index) for x in upstream]
+    if selected.token_ids.dim() == 2 and upstream[0] is not None:
+        upstream[0] = several_labels.summed_gradients(upstream[0], selected.token_ids)
     gradients = Gradients(
         head, selected, needed,
         HiddenReduction(selected, group if reduce_hidden_grad else ""),
@@ -120,7 +122,8 @@ def add_gradients(
     """Compute the logits of the rows again and add up what they contribute.
 
     Args:
-        saved: [n, 3] from `row_results`; grad_logprobs, grad_entropy: [n].
+        saved: [n, 3] from `row_results`.
+        grad_logprobs: as in `softmax_rows.backward`; grad_entropy: [n].
     """
     states = rows.states(head.states)
     block, width = tile_shape(head, rows.n)

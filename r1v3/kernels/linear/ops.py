@@ -12,6 +12,7 @@ from r1v3.kernels import reference
 from r1v3.kernels.arguments import (
     as_temperature,
     check_logits,
+    check_one_label,
     check_rows,
     check_shape,
     check_token_ids,
@@ -48,12 +49,12 @@ def linear_logprobs_and_entropy(
         hidden: [..., H].
         weight: [V, H], or this rank's [V_local, H] with `group`; hidden is then the same on
             every rank.
-        token_ids: [...] integers in [0, vocabulary) or -100.
+        token_ids: [...] integers in [0, vocabulary) or -100, or [..., K] of K labels for each row.
         bias: [V] or None.
         temperature, vocab_size, group: as in `logprobs_and_entropy`.
         loss_mask: [...], nonzero where a row counts, or None. A row that does not count, or has
-            label -100, gives 0 for both results and no gradient. On CUDA, finding the rows is one
-            synchronization with the host; with `rows` there is none.
+            no label but -100, gives 0 for both results and no gradient. On CUDA, finding the rows
+            is one synchronization with the host; with `rows` there is none.
         rows: int64 [n] into the flattened leading dimensions, without repetition, instead of a
             loss_mask: only these rows are computed, and the results are [n].
         reduce_hidden_grad: with `group`: sum the gradient of hidden over the ranks, while the
@@ -67,14 +68,16 @@ def linear_logprobs_and_entropy(
 
     Returns:
         logprobs and entropy, [...] or [n], float32 (float64 for float64 hidden), differentiable
-        in hidden, weight and bias. Run to run the bits are equal, and equal on all ranks.
+        in hidden, weight and bias; with K labels, logprobs [..., K] or [n, K]. Run to run the bits
+        are equal, and equal on all ranks.
 
     Raises:
         ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
             vocab_size exceeds V, or, on the CPU, a label, a row or a counting row's temperature is
             out of range.
     """
-    shape = _check_head(hidden, weight, token_ids)
+    shape = _check_head(hidden, weight)
+    labels = check_token_ids(token_ids, shape)
     check_logits(weight.T, vocab_size if group is None else None)
     degrees = as_temperature(temperature, shape, hidden.device)
     _check_row_tile(row_tile)
@@ -90,7 +93,7 @@ def linear_logprobs_and_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
-        token_ids.reshape(-1),
+        token_ids.reshape(shape.numel(), *labels),
         loss_mask,
         rows,
         degrees,
@@ -99,8 +102,8 @@ def linear_logprobs_and_entropy(
         reduce_hidden_grad,
         row_tile or 0,
     )
-    shape = shape if rows is None else tuple(rows.shape)
-    return logprobs.view(shape), entropy.view(shape)
+    shape = shape if rows is None else rows.shape
+    return logprobs.view(*shape, *labels), entropy.view(shape)
 
 
 def linear_grpo_loss(
@@ -160,7 +163,8 @@ def linear_grpo_loss(
             vocab_size exceeds V, an option is one that `grpo_loss` refuses, or, on the CPU, a
             label or a counting row's temperature is out of range or rows are not those of the mask.
     """
-    shape = _check_head(hidden, weight, token_ids)
+    shape = _check_head(hidden, weight)
+    check_one_label(token_ids, shape)
     check_logits(weight.T, vocab_size if group is None else None)
     degrees = as_temperature(temperature, shape, hidden.device)
     _check_row_tile(row_tile)
@@ -186,15 +190,14 @@ def linear_grpo_loss(
     return loss, metrics
 
 
-def _check_head(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[int, ...]:
-    """The shape of the results; raises ValueError unless the three fit together."""
+def _check_head(hidden: Tensor, weight: Tensor) -> torch.Size:
+    """The shape of the results; raises ValueError unless the two fit together."""
     if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must be [V, {hidden.shape[-1] if hidden.dim() else 'H'}] for hidden "
             f"{list(hidden.shape)}, got {list(weight.shape)}"
         )
-    check_token_ids(token_ids, tuple(hidden.shape[:-1]))
-    return tuple(hidden.shape[:-1])
+    return hidden.shape[:-1]
 
 
 def _check_row_tile(row_tile: int | None) -> None:

@@ -6,19 +6,19 @@ from torch import Tensor
 from r1v3.kernels import softmax_rows
 from r1v3.kernels.arguments import check_temperature, number_or_rows
 from r1v3.kernels.reference import IGNORED_TOKEN
-from r1v3.kernels.softmax_rows import part_of
+from r1v3.kernels.row_labels import part_of
 
 
 class SelectedRows:
     """The rows of hidden states that count.
 
     Args:
-        hidden: [M, H]; token_ids: [M].
+        hidden: [M, H]; token_ids: [M], or [M, K] of which a row counts where one is not -100.
         loss_mask: bool [M] or None; rows: int64 [n] into M, or None.
 
     Attributes:
         row_index: int64 [n]; finding it is one synchronization on CUDA unless given.
-        token_ids: [n] of those rows.
+        token_ids: [n], or [n, K], of those rows.
         n, total: rows that count, and all of them.
         whole: all rows count, and row_index is in order.
     """
@@ -33,6 +33,8 @@ class SelectedRows:
         self.total, self._hidden = token_ids.shape[0], hidden
         if rows is None:
             keep = token_ids != IGNORED_TOKEN
+            if keep.dim() == 2:
+                keep = keep.any(1) if keep.shape[1] else keep.new_ones(self.total)
             if loss_mask is not None:
                 keep = keep & loss_mask
             self.row_index = keep.nonzero().squeeze(-1)
