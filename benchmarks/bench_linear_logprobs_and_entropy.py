@@ -75,7 +75,7 @@ class _PersistentForward(torch.autograd.Function):
         hidden, weight, token_ids, bounds, saved = ctx.saved_tensors
         grad_hidden, grad_weight, _ = linear_gradient_op(
             hidden, weight, None, token_ids, None, None, as_scalar(1.0), bounds, saved,
-            [grad_logprobs, grad_entropy], [True, True, False], "", True, 0,
+            [grad_logprobs, grad_entropy], [True, True, False], "", True, 0, 0.0,
         )  # fmt: skip
         return grad_hidden, grad_weight, None
 

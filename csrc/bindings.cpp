@@ -63,12 +63,13 @@ void row_gradient(Address logits, int dtype, int64_t n_rows, int64_t row_stride,
                   Address rows, Address token_ids, double temperature, Address saved,
                   Address grad_logprobs, Address grad_entropy, Address grad_logits,
                   int64_t grad_row_stride, int num_threads, const std::string& capability,
-                  Address temperatures) {
+                  Address temperatures, double softcap) {
+  require(softcap >= 0.0, "softcap", softcap, ">= 0");
   r1v3::row_gradient(r1v3::kernels_for(capability),
                      checked_view(logits, dtype, n_rows, row_stride, vocab, rows, token_ids,
                                   temperature, temperatures, num_threads),
                      {at<const float>(saved), at<const float>(grad_logprobs),
-                      at<const float>(grad_entropy)},
+                      at<const float>(grad_entropy), softcap},
                      at<void>(grad_logits), grad_row_stride);
 }
 
@@ -230,7 +231,7 @@ PYBIND11_MODULE(_C, m) {
         arg("row_stride"), arg("vocab"), arg("rows"), arg("token_ids"), arg("temperature"),
         arg("saved"), arg("grad_logprobs"), arg("grad_entropy"), arg("grad_logits"),
         arg("grad_row_stride"), arg("num_threads"), arg("capability") = "",
-        arg("temperatures") = 0);
+        arg("temperatures") = 0, arg("softcap") = 0.0);
   m.def("first_outside", &first_outside, WithoutGil(), arg("ids"), arg("n"), arg("vocab"),
         arg("ignored"));
   m.def("group_advantages", &group_advantages, WithoutGil(), arg("rewards"), arg("n"), arg("order"),

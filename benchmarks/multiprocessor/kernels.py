@@ -85,7 +85,7 @@ def gradient_arguments(dtype: str, align: int, sharded: bool = False) -> dict[st
         "HAS_SHARD": sharded, "HAS_LOGPROBS": True, "HAS_ENTROPY": True, "ALIGN": align,
         "OUT_ALIGN": align, "VECTORS": logits_gradient.VECTORS,
         "PART_BLOCKS": logits_gradient.PART_BLOCKS, "temperatures_ptr": None,
-        "HAS_TEMPERATURES": False,
+        "HAS_TEMPERATURES": False, "inverse_softcap": "fp32", "HAS_SOFTCAP": False,
     }  # fmt: skip
 
 

@@ -97,13 +97,14 @@ void row_gradient(const Kernels& kernels, const LogitsView& view, const Gradient
   auto* grad_base = static_cast<char*>(grad_logits);
   const int64_t bytes = view.n_rows * view.vocab * element_size(view.dtype);
   const bool stream = grad_logits != view.data && bytes >= kStreamBytes;
+  const auto inverse = static_cast<float>(inputs.softcap == 0.0 ? 0.0 : 1.0 / inputs.softcap);
   if (stream && !view.rows) prefer_huge_pages(grad_logits, view.n_rows * grad_row_bytes);
   parallel_for(view.n_rows, view.vocab, view.num_threads, [&](int64_t i) {
     const Row row = row_of(view, i);
     const float* saved = inputs.saved + 3 * i;
     const RowGradient upstream = {saved[0], saved[1], saved[2],
                                   inputs.grad_logprobs ? inputs.grad_logprobs[i] : 0.0f,
-                                  inputs.grad_entropy ? inputs.grad_entropy[i] : 0.0f};
+                                  inputs.grad_entropy ? inputs.grad_entropy[i] : 0.0f, inverse};
     kernels.gradient(row.data, view.dtype, view.vocab, row.target, temperature_of(view, i), upstream,
                      stream, grad_base + row.number * grad_row_bytes);
   });

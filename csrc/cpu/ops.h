@@ -39,6 +39,7 @@ struct GradientInputs {
   const float* saved;          // [n_rows, 3]
   const float* grad_logprobs;  // or null
   const float* grad_entropy;   // or null
+  double softcap;              // c where the logits are c tanh(z / c) and dz is asked for, or 0
 };
 void row_gradient(const Kernels& kernels, const LogitsView& view, const GradientInputs& inputs,
                   void* grad_logits, int64_t grad_row_stride);

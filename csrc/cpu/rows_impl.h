@@ -216,23 +216,26 @@ RowStatistics row_statistics(const void* logits, int64_t vocab, double temperatu
   return pass.result();
 }
 
-// -p (g_lp + g_H (log p + H)) / T; exactly 0 where p is.
-template <int D>
+// -p (g_lp + g_H (log p + H)) / T; exactly 0 where p is. Capped: times 1 - (x / softcap)^2.
+template <int D, bool Capped>
 struct GradientOf {
-  F m, scale, log2_s, slope, offset, inv_temperature;
+  F m, scale, log2_s, slope, offset, inv_temperature, inverse_softcap;
 
   // Always: how much GCC inlines by itself depends on how much else is in the file.
   __attribute__((always_inline)) inline F operator()(F x) const {
     const F z = max_keep_second(broadcast(kUnderflow), fma(x - m, scale, log2_s));
     const F n = nearest(z);
-    return exp2_of<D == kFloat32>(z - n, n) * fma(z, slope, offset) * inv_temperature;
+    const F g = exp2_of<D == kFloat32>(z - n, n) * fma(z, slope, offset) * inv_temperature;
+    if constexpr (!Capped) return g;
+    const F t = x * inverse_softcap;
+    return g * fma(-t, t, broadcast(1.0f));
   }
   inline Pair operator()(const Pair& v) const { return {(*this)(v.first), (*this)(v.second)}; }
 };
 
-template <int D, bool Stream>
-void gradient_of_elements(const typename Element<D>::type* x, int64_t n, const GradientOf<D>& f,
-                          typename Element<D>::type* dx) {
+template <int D, bool Stream, bool Capped>
+void gradient_of_elements(const typename Element<D>::type* x, int64_t n,
+                          const GradientOf<D, Capped>& f, typename Element<D>::type* dx) {
   int64_t i = 0;
   if constexpr (Stream) {
     const auto misaligned = reinterpret_cast<uintptr_t>(dx) % kStreamAlignment;
@@ -249,7 +252,7 @@ void gradient_of_elements(const typename Element<D>::type* x, int64_t n, const G
   if constexpr (Stream) store_fence();
 }
 
-template <int D>
+template <int D, bool Capped>
 void row_gradient(const void* logits, int64_t vocab, int64_t target, double temperature,
                   const RowGradient& up, bool stream, void* grad_logits) {
   const auto* x = static_cast<const typename Element<D>::type*>(logits);
@@ -264,22 +267,27 @@ void row_gradient(const void* logits, int64_t vocab, int64_t target, double temp
   const double target_logit = has_target ? load_scalar<D>(x + target) : 0.0f;
   const float log2_s = static_cast<float>(-kLog2E * up.log_s);
   const float offset = -up.grad_logprob - up.grad_entropy * up.entropy;
-  const GradientOf<D> f = {broadcast(up.m),
+  const GradientOf<D, Capped> f = {broadcast(up.m),
                            broadcast(inverse(kLog2E, temperature)),
                            broadcast(log2_s),
                            broadcast(static_cast<float>(-kLn2 * up.grad_entropy)),
                            broadcast(offset),
-                           broadcast(inverse(1.0, temperature))};
+                           broadcast(inverse(1.0, temperature)),
+                           broadcast(up.inverse_softcap)};
   if (stream && reinterpret_cast<uintptr_t>(dx) % sizeof(*dx) == 0) {
-    gradient_of_elements<D, true>(x, vocab, f, dx);
+    gradient_of_elements<D, true, Capped>(x, vocab, f, dx);
   } else {
-    gradient_of_elements<D, false>(x, vocab, f, dx);
+    gradient_of_elements<D, false, Capped>(x, vocab, f, dx);
   }
   if (has_target) {
     // In double: 1 - p must keep its digits where p is nearly 1.
     const double z = (target_logit - up.m) / temperature - up.log_s, p = exp(z);
     const double entropy_term = p == 0.0 ? 0.0 : up.grad_entropy * p * (z + up.entropy);
-    const double value = (up.grad_logprob * (1.0 - p) - entropy_term) / temperature;
+    double value = (up.grad_logprob * (1.0 - p) - entropy_term) / temperature;
+    if (Capped) {
+      const double t = target_logit * up.inverse_softcap;
+      value *= 1.0 - t * t;
+    }
     store_scalar<D>(dx + target, static_cast<float>(value));
   }
 }
@@ -303,12 +311,19 @@ float element_any(const void* x, int dtype, int64_t index) {
   return dtype == kBFloat16 ? load_scalar<kBFloat16>(element) : load_scalar<kFloat16>(element);
 }
 
+template <bool Capped>
+void gradient_of(const void* x, int dtype, int64_t vocab, int64_t target, double temperature,
+                 const RowGradient& up, bool stream, void* dx) {
+  const auto gradient = dtype == kFloat32    ? row_gradient<kFloat32, Capped>
+                        : dtype == kBFloat16 ? row_gradient<kBFloat16, Capped>
+                                             : row_gradient<kFloat16, Capped>;
+  gradient(x, vocab, target, temperature, up, stream, dx);
+}
+
 void gradient_any(const void* x, int dtype, int64_t vocab, int64_t target, double temperature,
                   const RowGradient& up, bool stream, void* dx) {
-  const auto gradient = dtype == kFloat32    ? row_gradient<kFloat32>
-                        : dtype == kBFloat16 ? row_gradient<kBFloat16>
-                                             : row_gradient<kFloat16>;
-  gradient(x, vocab, target, temperature, up, stream, dx);
+  const auto gradient = up.inverse_softcap != 0.0f ? gradient_of<true> : gradient_of<false>;
+  gradient(x, dtype, vocab, target, temperature, up, stream, dx);
 }
 
 double read_sum(const float* x, int64_t n) {

@@ -107,13 +107,19 @@ def row_gradient(
     saved: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
+    *,
+    softcap: float,
 ) -> None:
-    """Write the gradient of the rows of x [*, vocab] to the same rows of out; saved is [n, 3]."""
+    """Write the gradient of the rows of x [*, vocab] to the same rows of out; saved is [n, 3].
+
+    With a softcap, x is softcap * tanh(z / softcap) and the gradient is that of z.
+    """
     number, more = temperature_arguments(temperature)
     _C.row_gradient(
         x.data_ptr(), DTYPE_CODES[x.dtype], saved.shape[0], x.stride(0), x.shape[1],
         _address(rows), _address(token_ids), number, saved.data_ptr(), _address(grad_logprobs),
-        _address(grad_entropy), out.data_ptr(), out.stride(0), torch.get_num_threads(), **more,
+        _address(grad_entropy), out.data_ptr(), out.stride(0), torch.get_num_threads(),
+        softcap=softcap, **more,
     )  # fmt: skip
 
 

@@ -139,10 +139,10 @@ def _results(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     check_logits(logits, vocab_size if group is None else None)
-    shape, labels = logits.shape[:-1], ()
+    shape = logits.shape[:-1]
     degrees = as_temperature(temperature, shape, logits.device)
     check_rows(rows)
-    ids = None
+    ids, labels = None, tuple[int, ...]()
     if token_ids is not None:
         labels = check_token_ids(token_ids, shape)
         ids = token_ids.reshape(shape.numel(), *labels).contiguous()
@@ -157,7 +157,7 @@ def _results(
         with_entropy,
     )  # fmt: skip
     shape = shape if rows is None else rows.shape
-    return logprobs.view(*shape, *labels), entropy.view(shape) if with_entropy else entropy
+    return logprobs.view((*shape, *labels)), entropy.view(shape) if with_entropy else entropy
 
 
 def _logprobs_and_entropy(
@@ -170,7 +170,7 @@ def _logprobs_and_entropy(
     inplace_backward: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities [n] or [n, K], entropy [n] or [0], what the backward needs [n, 3], the shard."""
+    """Log-probabilities [n] or [n, K], entropy [n] or [0], the backward's [n, 3], and the shard."""
     shard = shard_bounds(logits.shape[-1], vocab_size, group, logits.device)
     labels = RowLabels(token_ids, rows, number_or_rows(temperature), vocab_size, shard, group)
     logprobs, entropy, saved = softmax_rows.forward(logits, labels, with_entropy=with_entropy)
@@ -203,8 +203,8 @@ def _logits_gradient(
 ) -> None:
     """Write the gradient, which may be the logits."""
     labels = RowLabels(token_ids, rows, number_or_rows(temperature), vocab_size, shard)
-    if labels.several and grad_logprobs is not None:
-        grad_logprobs = several_labels.summed_gradients(grad_logprobs, labels.token_ids)
+    if token_ids is not None and token_ids.dim() == 2 and grad_logprobs is not None:
+        grad_logprobs = several_labels.summed_gradients(grad_logprobs, token_ids)
     softmax_rows.backward(logits, gradient, labels, saved, grad_logprobs, grad_entropy)
 
 

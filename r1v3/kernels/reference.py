@@ -48,7 +48,8 @@ def logprobs_and_entropy(
     ids = ids if rows is None else ids[rows]
     ignored = ids == IGNORED_TOKEN
     if bool(((ids < 0) | (ids >= x.shape[-1])).logical_and(~ignored).any()):
-        raise ValueError(f"token_ids must be in [0, {x.shape[-1]}) or -100, got {ids.flatten()[:8].tolist()}")
+        few = ids.flatten()[:8].tolist()
+        raise ValueError(f"token_ids must be in [0, {x.shape[-1]}) or -100, got {few}")
     d, log_s, entropy, dead = _softmax_parts(x, _of_rows(temperature, rows, x.dtype))
     if x.shape[-1] == 0:
         target = d.new_zeros(ids.shape)
@@ -56,7 +57,7 @@ def logprobs_and_entropy(
         target = d.gather(-1, ids.clamp(min=0))
     logprobs = torch.where(dead[:, None], -torch.inf, target - log_s[:, None])
     logprobs = torch.where(ignored, 0.0, logprobs)
-    return logprobs.view(*shape, *labels), entropy.view(shape)
+    return logprobs.view((*shape, *labels)), entropy.view(shape)
 
 
 def entropy_from_logits(
@@ -225,8 +226,12 @@ def row_gradient(
     saved: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
+    *,
+    softcap: float,
 ) -> Tensor:
     """dx = [g_logp (1[t] - p) - g_H p (log p + H)] / T for the rows x [n, V], in x's dtype.
+
+    With a softcap c, x is c tanh(z / c), and dz = dx (1 - (x / c)^2) is returned.
 
     Args:
         token_ids: [n] ids relative to this shard (an id outside it adds no 1[t]), or None.
@@ -262,6 +267,8 @@ def row_gradient(
         grad -= g * torch.where(p == 0, 0.0, p * (log_p + entropy))
     if isinstance(degrees, Tensor):
         needed &= degrees != 0
+    if softcap:
+        grad = grad * (1 - (x.to(saved.dtype) / softcap).square())
     return torch.where(needed & ~dead, grad / degrees, 0.0).to(x.dtype)
 
 
@@ -274,9 +281,12 @@ def linear_logprobs_and_entropy(
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     loss_mask: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`logprobs_and_entropy(hidden @ weight.T + bias, token_ids)`, logits in float32.
 
+    The logits are multiplied by logit_scale, and then softcap * tanh(logits / softcap) if given.
     Shapes: hidden [..., H], weight [V, H], bias [V], token_ids [...] or [..., K], loss_mask [...].
     Rows with loss_mask 0 or no label but -100 give 0 for both results and touch no gradient.
     """
@@ -289,6 +299,9 @@ def linear_logprobs_and_entropy(
     logits = hidden[keep].to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if isinstance(temperature, Tensor):
         temperature = temperature[keep]
     logprobs, entropy = logprobs_and_entropy(

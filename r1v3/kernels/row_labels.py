@@ -19,6 +19,7 @@ class RowLabels(NamedTuple):
         vocab_size: columns that take part, or None for all; a shard says it better.
         shard: int64 [2], id of the first column and the true vocabulary size, or empty.
         group: name of the group over which the vocabulary is sharded, or empty.
+        softcap: c where the logits are c * tanh(z / c) and the gradient is that of z, or 0.
     """
 
     token_ids: Tensor | None
@@ -27,6 +28,7 @@ class RowLabels(NamedTuple):
     vocab_size: int | None
     shard: Tensor
     group: str = ""
+    softcap: float = 0.0
 
     @property
     def several(self) -> bool:

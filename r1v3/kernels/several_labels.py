@@ -96,6 +96,8 @@ def target_gradients(
         pull = grad_entropy.double()[:, None]
         gradient = gradient - pull * torch.where(p == 0, 0.0, p * (z + entropy))
         needed = needed | (pull != 0)
+    if labels.softcap:
+        gradient = gradient * (1 - (x / labels.softcap).square())
     dead = (m == -torch.inf) & ~log_s.isnan()
     if isinstance(degrees, Tensor):
         degrees = degrees[:, None]
@@ -124,12 +126,12 @@ def _columns(labels: RowLabels, width: int) -> tuple[Tensor, Tensor]:
     """Columns [n, K] of the labels, 0 for one that is not here, and whether it is."""
     assert labels.token_ids is not None
     vocab, shard = labels.columns_on_device(width)
-    columns, end = labels.token_ids.to(torch.int64), vocab
-    here = columns >= 0
+    ids = columns = labels.token_ids.to(torch.int64)
+    here = ids < vocab
     if shard is not None:
-        columns = columns - shard[0]
-        end = (shard[1] - shard[0]).clamp(max=vocab)
-    here = here & (columns >= 0) & (columns < end)
+        columns = ids - shard[0]
+        here = (columns >= 0) & (columns < vocab) & (ids < shard[1])
+    here = here & (ids >= 0)
     return torch.where(here, columns, 0), here
 
 

@@ -118,6 +118,7 @@ def backward(
         row_gradient(
             as_rows(logits), as_rows(out), labels.token_ids, rows, temperature,
             *labels.columns_on_device(width), saved, *upstream,
+            softcap=labels.softcap,
         )  # fmt: skip
         return
     first, vocab, _ = labels.columns(width)
@@ -131,13 +132,13 @@ def backward(
             cpu.row_gradient(
                 block, target[part if rows is None else slice(None), :vocab], index,
                 _part(ids, part), part_of(temperature, part), saved[part],
-                *(_part(x, part) for x in upstream),
+                *(_part(x, part) for x in upstream), softcap=labels.softcap,
             )  # fmt: skip
         _zero_rest(target, rows, vocab)
         return
     x = logits.reshape(target.shape)[:, :vocab]
     x = x if rows is None else x[rows]
-    grad = reference.row_gradient(x, ids, temperature, saved, *upstream)
+    grad = reference.row_gradient(x, ids, temperature, saved, *upstream, softcap=labels.softcap)
     _zero_rest(target, rows, vocab)
     target[:, :vocab][slice(None) if rows is None else rows] = grad
 

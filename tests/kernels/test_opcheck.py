@@ -94,7 +94,7 @@ def linear_cases() -> dict[str, tuple[Any, ...]]:
     bias = torch.randn(11).requires_grad_()
     ids, mask = torch.randint(0, 9, (6,)), torch.ones(6, dtype=torch.bool)
     pairs = torch.stack([ids, ids.flip(0)], 1)
-    some, sharding = torch.tensor([4]), ("", True, 0)
+    some, sharding = torch.tensor([4]), ("", True, 0, 0.0)
     rest = scalar(0.7), None, *sharding
     per_token: list[Tensor | None] = [torch.rand(6) for _ in range(5)]
     options = [0.2, 0.2, 0.0, 0.0, 0.1, 2.0, 0.0, 0.0]

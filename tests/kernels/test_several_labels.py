@@ -86,9 +86,7 @@ def test_matches_float64(dtype: torch.dtype) -> None:
     logits[0, 0, ::3], logits[1, 1] = -math.inf, -math.inf
     degrees = torch.tensor([[0.7, 1.0, 1.3, 0.3], [50.0, 0.7, 0.2, 1.0]])
     options = {"token_ids": ids, "temperature": degrees, "vocab_size": VOCAB}
-    got = compare(
-        logprobs_and_entropy, reference.logprobs_and_entropy, [logits], 1e-5, **options
-    )
+    got = compare(logprobs_and_entropy, reference.logprobs_and_entropy, [logits], 1e-5, **options)
     assert (got[0][ids == -100] == 0).all() and (got[2][..., VOCAB:] == 0).all()
     assert (got[0][1, 1, 1:] == -math.inf).all() and (got[2][1, 1] == 0).all()
     if INTERPRETED:
@@ -116,9 +114,9 @@ def test_one_of_one_is_that_of_the_row(dtype: torch.dtype) -> None:
     ids = torch.randint(0, VOCAB, (B * T,))
     ids[3], ids[4] = 5, -100
     each = []
-    for given in (ids, ids[:, None]):
+    for one in (ids, ids[:, None]):
         leaf = logits.clone().requires_grad_()
-        logprobs, entropy = logprobs_and_entropy(leaf, given, temperature=0.7)
+        logprobs, entropy = logprobs_and_entropy(leaf, one, temperature=0.7)
         (2 * logprobs.sum() + entropy.sum()).backward()
         each.append((logprobs.detach().view(-1), entropy.detach(), leaf.grad))
     for one, several in zip(*each, strict=True):

@@ -79,7 +79,7 @@ def sampling_arguments() -> dict[str, Any]:
 
 def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
     """Name to (kernel, arguments, warps as launched)."""
-    from r1v3.kernels.triton import ban_tokens, sample_tokens, scale
+    from r1v3.kernels.triton import ban_tokens, sample_tokens, scale, softcap
     from r1v3.kernels.triton.group_advantages import _group_advantages_kernel
     from r1v3.kernels.triton.grpo_loss import _grpo_loss_kernel
     from r1v3.kernels.triton.logits_gradient import _row_gradient_kernel
@@ -97,6 +97,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
     by_row = {"temperatures_ptr": "*fp64:16", "HAS_TEMPERATURES": True}
     scaling = {"x_ptr": "*bf16:16", "factor_ptr": f, "n": "i64", "programs": "i64",
                "BLOCK": scale.BLOCK}  # fmt: skip
+    capping = {"x_ptr": f, "stride": "i64", "columns": "i64", "blocks": "i32", "softcap": "fp32",
+               "BLOCK": softcap.BLOCK}  # fmt: skip
     ban = {
         "logits_ptr": "*bf16:16", "ids_ptr": i, "enabled_ptr": u, "n_ids": "i32",
         "blocks": "i32", "HAS_ENABLED": True, "BLOCK": ban_tokens.BLOCK,
@@ -113,6 +115,11 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "gradient bf16": (_row_gradient_kernel, gradient_arguments("bf16", 8), 8),
         "gradient fp32": (_row_gradient_kernel, gradient_arguments("fp32", 4), 8),
         "gradient by row": (_row_gradient_kernel, {**gradient_arguments("bf16", 8), **by_row}, 8),
+        "gradient capped": (
+            _row_gradient_kernel,
+            {**gradient_arguments("fp32", 4), "HAS_SOFTCAP": True},
+            8,
+        ),
         "gradient shard": (_row_gradient_kernel, gradient_arguments("fp16", 8, True), 8),
         "merge": (_merge_kernel, merge, 4),
         "merge by row": (_merge_kernel, {**merge, **by_row}, 4),
@@ -128,6 +135,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
         "sample merge": (sample_tokens._sample_merge_kernel, drawing, 4),
         "sample choose": (sample_tokens._sample_choose_kernel, drawing, sample_tokens.WARPS),
         "scale": (scale._scale_kernel, scaling, 8),
+        "softcap": (softcap._softcap_kernel, capping, 8),
     }
 
 

@@ -24,6 +24,7 @@ SUITE = (
     "linear_persistent",
     "row_temperature",
     "several_labels",
+    "softcap",
     "ban_tokens",
     "sample_tokens",
     "properties",

@@ -37,6 +37,7 @@ def _linear_grpo(
     group: str,
     reduce_hidden_grad: bool,
     row_tile: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities [N], entropy [N], gradients of hidden and weight, empty where not needed.
 
@@ -46,7 +47,9 @@ def _linear_grpo(
     """
     selected = SelectedRows(hidden, token_ids, loss_mask, rows)
     degrees = selected.temperature(temperature)
-    head = TiledHead(weight, None, hidden.dtype, degrees, vocab_size, group, row_tile)
+    head = TiledHead(
+        weight, None, hidden.dtype, degrees, vocab_size, group, row_tile, softcap=softcap
+    )
     softmax_rows.check_labels(selected.token_ids, head.bounds[1])
     gradients = Gradients(
         head, selected, [*needed, False],

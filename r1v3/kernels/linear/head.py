@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from r1v3.kernels import cpu, vocab_parallel
+from r1v3.kernels import cpu, devices, vocab_parallel
 from r1v3.kernels.row_labels import RowLabels, part_of
 
 # Elements from row to row of what is allocated here, a multiple of 128 bytes: of rows of 151,674
@@ -27,6 +27,7 @@ class TiledHead:
     Args:
         weight: [V, H], or with the name of a `group` this rank's shard; bias: [V] or None.
         bounds: as the attribute, if a head of the same weight and group knows them.
+        softcap: the logits are softcap * tanh(logits / softcap), unless it is 0.
 
     Attributes:
         operand: dtype in which the gradient of the logits is multiplied.
@@ -47,6 +48,7 @@ class TiledHead:
         group: str = "",
         row_tile: int = 0,
         bounds: Tensor | None = None,
+        softcap: float = 0.0,
     ) -> None:
         double = hidden_dtype == torch.float64
         native = weight.dtype == hidden_dtype == torch.bfloat16
@@ -56,6 +58,7 @@ class TiledHead:
         self.weight, self.bias, self.row_tile = weight, bias, row_tile
         self.states = hidden_dtype if self._takes(hidden_dtype) else self.operand
         self.temperature, self.vocab_size, self.group = temperature, vocab_size, group
+        self.softcap = softcap
         if bounds is None and group:
             width, device = weight.shape[0], weight.device
             bounds = vocab_parallel.shard_bounds(width, vocab_size, group, device)
@@ -83,7 +86,7 @@ class TiledHead:
             step = 1 - torch.arange(2, device=shard.device)
             shard = torch.add(shard, step, alpha=columns.start)
         temperature = part_of(self.temperature, rows)
-        return RowLabels(token_ids, None, temperature, None, shard, self.group)
+        return RowLabels(token_ids, None, temperature, None, shard, self.group, self.softcap)
 
     def common_width(self) -> int:
         """Columns per rank, the same number on all ranks, since all must cut the rows alike.
@@ -124,7 +127,7 @@ class TiledHead:
     def logits(
         self, states: Tensor, columns: slice, tile: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        """states @ tile.T + bias[columns], for hidden states [n, H] as operand.
+        """states @ tile.T + bias[columns], capped, for hidden states [n, H] as operand.
 
         Without `out`, the result is overwritten by the next call.
         """
@@ -134,7 +137,11 @@ class TiledHead:
                 self._space = states.new_empty(rows * stride, dtype=self.result)
             out = self._space[: rows * stride].view(rows, stride)[:, : tile.shape[0]]
         self._multiply_rows(states, tile.T, out, add=False)
-        return out if self.bias is None else out.add_(self.bias[columns])
+        if self.bias is not None:
+            out.add_(self.bias[columns])
+        if self.softcap:
+            _softcap_(out, self.softcap)
+        return out
 
     def as_operand(self, gradient: Tensor) -> Tensor:
         """The gradient of logits in the dtype in which it is multiplied."""
@@ -179,6 +186,15 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out += torch.mm(a, b, out_dtype=out.dtype)
+
+
+def _softcap_(logits: Tensor, softcap: float) -> None:
+    if devices.runs_triton(logits):
+        from r1v3.kernels.triton import softcap as triton
+
+        triton.softcap_(logits, softcap)
+    else:
+        logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def padded(columns: int) -> int:

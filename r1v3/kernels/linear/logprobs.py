@@ -32,6 +32,7 @@ def _linear_logprobs(
     group: str,
     reduce_hidden_grad: bool,
     row_tile: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities [n] or [n, K], entropy [n], (m, log s, entropy) [n, 3], shard's bounds [2].
 
@@ -39,7 +40,9 @@ def _linear_logprobs(
     """
     selected = SelectedRows(hidden, token_ids, loss_mask, rows)
     degrees = selected.temperature(temperature)
-    head = TiledHead(weight, bias, hidden.dtype, degrees, vocab_size, group, row_tile)
+    head = TiledHead(
+        weight, bias, hidden.dtype, degrees, vocab_size, group, row_tile, softcap=softcap
+    )
     softmax_rows.check_labels(selected.token_ids, head.bounds[1])
     logprobs, entropy, saved = row_results(head, selected)
     if rows is None:
@@ -88,6 +91,7 @@ def _linear_gradient(
     group: str,
     reduce_hidden_grad: bool,
     row_tile: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, empty where not needed.
 
@@ -96,7 +100,7 @@ def _linear_gradient(
     """
     selected = SelectedRows(hidden, token_ids, loss_mask, rows)
     degrees = selected.temperature(temperature)
-    head = TiledHead(weight, bias, hidden.dtype, degrees, None, group, row_tile, bounds)
+    head = TiledHead(weight, bias, hidden.dtype, degrees, None, group, row_tile, bounds, softcap)
     if rows is None:
         saved = saved[selected.row_index]
         upstream = [_part(x, selected.row_index) for x in upstream]
@@ -156,7 +160,7 @@ def _fake_linear_gradient(
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, temperature, _ = inputs[:8]
-    ctx.sharding = inputs[8:]
+    ctx.options = inputs[8:]
     _, _, saved, bounds = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, temperature, bounds, saved)
@@ -165,13 +169,13 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad_logprobs, grad_entropy, _saved, _bounds):  # type: ignore[no-untyped-def]
     needed = list(ctx.needs_input_grad[:3])
-    rest = (None,) * 8
+    rest = (None,) * 9
     if (grad_logprobs is None and grad_entropy is None) or not any(needed):
         return None, None, None, *rest
     *tensors, temperature, bounds, saved = ctx.saved_tensors
     gradients = linear_gradient_op(
         *tensors, temperature, bounds, saved, [grad_logprobs, grad_entropy],
-        needed, *ctx.sharding,
+        needed, *ctx.options,
     )  # fmt: skip
     return *(g if own else None for g, own in zip(gradients, needed, strict=True)), *rest
 

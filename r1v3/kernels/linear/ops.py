@@ -38,6 +38,8 @@ def linear_logprobs_and_entropy(
     group: ProcessGroup | None = None,
     reduce_hidden_grad: bool = True,
     row_tile: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`logprobs_and_entropy(hidden @ weight.T + bias, token_ids)` without all the logits.
 
@@ -65,6 +67,9 @@ def linear_logprobs_and_entropy(
             one shape alike. Without it, matrix libraries choose kernels by the number of rows. Give
             it to compare log-probabilities from different batches bit for bit, where the hidden
             states do not depend on the batch either.
+        logit_scale, softcap: the logits are logit_scale * (hidden @ weight.T + bias), and where a
+            softcap is given softcap * tanh(of that / softcap), as in Cohere, Granite and Gemma; the
+            temperature divides what comes out.
 
     Returns:
         logprobs and entropy, [...] or [n], float32 (float64 for float64 hidden), differentiable
@@ -73,13 +78,14 @@ def linear_logprobs_and_entropy(
 
     Raises:
         ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
-            vocab_size exceeds V, or, on the CPU, a label, a row or a counting row's temperature is
-            out of range.
+            vocab_size exceeds V, logit_scale or softcap is not positive and finite, or, on the CPU,
+            a label, a row or a counting row's temperature is out of range.
     """
     shape = _check_head(hidden, weight)
     labels = check_token_ids(token_ids, shape)
     check_logits(weight.T, vocab_size if group is None else None)
     degrees = as_temperature(temperature, shape, hidden.device)
+    degrees, cap = _fold(degrees, logit_scale, softcap)
     _check_row_tile(row_tile)
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
@@ -101,9 +107,10 @@ def linear_logprobs_and_entropy(
         group_name(group),
         reduce_hidden_grad,
         row_tile or 0,
+        cap,
     )
     shape = shape if rows is None else rows.shape
-    return logprobs.view(*shape, *labels), entropy.view(shape)
+    return logprobs.view((*shape, *labels)), entropy.view(shape)
 
 
 def linear_grpo_loss(
@@ -132,6 +139,8 @@ def linear_grpo_loss(
     group: ProcessGroup | None = None,
     reduce_hidden_grad: bool = True,
     row_tile: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`grpo_loss` of the log-probabilities of `hidden @ weight.T`, in one pass over the head.
 
@@ -146,8 +155,8 @@ def linear_grpo_loss(
 
     Args:
         hidden: [B, T, H], or [N, H] with cu_seqlens.
-        weight, token_ids, temperature, vocab_size, group, reduce_hidden_grad, row_tile: as in
-            `linear_logprobs_and_entropy`.
+        weight, token_ids, temperature, vocab_size, group, reduce_hidden_grad, row_tile,
+            logit_scale, softcap: as in `linear_logprobs_and_entropy`; one label for each row.
         old_logprobs ... weights: as in `grpo_loss`, without aggregation "none". Without
             old_logprobs the policy is the one that sampled, and its own log-probabilities take
             their place, detached.
@@ -160,13 +169,15 @@ def linear_grpo_loss(
 
     Raises:
         ValueError: if shapes or dtypes do not match, the temperature is negative or infinite,
-            vocab_size exceeds V, an option is one that `grpo_loss` refuses, or, on the CPU, a
-            label or a counting row's temperature is out of range or rows are not those of the mask.
+            vocab_size exceeds V, logit_scale or softcap is not positive and finite, an option is
+            one that `grpo_loss` refuses, or, on the CPU, a label or a counting row's temperature is
+            out of range or rows are not those of the mask.
     """
     shape = _check_head(hidden, weight)
     check_one_label(token_ids, shape)
     check_logits(weight.T, vocab_size if group is None else None)
     degrees = as_temperature(temperature, shape, hidden.device)
+    degrees, cap = _fold(degrees, logit_scale, softcap)
     _check_row_tile(row_tile)
     options = GrpoOptions(
         clip_low, clip_high, dual_clip, ratio_clip, kl_coef, kl, unbiased_kl, aggregation
@@ -182,7 +193,7 @@ def linear_grpo_loss(
     logprobs, entropy, grad_states, grad_weight = linear_grpo_op(
         states.detach(), weight.detach(), token_ids.reshape(-1), mask, rows, terms.tensors(),
         terms.options, needed, degrees, vocab_size, group_name(group),
-        reduce_hidden_grad, row_tile or 0,
+        reduce_hidden_grad, row_tile or 0, cap,
     )  # fmt: skip
     loss, metrics = loss_and_metrics_of_head(logprobs, entropy, shape, inputs)
     if any(needed):
@@ -198,6 +209,19 @@ def _check_head(hidden: Tensor, weight: Tensor) -> torch.Size:
             f"{list(hidden.shape)}, got {list(weight.shape)}"
         )
     return hidden.shape[:-1]
+
+
+def _fold(temperature: Tensor, logit_scale: float, softcap: float | None) -> tuple[Tensor, float]:
+    """Temperature and softcap (0 for None) of the unscaled logits with the same softmax.
+
+    s x / T is x / (T / s), and so is c tanh(s x / c) / T for the soft cap c / s.
+    """
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    if logit_scale != 1:
+        temperature = temperature / logit_scale
+    return temperature, 0.0 if softcap is None else softcap / logit_scale
 
 
 def _check_row_tile(row_tile: int | None) -> None:

@@ -33,13 +33,20 @@ def _stream(pointers, inside):
 
 
 @triton.jit
-def _gradient(x, column, token, m, log2_s, entropy, g_logp, g_entropy, scale, HAS_ENTROPY):
+def _gradient(
+    x, column, token, m, log2_s, entropy, g_logp, g_entropy, scale, inverse_softcap, HAS_ENTROPY,
+    HAS_SOFTCAP,
+):  # fmt: skip
     log2_p = (x.to(tl.float32) - m) * scale - log2_s
     log2_p = tl.maximum(log2_p, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     pull = g_logp
     if HAS_ENTROPY:
         pull = g_logp + g_entropy * (log2_p * LN_2 + entropy)
-    return (tl.where(column == token, g_logp, 0.0) - tl.exp2(log2_p) * pull) * (scale * LN_2)
+    g = (tl.where(column == token, g_logp, 0.0) - tl.exp2(log2_p) * pull) * (scale * LN_2)
+    if HAS_SOFTCAP:
+        t = x.to(tl.float32) * inverse_softcap
+        g = g * (1.0 - t * t)
+    return g
 
 
 @triton.jit(do_not_specialize=["inner", "stride_outer", "out_stride_outer"])
@@ -63,6 +70,7 @@ def _row_gradient_kernel(
     vocab: tl.int64,
     width: tl.int64,
     temperature: tl.float32,
+    inverse_softcap: tl.float32,
     parts,
     HAS_SLOTS: tl.constexpr,
     HAS_IDS: tl.constexpr,
@@ -70,6 +78,7 @@ def _row_gradient_kernel(
     HAS_TEMPERATURES: tl.constexpr,
     HAS_LOGPROBS: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     ALIGN: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     VECTORS: tl.constexpr,
@@ -133,12 +142,13 @@ def _row_gradient_kernel(
     x0 = _stream(x_ptr + at + lanes, needed & (first < full))
     x1 = _stream(x_ptr + tl.multiple_of(at + BLOCK, ALIGN) + lanes, needed & (first + 1 < full))
     g = _gradient(
-        x0, column + lanes, token, m, log2_s, entropy, g_logp, g_entropy, scale, HAS_ENTROPY
-    )
+        x0, column + lanes, token, m, log2_s, entropy, g_logp, g_entropy, scale, inverse_softcap,
+        HAS_ENTROPY, HAS_SOFTCAP,
+    )  # fmt: skip
     tl.store(out_ptr + to + lanes, g.to(dtype), mask=first < full)
     g = _gradient(
         x1, column + BLOCK + lanes, token, m, log2_s, entropy, g_logp, g_entropy, scale,
-        HAS_ENTROPY,
+        inverse_softcap, HAS_ENTROPY, HAS_SOFTCAP,
     )  # fmt: skip
     to = tl.multiple_of(to + BLOCK, OUT_ALIGN)
     tl.store(out_ptr + to + lanes, g.to(dtype), mask=first + 1 < full)
@@ -151,8 +161,9 @@ def _row_gradient_kernel(
             c = tl.where(r < head, r, done + r)
             x = tl.load(x_ptr + offset + c, mask=needed & (r < left), other=0.0)
             piece = _gradient(
-                x, c, token, m, log2_s, entropy, g_logp, g_entropy, scale, HAS_ENTROPY
-            )
+                x, c, token, m, log2_s, entropy, g_logp, g_entropy, scale, inverse_softcap,
+                HAS_ENTROPY, HAS_SOFTCAP,
+            )  # fmt: skip
             tl.store(out_ptr + out + c, piece.to(dtype), mask=r < left)
         for padded in range(0, width - vocab, REST):
             c = vocab + padded + few
@@ -171,11 +182,14 @@ def row_gradient(
     saved: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
+    *,
+    softcap: float,
 ) -> None:
     """Write the gradient of every row into `out` (shaped like logits; may be logits).
 
     Rows that `rows` does not name, rows without upstream gradient and columns from `vocab` on
-    get exactly 0. `rows` must not repeat.
+    get exactly 0. `rows` must not repeat. With a softcap, the logits are softcap * tanh(z /
+    softcap) and the gradient is that of z.
     """
     layout, out_layout = Layout(logits), Layout(out)
     n, width = logits.shape[:-1].numel(), logits.shape[-1]
@@ -192,10 +206,11 @@ def row_gradient(
             layout.pointer, out_layout.pointer, slots, token_ids, shard, temperatures, saved,
             grad_logprobs, grad_entropy, layout.base, out_layout.base, layout.inner,
             layout.stride_outer, layout.stride_inner, out_layout.stride_outer,
-            out_layout.stride_inner, vocab, width, number, parts, HAS_SLOTS=rows is not None,
+            out_layout.stride_inner, vocab, width, number,
+            1.0 / softcap if softcap else 0.0, parts, HAS_SLOTS=rows is not None,
             HAS_IDS=token_ids is not None, HAS_SHARD=shard is not None,
             HAS_TEMPERATURES=temperatures is not None, HAS_LOGPROBS=grad_logprobs is not None,
-            HAS_ENTROPY=grad_entropy is not None, ALIGN=layout.align,
+            HAS_ENTROPY=grad_entropy is not None, HAS_SOFTCAP=softcap != 0, ALIGN=layout.align,
             OUT_ALIGN=layout.align if layout.matches(out_layout) else 1, VECTORS=VECTORS,
             PART_BLOCKS=PART_BLOCKS, num_warps=WARPS,
         )  # fmt: skip
