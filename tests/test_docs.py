@@ -14,7 +14,7 @@ from r1v3.rewards import score
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # What a page may name with a path from the root; `runs/` is where runs are written.
-TOP = ("assets", "benchmarks", "configs", "csrc", "docs", "r1v3", "tests")
+TOP = ("assets", "benchmarks", "configs", "csrc", "docs", "examples", "r1v3", "tests")
 VERBS: dict[str, type[Section]] = STAGES | {"suite": Suite, "distill": Distill}
 
 
@@ -104,8 +104,11 @@ def test_python_of_the_readme_runs() -> None:
 
 def test_python_of_the_kernels_page_runs() -> None:
     """Fails if an example is wrong, or if a loss in parts no longer has the whole gradient."""
-    step, split, sample, losses = blocks(ROOT / "docs" / "kernels.md", "python")
+    several, step, split, sample, losses = blocks(ROOT / "docs" / "kernels.md", "python")
     names: dict[str, object] = {}
+    exec(several, names)
+    student = (names["hidden"] @ names["head"].T).log_softmax(-1)  # type: ignore[operator, attr-defined]
+    torch.testing.assert_close(names["student"], student.gather(-1, names["top"]))  # type: ignore[arg-type]
     exec(step, names)
     hidden: torch.Tensor = names["hidden"]  # type: ignore[assignment]
     assert hidden.grad is not None

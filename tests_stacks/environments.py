@@ -59,7 +59,7 @@ def pinned(*packages: str) -> list[str]:
 STACKS = {
     "trl": Stack(
         ("trl", "transformers", "pillow", "sympy", "mpmath"),
-        ("test_trl.py", "test_transformers.py"),
+        ("test_trl.py", "test_transformers.py", "test_examples.py"),
     ),
     "serving": Stack(
         ("transformers", "dill", "orjson"),
@@ -68,7 +68,7 @@ STACKS = {
     ),
     "verl": Stack(
         ("verl", "megatron-core", "cachetools", "uvicorn", "fastapi", "sympy", "mpmath"),
-        ("test_verl.py",),
+        ("test_verl.py", "test_examples.py"),
     ),
     "trainers": Stack(
         (
@@ -77,7 +77,7 @@ STACKS = {
         ),
         (
             *("test_slime.py", "test_openrlhf.py", "test_nemo_rl.py", "test_prime_rl.py"),
-            *("test_swift.py", "test_trainers_two_ranks.py"),
+            *("test_swift.py", "test_trainers_two_ranks.py", "test_examples.py"),
         ),
         sources=("slime", "openrlhf", "nemo-rl", "prime-rl", "ms-swift"),
     ),

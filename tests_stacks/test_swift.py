@@ -1,6 +1,8 @@
 """ms-swift's own heads, from its wheel, against r1v3's."""
 
+import runpy
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -62,12 +64,16 @@ def test_heads_equal_stock(
         assert_close(wanted, results(run, logits), 2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
-def test_several_labels_of_a_row_go_to_trl(trainers: dict[str, ModuleType]) -> None:
-    """Fails if distillation's top-k log-probabilities are read as one label."""
+def test_several_labels_of_a_row_equal_stock(trainers: dict[str, ModuleType]) -> None:
+    """Fails if distillation's top-k log-probabilities, or their gradient, are not TRL's."""
     logits, index = torch.randn(3, 7, 20), torch.randint(0, 20, (3, 7, 4))
+
+    def run(leaf: torch.Tensor) -> list[torch.Tensor]:
+        return [trainers["grpo_trainer"].selective_log_softmax(leaf, index)]
+
+    wanted = results(run, logits)
     with use_head():
-        found = trainers["grpo_trainer"].selective_log_softmax(logits, index)
-    assert torch.equal(found, selective_log_softmax(logits, index))
+        assert_close(wanted, results(run, logits))
 
 
 def test_the_trainers_look_these_names_up() -> None:
@@ -101,6 +107,17 @@ def test_megatron_heads_equal_stock(entropy: bool, one_rank: None) -> None:
             vocab_parallel_utils.compute_logps_and_entropy_from_logits is adapter.sharded_logprobs
         )
         assert_close(wanted, results(run, logits))
+
+
+def test_the_example(trainers: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the file for --external_plugins rebinds or registers what ms-swift does not have."""
+    rewards = ModuleType("swift.rewards")
+    rewards.orms = {}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "swift.rewards", rewards)
+    file = Path(__file__).resolve().parent.parent / "examples" / "swift_heads.py"
+    rebound = runpy.run_path(str(file))["rebound"]
+    rebound.undo()
+    assert len(rebound.names) == 3 and list(rewards.orms) == ["r1v3"]
 
 
 def test_reward_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,10 +150,11 @@ def test_every_loss_type_of_this_trl_is_tried() -> None:
     assert known == {settings["loss_type"] for settings in CASES.values()}
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("compact", [False, True])
-def test_the_head_alone(compact: bool, autocast: bool) -> None:
-    """Fails if the head is wrong in bfloat16, with a bias, a logit scale or where all is masked."""
+def test_the_head_alone(compact: bool, autocast: bool, softcap: float | None) -> None:
+    """Fails if the head is wrong in bfloat16, with a bias, scale, cap or where all is masked."""
     from trl.trainer import utils
 
     torch.manual_seed(3)
@@ -180,6 +181,7 @@ def test_the_head_alone(compact: bool, autocast: bool) -> None:
 
     class Config:
         logit_scale = 0.5
+        final_logit_softcapping = softcap
 
         def get_text_config(self) -> "Config":
             return self
@@ -224,13 +226,13 @@ def test_a_second_call_changes_nothing_and_undo_restores_stock() -> None:
 
 
 def test_what_the_head_does_not_do_goes_to_stock() -> None:
-    """Fails if a soft cap on the logits, or an output r1v3 does not compute, is ignored."""
+    """Fails if an output that r1v3 does not compute is ignored."""
     from trl.trainer import utils
 
     torch.manual_seed(4)
     hidden, weight, targets = torch.randn(5, 8), torch.randn(30, 8), torch.randint(0, 30, (5,))
     requests = [
-        (3.0, 1.0, ("log_probs",)),
+        (3.0, 1.0, ("log_probs", "is_top1")),
         (None, 1.0, ("log_probs", "is_top1")),
         (None, 1.0, ("log_probs", "log_sum_sq_probs")),
         (None, 2.0, ("log_probs", "mean_logits")),

@@ -42,7 +42,10 @@ def use_head() -> Rebound:
 
 
 def logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """In the place of OpenRLHF's `log_probs_from_logits`, which divides the logits in place.
+    """In the place of OpenRLHF's `log_probs_from_logits`.
+
+    That divides the logits in place where it is given a temperature. The actor gives none: it has
+    divided them itself before.
 
     Args:
         logits: [..., V], left as they are; labels: [...].

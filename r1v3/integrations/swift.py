@@ -9,7 +9,7 @@ A file for `--external_plugins`, which every process of ms-swift imports:
 Losses and advantages are ms-swift's own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -53,22 +53,19 @@ def _sharded(module: str) -> Name:
 
 def _selective(module: str) -> Name:
     name = "selective_log_softmax"
-    return Name(f"{_TRAINERS}.{module}", name, "logits, index", logprobs, wraps=True)
+    return Name(f"{_TRAINERS}.{module}", name, "logits, index", logprobs)
 
 
-def logprobs(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return what stands in the place of TRL's `selective_log_softmax`, which is `stock`."""
+def logprobs(logits: Tensor, index: Tensor) -> Tensor:
+    """In the place of TRL's `selective_log_softmax`.
 
-    def compute(logits: Tensor, index: Tensor) -> Tensor:
-        """Return log-probabilities [...] float32 of index [...] by logits [..., V].
+    Args:
+        logits: [..., V]; index: [...], or [..., K] of several labels for each row.
 
-        An index [..., K] of several labels for each row goes to TRL's function.
-        """
-        if index.dim() == logits.dim():
-            return stock(logits, index)
-        return selective_log_softmax(logits, index)
-
-    return compute
+    Returns:
+        log-probabilities of the shape of index, float32 (float64 for float64 logits).
+    """
+    return selective_log_softmax(logits, index)
 
 
 def entropy(logits: Tensor, chunk_size: int = 1) -> Tensor:

@@ -27,9 +27,8 @@ _COMPUTED = {"log_probs", "entropy"}
 def use_head(*, compact: bool = True) -> Rebound:
     """Let every trainer of TRL score its completions with `linear_logprobs_and_entropy`.
 
-    TRL's own class goes on to serve a soft cap on the logits, other outputs than
-    log-probabilities and entropies, and weights that DeepSpeed has partitioned (ZeRO-3), which are
-    gathered anew for its backward.
+    TRL's own class goes on to serve other outputs than log-probabilities and entropies, and weights
+    that DeepSpeed has partitioned (ZeRO-3), which are gathered anew for its backward.
 
     Args:
         compact: drop prompts and padding before the head on every device. TRL does so where
@@ -96,7 +95,7 @@ class _Head:
         from trl.kernels import ChunkedLogProbFunction
 
         softcap, scale, outputs = options
-        if softcap is not None or not set(outputs) <= _COMPUTED or hasattr(weight, "ds_id"):
+        if not set(outputs) <= _COMPUTED or hasattr(weight, "ds_id"):
             return ChunkedLogProbFunction.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, *options
             )
@@ -106,7 +105,9 @@ class _Head:
             weight.to(dtype),
             targets,
             bias=None if bias is None else bias.to(dtype),
-            temperature=temperature / scale,
+            temperature=temperature,
+            logit_scale=scale,
+            softcap=softcap,
         )
         return logprobs, entropy if "entropy" in outputs else None, None, None, None
 

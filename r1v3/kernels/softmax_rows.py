@@ -115,11 +115,7 @@ def backward(
         from r1v3.kernels.triton.logits_gradient import row_gradient
         from r1v3.kernels.triton.logits_statistics import as_rows
 
-        row_gradient(
-            as_rows(logits), as_rows(out), labels.token_ids, rows, temperature,
-            *labels.columns_on_device(width), saved, *upstream,
-            softcap=labels.softcap,
-        )  # fmt: skip
+        row_gradient(as_rows(logits), as_rows(out), labels, saved, *upstream)
         return
     first, vocab, _ = labels.columns(width)
     ids = labels.local_ids(first)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r1v3.kernels import devices
+from r1v3.kernels.row_labels import RowLabels
 from r1v3.kernels.triton.logits_statistics import (
     FLOOR,
     LN_2,
@@ -174,23 +175,18 @@ def _row_gradient_kernel(
 def row_gradient(
     logits: Tensor,
     out: Tensor,
-    token_ids: Tensor | None,
-    rows: Tensor | None,
-    temperature: float | Tensor,
-    vocab: int,
-    shard: Tensor | None,
+    labels: RowLabels,
     saved: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
-    *,
-    softcap: float,
 ) -> None:
     """Write the gradient of every row into `out` (shaped like logits; may be logits).
 
-    Rows that `rows` does not name, rows without upstream gradient and columns from `vocab` on
-    get exactly 0. `rows` must not repeat. With a softcap, the logits are softcap * tanh(z /
-    softcap) and the gradient is that of z.
+    Rows that the labels do not name, rows without upstream gradient and columns outside the
+    vocabulary get exactly 0. Rows must not repeat.
     """
+    token_ids, rows, softcap = labels.token_ids, labels.rows, labels.softcap
+    vocab, shard = labels.columns_on_device(logits.shape[-1])
     layout, out_layout = Layout(logits), Layout(out)
     n, width = logits.shape[:-1].numel(), logits.shape[-1]
     if n == 0 or width == 0:
@@ -200,7 +196,7 @@ def row_gradient(
         slots = torch.full((n,), -1, dtype=torch.int64, device=logits.device)
         slots[rows] = torch.arange(rows.shape[0], device=logits.device)
     parts = max(1, triton.cdiv(vocab // (VECTORS * layout.align), PART_BLOCKS))
-    number, temperatures = temperature_arguments(temperature)
+    number, temperatures = temperature_arguments(labels.temperature)
     with devices.launching_on(logits):
         _row_gradient_kernel[(n * parts,)](
             layout.pointer, out_layout.pointer, slots, token_ids, shard, temperatures, saved,
