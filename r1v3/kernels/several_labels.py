@@ -40,7 +40,7 @@ def target_logprobs(targets: Tensor, labels: RowLabels, width: int, saved: Tenso
     """
     ids = labels.token_ids
     assert ids is not None
-    if labels.group:  # all but one are 0: no order of addition changes a bit
+    if labels.group and targets.numel():  # all but one are 0: no order of addition changes a bit
         dist.all_reduce(targets, group=vocab_parallel.process_group(labels.group))
     m, log_s = saved[:, :1], saved[:, 1:2]
     gap = torch.where(targets == -torch.inf, -torch.inf, targets - m)

@@ -102,9 +102,11 @@ def backward(
     Args:
         grad_logprobs: [n], or with K labels for each row `several_labels.summed_gradients`.
     """
-    if labels.several and grad_logprobs is not None:
-        _backward_of_several(logits, out, labels, saved, grad_logprobs, grad_entropy)
-        return
+    if labels.several:
+        if grad_logprobs is not None:
+            _backward_of_several(logits, out, labels, saved, grad_logprobs, grad_entropy)
+            return
+        labels = labels._replace(token_ids=None)
     if labels.token_ids is None:
         grad_logprobs = None  # without labels the log-probabilities are the constant 0
     upstream = [

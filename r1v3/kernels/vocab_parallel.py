@@ -1,8 +1,8 @@
 """Communication of the ranks over which a vocabulary is sharded.
 
 One gather per forward: (max, sum, weighted sum, target logit), 16 bytes per row and rank. Every
-rank then merges in rank order, so all hold the same bits, whatever the timing. The backward
-needs no communication.
+rank then merges in rank order, so all hold the same bits, whatever the timing. K labels for
+each row have their logits added up besides, by one all-reduce. The backward needs no communication.
 
 A label's column must be known before that gather, and with it the widths of the other shards. The
 ranks exchange those once, at the first call with a group and a width, which waits for the device,
