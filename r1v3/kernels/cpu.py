@@ -115,11 +115,12 @@ def row_gradient(
     With a softcap, x is softcap * tanh(z / softcap) and the gradient is that of z.
     """
     number, more = temperature_arguments(temperature)
+    capped = {"softcap": softcap} if softcap else {}
     _C.row_gradient(
         x.data_ptr(), DTYPE_CODES[x.dtype], saved.shape[0], x.stride(0), x.shape[1],
         _address(rows), _address(token_ids), number, saved.data_ptr(), _address(grad_logprobs),
-        _address(grad_entropy), out.data_ptr(), out.stride(0), torch.get_num_threads(),
-        softcap=softcap, **more,
+        _address(grad_entropy), out.data_ptr(), out.stride(0), torch.get_num_threads(), **more,
+        **capped,
     )  # fmt: skip
 
 
