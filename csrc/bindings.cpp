@@ -64,7 +64,8 @@ void row_gradient(Address logits, int dtype, int64_t n_rows, int64_t row_stride,
                   Address grad_logprobs, Address grad_entropy, Address grad_logits,
                   int64_t grad_row_stride, int num_threads, const std::string& capability,
                   Address temperatures, double softcap) {
-  require(softcap >= 0.0, "softcap", softcap, ">= 0");
+  require(softcap == 0.0 || (softcap > 0.0 && dtype == r1v3::kFloat32), "softcap", softcap,
+          "0, or positive for float32 logits");
   r1v3::row_gradient(r1v3::kernels_for(capability),
                      checked_view(logits, dtype, n_rows, row_stride, vocab, rows, token_ids,
                                   temperature, temperatures, num_threads),

@@ -20,7 +20,7 @@ struct RowStatistics {
 struct RowGradient {
   float m, log_s, entropy;
   float grad_logprob, grad_entropy;
-  float inverse_softcap;  // of logits that are c tanh(z / c): the gradient is that of z; or 0
+  float inverse_softcap;  // 1 / c of float32 logits that are c tanh(z / c) and want dz, or 0
 };
 
 struct Kernels {

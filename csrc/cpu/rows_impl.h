@@ -230,7 +230,9 @@ struct GradientOf {
     const F t = x * inverse_softcap;
     return g * fma(-t, t, broadcast(1.0f));
   }
-  inline Pair operator()(const Pair& v) const { return {(*this)(v.first), (*this)(v.second)}; }
+  __attribute__((always_inline)) inline Pair operator()(const Pair& v) const {
+    return {(*this)(v.first), (*this)(v.second)};
+  }
 };
 
 template <int D, bool Stream, bool Capped>
@@ -311,19 +313,14 @@ float element_any(const void* x, int dtype, int64_t index) {
   return dtype == kBFloat16 ? load_scalar<kBFloat16>(element) : load_scalar<kFloat16>(element);
 }
 
-template <bool Capped>
-void gradient_of(const void* x, int dtype, int64_t vocab, int64_t target, double temperature,
-                 const RowGradient& up, bool stream, void* dx) {
-  const auto gradient = dtype == kFloat32    ? row_gradient<kFloat32, Capped>
-                        : dtype == kBFloat16 ? row_gradient<kBFloat16, Capped>
-                                             : row_gradient<kFloat16, Capped>;
-  gradient(x, vocab, target, temperature, up, stream, dx);
-}
-
 void gradient_any(const void* x, int dtype, int64_t vocab, int64_t target, double temperature,
                   const RowGradient& up, bool stream, void* dx) {
-  const auto gradient = up.inverse_softcap != 0.0f ? gradient_of<true> : gradient_of<false>;
-  gradient(x, dtype, vocab, target, temperature, up, stream, dx);
+  const auto of_floats =
+      up.inverse_softcap != 0.0f ? row_gradient<kFloat32, true> : row_gradient<kFloat32, false>;
+  const auto gradient = dtype == kFloat32    ? of_floats
+                        : dtype == kBFloat16 ? row_gradient<kBFloat16, false>
+                                             : row_gradient<kFloat16, false>;
+  gradient(x, vocab, target, temperature, up, stream, dx);
 }
 
 double read_sum(const float* x, int64_t n) {
