@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from r1v3.data.tokenizer import load_tokenizer
@@ -19,6 +18,8 @@ from r1v3.files import (
 )
 from r1v3.model.conversion import load_config, weights
 from r1v3.model.conversion.config import is_original, read_config
+from r1v3.model.conversion.serving import write_serving_files
+from r1v3.model.conversion.writer import save_tensors
 
 CURRENT = "current"
 _STEP = "step-"
@@ -127,6 +128,8 @@ def publish(
         if (chat_template := load_tokenizer(model_folder).chat_template) is not None:
             # The servers' prompts must be the trainer's.
             write_text(temporary / "chat_template.jinja", str(chat_template))
+        if not is_original(read_config(temporary)):
+            write_serving_files(temporary)
         _write_shards(temporary, in_layout(tensors, model_folder), dtype, shard_bytes)
         replace_directory(temporary, final)
     except BaseException:
@@ -166,7 +169,7 @@ def _write_shards(
             shard[name] = tensor.detach().cpu().contiguous().clone()
             total += shard[name].numel() * shard[name].element_size()
         file = f"model-{number + 1:05d}.safetensors"
-        save_file(shard, target / file, metadata={"format": "pt"})
+        save_tensors(target / file, shard)
         places.update(dict.fromkeys(shard, file))
     write_json(
         target / "model.safetensors.index.json",

@@ -23,6 +23,7 @@ from tests.engine import recorded
 from tests.engine.layouts import LAYOUTS, OTHER_LAYOUTS, PATTERNS, WORLD, only
 from tests.model.conversion.checkpoints import original_config, original_tensors, parameters_of
 from tests.processes import marked, run_ranks, slow_chosen
+from tests.served_folder import assert_served
 
 pytest.importorskip("megatron.core")
 
@@ -351,6 +352,7 @@ def test_a_checkpoint_goes_on_in_other_layouts(
 def test_what_is_trained_and_saved_loads_in_transformers(folder: Path, names: str) -> None:
     """Fails if a model of either layout is not the same model after its way through Megatron."""
     found = load_file(folder / f"{names}.safetensors")
+    assert_served(folder / f"saved-{names}", max_tiles={"native": 1, "original": 12}[names])
     theirs = InternVLForConditionalGeneration.from_pretrained(
         folder / f"saved-{names}", dtype=torch.float32
     ).eval()

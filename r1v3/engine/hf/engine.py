@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -18,6 +17,8 @@ from r1v3.engine.head import Head
 from r1v3.engine.hf.decoder import HFDecoder, prefill
 from r1v3.engine.hf.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from r1v3.engine.shares import replica_shares
+from r1v3.model.conversion.serving import write_serving_files
+from r1v3.model.conversion.writer import save_tensors
 from r1v3.model.flops import Dimensions
 from r1v3.model.internvl import load_model, named_part_parameters
 from r1v3.model.parts import PARTS, check_modules
@@ -274,10 +275,11 @@ class HFEngine:
 
     def _save(self, directory: Path) -> None:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.export_hf()}
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(directory / "model.safetensors", tensors)
         config = self.model.config.to_dict()
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.tokenizer.save_pretrained(str(directory))
+        write_serving_files(directory)
 
     def optimizer_tensors(self) -> Mapping[str, Tensor]:
         """See `contract.Engine.optimizer_tensors`."""

@@ -7,7 +7,7 @@ the native file under `original_config` and come back in the other direction.
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from r1v3.files import read_json_object
 
 Json = dict[str, Any]
 
+ARCHITECTURE = "InternVLForConditionalGeneration"
 KEPT = "original_config"
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 # Original name, native name, and the value that the remote code's class has when it is not written.
@@ -136,7 +137,7 @@ def to_native(original: Mapping[str, Any], image_token_id: int) -> Json:
     cells = round(side // native_vision["patch_size"][0] * native["downsample_ratio"])
     dtype = rest.pop("torch_dtype", None) or rest.pop("dtype", None)
     return {
-        "architectures": ["InternVLForConditionalGeneration"],
+        "architectures": [ARCHITECTURE],
         "model_type": "internvl",
         **({"dtype": dtype} if dtype else {}),
         "image_seq_length": cells**2,
@@ -277,27 +278,31 @@ def _image_token_id(folder: Path, original: Mapping[str, Any]) -> int:
     """The id of <IMG_CONTEXT>, from config.json or the tokenizer's files."""
     if isinstance(known := original.get("image_token_id"), int):
         return known
-    for name, find in (
-        ("added_tokens.json", lambda data: data.get(IMAGE_TOKEN)),
-        ("tokenizer.json", lambda data: _find(data["added_tokens"], "id")),
-        ("tokenizer_config.json", lambda data: _find_keyed(data["added_tokens_decoder"])),
-    ):
-        file = folder / name
-        try:
-            found = find(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-        if found is not None:
-            return int(found)
+    if (found := added_tokens(folder).get(IMAGE_TOKEN)) is not None:
+        return found
     raise ValueError(
         f"no tokenizer file beside it says which token {IMAGE_TOKEN} is; copy the tokenizer of the "
         "model into the folder, or write image_token_id into config.json"
     )
 
 
-def _find(tokens: Sequence[Mapping[str, Any]], field: str) -> Any:
-    return next((token[field] for token in tokens if token["content"] == IMAGE_TOKEN), None)
+def added_tokens(folder: Path) -> dict[str, int]:
+    """The ids of the tokens that a model's tokenizer has beside its vocabulary.
 
-
-def _find_keyed(tokens: Mapping[str, Mapping[str, Any]]) -> Any:
-    return next((key for key, token in tokens.items() if token["content"] == IMAGE_TOKEN), None)
+    From the first of its files that has them; files that cannot be read are passed over.
+    """
+    for name, read in (
+        ("added_tokens.json", lambda data: data),
+        ("tokenizer.json", lambda data: {t["content"]: t["id"] for t in data["added_tokens"]}),
+        (
+            "tokenizer_config.json",
+            lambda data: {t["content"]: i for i, t in data["added_tokens_decoder"].items()},
+        ),
+    ):
+        try:
+            found = read(json.loads((folder / name).read_text(encoding="utf-8")))
+            if IMAGE_TOKEN in found:
+                return {str(token): int(place) for token, place in found.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return {}

@@ -21,6 +21,7 @@ from r1v3.model.conversion.config import (
 )
 from r1v3.model.conversion.match import Source, require_match
 from r1v3.model.conversion.reader import INDEX_FILE, Checkpoint
+from r1v3.model.conversion.serving import write_serving_files
 from r1v3.model.conversion.table import Weight, saved_name, weights
 from r1v3.model.conversion.writer import DEFAULT_SHARD_BYTES, Entry, ShardWriter
 
@@ -86,7 +87,9 @@ def convert(
         try:
             files = _copy_values(checkpoint, targets, temporary, max_shard_bytes, progress)
             write_json(temporary / "config.json", _translated(written, native, layout))
-            copied = _copy_other_files(source, temporary, layout)
+            _copy_other_files(source, temporary, layout)
+            if layout == "native":
+                write_serving_files(temporary)
             replace_directory(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -96,7 +99,7 @@ def convert(
         bytes=sum(one.entry.bytes for one in targets),
         files=tuple(files),
         ignored=tuple(report.ignored),
-        notes=tuple(_notes(layout, is_original(written), copied)),
+        notes=tuple(_notes(layout, target)),
     )
 
 
@@ -153,28 +156,20 @@ def _copy_values(
         return writer.files
 
 
-def _copy_other_files(source: Path, target: Path, layout: Layout) -> list[str]:
-    copied = []
+def _copy_other_files(source: Path, target: Path, layout: Layout) -> None:
     for file in sorted(source.iterdir()):
         weight = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
         code = file.suffix == ".py" and layout == "native"
         if file.is_file() and not (weight or code or file.name.startswith(".")):
             if file.name not in ("config.json", INDEX_FILE):
                 shutil.copyfile(file, target / file.name)
-                copied.append(file.name)
-    return copied
 
 
-def _notes(layout: Layout, was_original: bool, copied: Sequence[str]) -> Iterator[str]:
-    if layout == "original" and not any(name.endswith(".py") for name in copied):
+def _notes(layout: Layout, target: Path) -> Iterator[str]:
+    if layout == "original" and not any(target.glob("*.py")):
         yield (
             "the original layout is loaded with trust_remote_code, and the source has no such "
             "code: add the files that auto_map in config.json names from a published checkpoint"
-        )
-    if layout == "native" and was_original and "preprocessor_config.json" in copied:
-        yield (
-            "preprocessor_config.json is the original's: r1v3 does not read it, but transformers' "
-            "AutoProcessor needs one of InternVLProcessor"
         )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from r1v3.files import fsync_directory, write_json
@@ -36,6 +37,20 @@ class Entry:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file of contiguous tensors that share no memory, for transformers.
+
+    safetensors makes files that only their owner can read; this one is as readable as any other.
+
+    Raises:
+        SafetensorError: writing failed.
+    """
+    file.touch()
+    mode = file.stat().st_mode & 0o777
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 class ShardWriter:

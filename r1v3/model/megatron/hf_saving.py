@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r1v3.balance import longest_first
 from r1v3.files import FileDigest, HashedFile, require_free_space, write_json
+from r1v3.model.conversion.serving import write_serving_files
 from r1v3.model.conversion.table import native_shapes, saved_name
 from r1v3.model.conversion.writer import (
     DEFAULT_SHARD_BYTES,
@@ -112,6 +113,7 @@ def _write_config(
     write_json(folder / "config.json", {**model.hf_config.to_dict(), "dtype": dtype})
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
+    write_serving_files(folder)
 
 
 def write_hf(

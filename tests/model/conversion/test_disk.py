@@ -120,7 +120,8 @@ def test_half_precision_is_copied_and_other_files_come_along(
     assert found.pop("language_model.model.norm.weight").dtype == torch.float32
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     files = {file.name for file in (tmp_path / "native").iterdir()}
-    assert files == {"config.json", "tokenizer.json", "model.safetensors"}
+    processors = {f"{name}processor_config.json" for name in ("", "pre", "video_pre")}
+    assert files == {"config.json", "tokenizer.json", "model.safetensors"} | processors
     convert(source, tmp_path / "again", "original")
     assert_same(tensors_of(tmp_path / "again"), halves)
     assert (tmp_path / "again/modeling_skywork_chat.py").is_file()
