@@ -1,12 +1,12 @@
 """NoWait and a thinking budget as logits processors of vLLM, by class path.
 
-    vllm serve MODEL --logits-processors r1v3.integrations.vllm:NoWait \\
-        r1v3.integrations.vllm:ThoughtBudget
+    VLLM_USE_V2_MODEL_RUNNER=0 vllm serve MODEL \\
+        --logits-processors r1v3.integrations.vllm:NoWait r1v3.integrations.vllm:ThoughtBudget
 
 A request asks for them with `SamplingParams(extra_args={"nowait": True, "thought_budget": 512})`,
 over HTTP with `"vllm_xargs": {"nowait": 1, "thought_budget": 512}`. "nowait" may also be a list of
-words. They are classes for vLLM's V1 model runner, made when vLLM asks for them; its V2 runner,
-which needs Triton, refuses them at load.
+words. They are classes for vLLM's V1 model runner, made when vLLM asks for them. Its V2 runner
+refuses them at load, and is what vLLM 0.32 takes where Triton runs, unless the variable says no.
 """
 
 from collections.abc import Callable

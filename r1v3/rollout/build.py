@@ -6,7 +6,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from r1v3.config import RolloutEngine, Stage
+from r1v3.data.encoding import model_image_shape
 from r1v3.engine.contract import Decoder
+from r1v3.model.conversion import load_config
 from r1v3.ranks import Ranks
 from r1v3.rollout.contract import Sampler, TokenRules
 from r1v3.rollout.local import LocalSampler
@@ -40,6 +42,9 @@ def build_sampler(
         decoder, replicas = local()
         return LocalSampler(decoder, rules, replicas)
     assert stage.model is not None
+    # vLLM cuts pictures as the folder says, unless a request has a number of its own.
+    own = model_image_shape(load_config(stage.model)).max_tiles
+    tiles = None if stage.max_tiles in (None, own) else stage.max_tiles
     if config.engine == "vllm":
         return ColocatedVLLM(
             stage.model,
@@ -49,6 +54,7 @@ def build_sampler(
             tensor=config.tensor,
             memory_share=config.memory_share,
             dtype=stage.dtype,
+            max_tiles=tiles,
             arguments={**config.vllm, "trust_remote_code": config.trust_remote_code},
         )
     return VLLMServers(
@@ -58,5 +64,6 @@ def build_sampler(
         weights_folder=config.weights_folder or stage.run / WEIGHTS,
         ranks=ranks,
         dtype=getattr(torch, stage.dtype),
+        max_tiles=tiles,
         limits=ServerLimits(config.timeout_seconds, config.retries, config.concurrency),
     )

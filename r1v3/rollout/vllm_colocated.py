@@ -11,16 +11,21 @@ uniproc_executor.py`, `config/parallel.py`, `v1/worker/gpu_worker.py`, `sampling
 
 - `distributed_executor_backend="external_launcher"` makes one worker per process of a torchrun
   job, with tensor-parallel groups of consecutive ranks, and runs it in this process
-  (VLLM_ENABLE_V1_MULTIPROCESSING=0 is set by vLLM), so that `collective_rpc` takes a function and
-  tensors travel by reference. All ranks of a group must be given the same prompts and seeds.
+  (VLLM_ENABLE_V1_MULTIPROCESSING=0 is set by vLLM), so that tensors travel by reference. All ranks
+  of a group must be given the same prompts and seeds.
+- `reload_weights` takes an iterator of tensors under their names on disk, and packs or quantizes
+  them layer by layer as loading from disk does. A model's own `load_weights` cannot be used a
+  second time: what it would write to has been packed.
 - `sleep(2)` drops weights and KV cache, `sleep(1)` keeps the weights in host memory; after either,
   `wake_up(tags=["weights"])` before loading and `wake_up(tags=["kv_cache"])` after it keeps the
-  peak low. Cached KV of old weights is dropped by sleep and by `reset_prefix_cache`.
+  peak low. Cached KV of old weights is dropped by sleep and by `reset_prefix_cache`. Not every
+  platform has a sleep mode; without it vLLM stays awake.
 - A prompt is token ids with the tokens of the placeholder (see `vllm_protocol`) per picture, which
   vLLM finds and expands; the expanded ids come back and must be the trainer's.
 - The output of the vision tower is cached by the picture's uuid, which therefore names the step.
 
-vLLM has not been run by the tests of this file: they use a stand-in with the signatures above.
+GRPO with pictures and budgets ran against vLLM 0.32 on a CPU, in one process, as a test of
+tests_stacks; sleep and more than one rank have run against a stand-in with the signatures above.
 """
 
 import os
@@ -48,14 +53,9 @@ from r1v3.rollout.completions import (
 )
 from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
 from r1v3.rollout.vllm_protocol import check_sampling, picture_name, placeholder_of, tiling
-from r1v3.rollout.weights import buckets, in_layout
+from r1v3.rollout.weights import in_layout
 
 _BAN = -100.0
-
-
-def load_bucket(worker: Any, tensors: list[tuple[str, Tensor]]) -> None:
-    """Copy tensors, under their names on disk, into the shards of a vLLM worker's model."""
-    worker.get_model().load_weights(tensors)
 
 
 def collapse_pictures(
@@ -112,8 +112,9 @@ class ColocatedVLLM(Batched):
         memory_share: of an accelerator's memory that vLLM may use when awake.
         dtype: of weights and activations.
         sleep_level: 2 drops the weights, which must then be updated before every wake; 1 keeps them
-            in host memory.
-        bucket_bytes: size of the pieces in which weights are handed over.
+            in host memory. Where vLLM has no sleep mode, it stays awake.
+        max_tiles: most tiles of a picture in a request that names none, where that is not the
+            number of the model folder.
         arguments: further ones of `vllm.LLM`, by their names there. trust_remote_code lets vLLM run
             the folder's own code, which it needs for the configuration of the original layout.
     Raises:
@@ -133,7 +134,7 @@ class ColocatedVLLM(Batched):
         memory_share: float = 0.5,
         dtype: str = "bfloat16",
         sleep_level: Literal[1, 2] = 2,
-        bucket_bytes: int = 1 << 30,
+        max_tiles: int | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         arguments = {} if arguments is None else dict(arguments)
@@ -145,6 +146,7 @@ class ColocatedVLLM(Batched):
             raise ValueError(f"memory_share {memory_share} must be above 0 and at most 1")
         try:
             from vllm import LLM, SamplingParams
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise ImportError(
                 f"rollouts by vLLM in the training processes need it: pip install 'r1v3[vllm]' "
@@ -161,7 +163,8 @@ class ColocatedVLLM(Batched):
         self._model_folder = model_folder
         self._placeholder = tokenizer.encode(placeholder_of(model_folder), add_special_tokens=False)
         self._params = SamplingParams
-        self._level, self._bucket_bytes = sleep_level, bucket_bytes
+        self._level, self._max_tiles = sleep_level, max_tiles
+        self._can_sleep = bool(current_platform.is_sleep_mode_available())
         self._state: Literal["awake", "asleep", "weights"] = "awake"
         if ranks.size == 1:
             _stand_alone()
@@ -176,7 +179,7 @@ class ColocatedVLLM(Batched):
             max_model_len=max_length,
             dtype=dtype,
             seed=0,
-            enable_sleep_mode=True,
+            enable_sleep_mode=self._can_sleep,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
         )
@@ -312,15 +315,13 @@ class ColocatedVLLM(Batched):
         if images:
             step = -1 if self.step is None else self.step
             pixels = [decode_picture(data, request.pictures) for data in images]
-            names = [
-                picture_name(data, request.pictures, step, request.max_tiles) for data in images
-            ]
+            tiles = request.max_tiles or self._max_tiles
+            names = [picture_name(data, request.pictures, step, tiles) for data in images]
             prompt["multi_modal_data"] = {"image": pixels}
             prompt["multi_modal_uuids"] = {"image": names}
-            if request.max_tiles is not None:
-                prompt["mm_processor_kwargs"] = tiling(
-                    request.max_tiles, placeholder_of(self._model_folder)
-                )
+            if tiles is not None:
+                placeholder = placeholder_of(self._model_folder)
+                prompt["mm_processor_kwargs"] = tiling(tiles, placeholder)
         return prompt
 
     def _read(
@@ -355,14 +356,16 @@ class ColocatedVLLM(Batched):
         if self._state == "asleep":
             self._llm.wake_up(tags=["weights"])
             self._state = "weights"
-        for bucket in buckets(in_layout(tensors, self._model_folder), self._bucket_bytes):
-            self._llm.collective_rpc(load_bucket, args=(bucket,))
+        named = in_layout(tensors, self._model_folder)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
         if self._state == "awake":
             self._llm.reset_prefix_cache()
         self.step = step
 
     def sleep(self) -> None:
         """See `contract.Sampler.sleep`."""
+        if not self._can_sleep:
+            return
         if self._state == "weights":
             self.wake()
         if self._state == "awake":

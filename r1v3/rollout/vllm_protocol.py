@@ -16,16 +16,17 @@ Read from the documentation of vLLM 0.32 and from its source of September 2026
 - Log-probs at the sampling temperature and after bans need `--logprobs-mode processed_logprobs`;
   vLLM's default is before both. `probe` tells the two apart.
 - A chat cannot be continued by token ids, so a thought over pictures is closed by the server, with
-  r1v3's logits processor (`vllm serve --logits-processors r1v3.integrations.vllm:ThoughtBudget`),
-  which `vllm_xargs` asks for. vLLM ignores arguments that no processor knows, so every completion
-  is checked for it.
+  r1v3's logits processor (`VLLM_USE_V2_MODEL_RUNNER=0 vllm serve --logits-processors
+  r1v3.integrations.vllm:ThoughtBudget`), which `vllm_xargs` asks for. vLLM ignores arguments that
+  no processor knows, so every completion is checked for it.
 - Completion i of a request with seed s is drawn with seed s + i. Greedy decoding wants n = 1.
 - The placeholder is `<image>` for a model folder in the original layout (InternVLChatModel,
   SkyworkR1VChatModel) and `<IMG_CONTEXT>` for a native one (InternVLForConditionalGeneration).
   vLLM cuts tiles itself: from what config.json says for the original layout, and, for the native
-  one, with the image processor of transformers, whose files must be in the folder, and a tokenizer
-  in which `<video>` is one token. Check first which one your folder satisfies; the 38B is published
-  in the original one, which vLLM serves with --trust-remote-code.
+  one, with the image processor of transformers, from the files that
+  `conversion.serving.write_serving_files` writes. That one resizes with torchvision, which differs
+  from PIL by at most one of 256 levels. The 38B is published in the original layout, which vLLM
+  serves with --trust-remote-code.
 - A picture carries a name of its content and of the weights' step: vLLM keeps the output of the
   vision tower by that name, and must not reuse it after the tower was trained.
 """
@@ -252,8 +253,8 @@ def read_answer(call: Call, reply: bytes, rules: TokenRules, origin: str) -> lis
     except ValueError as error:
         raise ValueError(
             f"{origin} does not close thoughts over pictures ({error}); it must be started with "
-            "--logits-processors r1v3.integrations.vllm:ThoughtBudget, or sample locally or "
-            "colocated"
+            "--logits-processors r1v3.integrations.vllm:ThoughtBudget and, in its environment, "
+            "VLLM_USE_V2_MODEL_RUNNER=0; or sample locally or colocated"
         ) from error
 
 

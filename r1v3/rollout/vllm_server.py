@@ -16,9 +16,9 @@ each server is told to load what it was started on (`/pause`, `/collective_rpc` 
 reinforcement-learning endpoints). It needs nothing in common but a file system, and a server that
 restarts comes up with the current weights by itself. vLLM can also take weights over NCCL; that
 interface changed between 0.18, 0.29 and 0.32 and needs vLLM in the trainer, so it is not used.
-Slow, NoThink and NoWait sampling and thought budgets over pictures ran against vLLM 0.32 on a CPU
-(V1 model runner): greedy tokens are those of local sampling. Tests use a server that speaks its
-protocol.
+tests_stacks runs sampling in every mode, thought budgets over pictures, the suite and GRPO against
+vLLM 0.32 on a CPU (V1 model runner): greedy tokens are those of local sampling. Other tests use a
+server that speaks its protocol.
 """
 
 import asyncio
@@ -89,6 +89,8 @@ class VLLMServers:
         weights_folder: where weights are published; None for servers whose weights stay.
         ranks: processes that make every call together; the first one talks to the servers.
         dtype: of published weights; None leaves theirs.
+        max_tiles: most tiles of a picture in a request that names none, where that is not the
+            number of the model folder.
 
     Raises:
         ValueError: no URL, or one that is not an http address.
@@ -105,6 +107,7 @@ class VLLMServers:
         ranks: Ranks = ALONE,
         dtype: torch.dtype | None = None,
         limits: ServerLimits = DEFAULT_LIMITS,
+        max_tiles: int | None = None,
     ) -> None:
         if not urls:
             raise ValueError("urls () must name at least one server")
@@ -118,7 +121,7 @@ class VLLMServers:
         self.step: int | None = None
         self._model_folder, self._weights_folder = model_folder, weights_folder
         self._placeholder = placeholder_of(model_folder)
-        self._dtype = dtype
+        self._dtype, self._max_tiles = dtype, max_tiles
         self._limits = limits
         self._pool = Pool(self.servers, self._ask, self._check, limits)
         self._client: httpx.AsyncClient | None = None
@@ -207,6 +210,7 @@ class VLLMServers:
     def _call(self, request: Request, sampling: Sampling, count: int, seed: int) -> Call:
         """The first request for a prompt; without pictures it ends where a budget is spent."""
         if request.sample.images:
+            request = replace(request, max_tiles=request.max_tiles or self._max_tiles)
             step = -1 if self.step is None else self.step
             return chat_call(
                 request,

@@ -56,7 +56,8 @@ def vllm_guide(config: Serve) -> str:
     """Return command and bodies as text, with what a client has to know."""
     name = config.name or model_folder(config.model).resolve().name
     lines = ["# On the machine with the GPUs; --tensor-parallel-size takes their number:"]
-    lines.append(shlex.join(vllm_command(config)))
+    # Where Triton runs, vLLM takes its V2 runner by itself, which refuses the processors.
+    lines.append(f"VLLM_USE_V2_MODEL_RUNNER=0 {shlex.join(vllm_command(config))}")
     if config.api_key_file is not None:
         lines.append(f'# and the key: --api-key "$(cat {shlex.quote(str(config.api_key_file))})"')
     lines += ["", f"# POST http://{config.host}:{config.port}/v1/chat/completions, by mode:"]

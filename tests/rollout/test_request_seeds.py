@@ -1,13 +1,16 @@
 """Prompts with random numbers and a number of tiles of their own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from r1v3.config import Pictures
+from r1v3.config import Pictures, RolloutEngine, Suite
 from r1v3.data.encoding import encode_sample
 from r1v3.engine.hf.decoder import HFDecoder
+from r1v3.ranks import ALONE
+from r1v3.rollout.build import build_sampler
 from r1v3.rollout.completions import Completion
 from r1v3.rollout.contract import Request, Sampling, TokenRules
 from r1v3.rollout.local import LocalSampler
@@ -61,6 +64,27 @@ def test_a_server_is_told_the_number_of_tiles() -> None:
         assert told["mm_processor_kwargs"] == {name: 2} and "mm_processor_kwargs" not in plain
     names = {picture_name(data, Pictures(), 1, tiles) for tiles in (None, 1, 2)}
     assert len(names) == 3
+
+
+@pytest.mark.parametrize(
+    ("stage_tiles", "told"), [(None, None), (1, None), (3, {"max_patches": 3})]
+)
+def test_a_stages_own_number_of_tiles_reaches_the_server(
+    stage_tiles: int | None, told: dict[str, int] | None, tmp_path: Path
+) -> None:
+    """Fails if a stage with more tiles than the model folder names is refused by every server:
+    they would cut as the folder says, and complete other prompts than the trainer's."""
+    folder = tiny.save(tmp_path / "model")
+    stage = Suite(run=tmp_path, model=folder, max_tiles=stage_tiles)
+    sampler = build_sampler(
+        RolloutEngine(engine="vllm-server", urls=("http://127.0.0.1:1",)), stage, tiny.tokenizer(),
+        ranks=ALONE, max_length=64, local=lambda: pytest.fail("no local decoder is wanted"),
+    )  # fmt: skip
+    assert isinstance(sampler, VLLMServers)
+    (request,) = requests(1, [5])
+    own = replace(request, max_tiles=2)
+    asked = [sampler._call(one, Sampling(), 1, 0).body for one in (request, own)]
+    assert [body.get("mm_processor_kwargs") for body in asked] == [told, {"max_patches": 2}]
 
 
 def test_a_server_is_told_the_seed_of_a_seeded_prompt(

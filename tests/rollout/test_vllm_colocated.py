@@ -5,7 +5,7 @@ side asks for and makes of the answers, not that vLLM does as documented.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -59,6 +59,16 @@ class SamplingParams:
         self.temperature, self.max_tokens = temperature, max_tokens
 
 
+class Platform:
+    """The part of vLLM that knows the machine."""
+
+    sleeps = True
+
+    @classmethod
+    def is_sleep_mode_available(cls) -> bool:
+        return cls.sleeps
+
+
 class LLM:
     """Answers from its own copy of the model; memory that is not there makes it fail."""
 
@@ -80,7 +90,8 @@ class LLM:
         load_format: str = "auto",
     ) -> None:
         self.max_num_seqs, self.load_format = max_num_seqs, load_format
-        assert distributed_executor_backend == "external_launcher" and enable_sleep_mode
+        assert distributed_executor_backend == "external_launcher"
+        assert enable_sleep_mode == Platform.sleeps
         assert logprobs_mode == "processed_logprobs" and generation_config == "vllm"
         self.net = load_model(Path(model)).eval()
         self.original = trust_remote_code
@@ -88,7 +99,6 @@ class LLM:
         self.placeholder = WORDS.encode(text, add_special_tokens=False)
         self.resident = {"weights", "kv_cache"}
         self.calls: list[str] = []
-        self.buckets: list[int] = []
         self.uuids: list[str] = []
         self.names: list[str] = []
         self.prompt_hook: Callable[[list[int]], list[int]] = lambda ids: ids
@@ -137,8 +147,8 @@ class LLM:
             )
         return SimpleNamespace(prompt_token_ids=self.prompt_hook(ids), outputs=outputs)
 
-    def collective_rpc(self, method: Callable[..., Any], *, args: tuple[Any, ...]) -> list[Any]:
-        assert "weights" in self.resident
+    def collective_rpc(self, method: str, *, kwargs: dict[str, Any]) -> list[Any]:
+        assert method == "reload_weights" and "weights" in self.resident
         own = dict(self.net.named_parameters())
         if self.original:
             own = {
@@ -146,19 +156,16 @@ class LLM:
                 for weight in weights(self.net.config)
                 if len(weight.native) == 1
             }
-
-        def load_weights(tensors: list[tuple[str, torch.Tensor]]) -> None:
-            self.buckets.append(len(tensors))
-            with torch.no_grad():
-                for name, tensor in tensors:
-                    if not self.original or name in own:
-                        own[name].copy_(tensor)
-                    self.names.append(name)
-
-        worker = SimpleNamespace(get_model=lambda: SimpleNamespace(load_weights=load_weights))
-        return [method(worker, *args)]
+        self.calls.append(method)
+        with torch.no_grad():
+            for name, tensor in kwargs["weights_iterator"]:
+                if not self.original or name in own:
+                    own[name].copy_(tensor)
+                self.names.append(name)
+        return [None]
 
     def sleep(self, *, level: int) -> None:
+        assert Platform.sleeps
         self.calls.append(f"sleep {level}")
         self.resident = set()
         if level == 2:
@@ -178,7 +185,10 @@ class LLM:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("vllm")
     module.LLM, module.SamplingParams = LLM, SamplingParams  # type: ignore[attr-defined]
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = Platform  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
 
@@ -202,16 +212,21 @@ def complete(sampler: ColocatedVLLM, sampling: Sampling, g: int = 2) -> Rollout:
 def test_completions_are_those_of_the_weights_that_were_handed_over(
     stand_in: None, folder: Path
 ) -> None:
-    """Sleep, update in buckets, wake, complete: tokens and log-probs of the new weights."""
-    sampler = ColocatedVLLM(folder, WORDS, max_length=400, bucket_bytes=20_000)
+    """Sleep, update tensor by tensor, wake, complete: tokens and log-probs of the new weights."""
+    sampler = ColocatedVLLM(folder, WORDS, max_length=400)
     new = tiny.model(7)
-    sampler.sleep()
-    sampler.update_weights(HFEngine(new, WORDS, modules={}).export_hf(), 4)
-    sampler.wake()
     llm = sampler._llm
-    assert llm.calls == ["sleep 2", "wake ['weights']", "wake ['kv_cache']"]
-    assert len(llm.buckets) > 3 and max(llm.buckets) > 1
-    assert sum(llm.buckets) == len(list(new.parameters()))
+
+    def one_by_one() -> Iterator[tuple[str, torch.Tensor]]:
+        for count, weight in enumerate(HFEngine(new, WORDS, modules={}).export_hf()):
+            assert len(llm.names) == count
+            yield weight
+
+    sampler.sleep()
+    sampler.update_weights(one_by_one(), 4)
+    sampler.wake()
+    assert llm.calls == ["sleep 2", "wake ['weights']", "reload_weights", "wake ['kv_cache']"]
+    assert len(set(llm.names)) == len(llm.names) == len(list(new.parameters()))
     sampling = Sampling(0.8, 6, (50, 51))
     found = complete(sampler, sampling)
     seeds = torch.randint(0, 2**48, (3, 3), generator=torch.Generator().manual_seed(3))
@@ -290,6 +305,20 @@ def test_calls_out_of_order_are_refused(stand_in: None, folder: Path) -> None:
     gentle.wake()
     assert gentle._llm.calls == ["sleep 1", "wake None"]
     complete(gentle, Sampling(1.0, 2))
+
+
+def test_without_a_sleep_mode_it_stays_awake(
+    stand_in: None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if vLLM is asked for a sleep mode where it refuses one, as on a CPU, or if the cache
+    of old weights outlives them there."""
+    monkeypatch.setattr(Platform, "sleeps", False)
+    sampler = ColocatedVLLM(folder, WORDS, max_length=400)
+    sampler.sleep()
+    sampler.update_weights(HFEngine(tiny.model(7), WORDS, modules={}).export_hf(), 1)
+    sampler.wake()
+    assert sampler._llm.calls == ["reload_weights", "reset"]
+    complete(sampler, Sampling(1.0, 2))
 
 
 def test_another_prompt_than_the_trainers_is_an_error(stand_in: None, folder: Path) -> None:

@@ -42,11 +42,13 @@ def test_the_page_finds_its_elements() -> None:
 
 
 def test_vllm_is_told_every_mode(tmp_path: Path) -> None:
-    """Fails if the printed command or a body cannot be parsed, or a template that always opens a
-    thought is left to vLLM, which then never answers in NoThink."""
+    """Fails if the printed command or a body cannot be parsed, if vLLM would take the runner that
+    refuses the processors, or a template that always opens a thought is left to vLLM, which then
+    never answers in NoThink."""
     config = load(Serve, None, [f"model={MODEL}", "name=r1v3-38b"])
     guide = vllm_guide(config)
-    words = shlex.split(guide.splitlines()[1])
+    variable, *words = shlex.split(guide.splitlines()[1])
+    assert variable == "VLLM_USE_V2_MODEL_RUNNER=0"
     assert words == vllm_command(config) and words[:2] == ["vllm", "serve"]
     assert "--chat-template" not in words  # the folder's own heeds the mode
     bodies = vllm_bodies(config)
