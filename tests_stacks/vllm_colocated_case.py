@@ -38,14 +38,14 @@ def ways(trainer: GRPOTrainer) -> dict[str, tuple[Sampling, bool]]:
 def difference(
     trainer: GRPOTrainer, samples: list[Sample], sampling: Sampling, thinking: bool
 ) -> float | None:
-    """The largest difference of log-probs of the same greedy answers; None where they differ."""
+    """The largest difference of sampled log-probs of equal greedy answers; None of others."""
 
     def answers(sampler: Sampler) -> tuple[list[list[int]], torch.Tensor]:
         requests = trainer.policy.requests(samples, thinking)
         generator = torch.Generator().manual_seed(0)
         found = sampler.complete(requests, sampling, generator=generator)
         pairs = zip(found.response_ids, found.mask, strict=True)
-        return [ids[mask].tolist() for ids, mask in pairs], found.logprobs * found.mask
+        return [ids[mask].tolist() for ids, mask in pairs], found.logprobs * (found.sampled & found.mask)
 
     local = LocalSampler(trainer.engine.decoder(), trainer.sampler.rules, trainer.engine.samplers)
     (wanted, own), (found, theirs) = answers(local), answers(trainer.sampler)

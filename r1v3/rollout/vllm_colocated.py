@@ -358,6 +358,8 @@ class ColocatedVLLM(Batched):
             self._state = "weights"
         named = in_layout(tensors, self._model_folder)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
+        # The workers have dropped the outputs of the vision tower; so must vLLM's account of them.
+        self._llm.llm_engine.reset_encoder_cache()
         if self._state == "awake":
             self._llm.reset_prefix_cache()
         self.step = step

@@ -99,6 +99,10 @@ class LLM:
         self.placeholder = WORDS.encode(text, add_special_tokens=False)
         self.resident = {"weights", "kv_cache"}
         self.calls: list[str] = []
+        # Outputs of the vision tower: what the scheduler believes to be there, and what is.
+        self.believed: set[str] = set()
+        self.encoded: set[str] = set()
+        self.llm_engine = SimpleNamespace(reset_encoder_cache=self.believed.clear)
         self.uuids: list[str] = []
         self.names: list[str] = []
         self.prompt_hook: Callable[[list[int]], list[int]] = lambda ids: ids
@@ -111,7 +115,11 @@ class LLM:
 
     def _one(self, prompt: dict[str, Any], params: SamplingParams) -> Any:
         images = iter(prompt.get("multi_modal_data", {}).get("image", ()))
-        self.uuids += prompt.get("multi_modal_uuids", {}).get("image", ())
+        names = set(prompt.get("multi_modal_uuids", {}).get("image", ()))
+        assert names & self.believed <= self.encoded, "Encoder cache miss"
+        self.believed |= names
+        self.encoded |= names
+        self.uuids += names
         ids: list[int] = []
         size = tiny.IMAGE_SIZE
         tiles: list[np.ndarray] = []
@@ -157,6 +165,7 @@ class LLM:
                 if len(weight.native) == 1
             }
         self.calls.append(method)
+        self.encoded.clear()
         with torch.no_grad():
             for name, tensor in kwargs["weights_iterator"]:
                 if not self.original or name in own:
@@ -305,6 +314,15 @@ def test_calls_out_of_order_are_refused(stand_in: None, folder: Path) -> None:
     gentle.wake()
     assert gentle._llm.calls == ["sleep 1", "wake None"]
     complete(gentle, Sampling(1.0, 2))
+
+
+def test_weights_may_come_twice_for_a_step(stand_in: None, folder: Path) -> None:
+    """Fails if vLLM goes on believing in outputs of the vision tower that an update has dropped,
+    which ends the engine with "Encoder cache miss"."""
+    sampler = ColocatedVLLM(folder, WORDS, max_length=400)
+    for seed in (7, 8):
+        sampler.update_weights(HFEngine(tiny.model(seed), WORDS, modules={}).export_hf(), 3)
+        complete(sampler, Sampling(1.0, 2))
 
 
 def test_without_a_sleep_mode_it_stays_awake(
