@@ -45,7 +45,8 @@ def difference(
         generator = torch.Generator().manual_seed(0)
         found = sampler.complete(requests, sampling, generator=generator)
         pairs = zip(found.response_ids, found.mask, strict=True)
-        return [ids[mask].tolist() for ids, mask in pairs], found.logprobs * (found.sampled & found.mask)
+        logprobs = found.logprobs * (found.sampled & found.mask)
+        return [ids[mask].tolist() for ids, mask in pairs], logprobs
 
     local = LocalSampler(trainer.engine.decoder(), trainer.sampler.rules, trainer.engine.samplers)
     (wanted, own), (found, theirs) = answers(local), answers(trainer.sampler)
