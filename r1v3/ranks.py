@@ -1,13 +1,14 @@
-"""The processes of one job, and their messages besides tensors: a handful of calls over gloo."""
+"""The processes of one job, and their messages: a handful of calls over gloo."""
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
@@ -24,8 +25,8 @@ def shard_range(count: int, rank: int, size: int) -> range:
 class Ranks:
     """A group of processes that run the same program; without a group, this process alone.
 
-    Values travel pickled between processes of one job, which trust each other. Every call but
-    `is_main` and `shard` is collective.
+    Values travel pickled between processes of one job, which trust each other; many numbers go as
+    tensors, by `sum`, `table` and `exchange`. Every call but `is_main` and `shard` is collective.
 
     Args:
         patient: the same processes with a longer time limit, for work that only the first one does.
@@ -60,21 +61,68 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def divide(self, count: int, work: Callable[[range], list[T]]) -> list[T]:
-        """Call `work` on every rank with its part of `count` things; return all results in order.
+    def call_all(self, work: Callable[[], T]) -> list[T]:
+        """Call `work` on every rank; return everyone's results in rank order, on every rank.
 
         An error of any rank is raised on every rank. The ranks wait for the slowest as long as it
         takes, up to a day.
         """
         if self.group is None:
-            return work(range(count))
-        outcome = _outcome(lambda: work(self.shard(count)))
+            return [work()]
         outcomes: list[Any] = [None] * self.size
-        dist.all_gather_object(outcomes, outcome, group=self._patient)
+        dist.all_gather_object(outcomes, _outcome(work), group=self._patient)
         for _, failure in outcomes:
             if failure is not None:
                 raise failure
-        return [one for results, _ in outcomes for one in results]
+        return [result for result, _ in outcomes]
+
+    def divide(self, count: int, work: Callable[[range], list[T]]) -> list[T]:
+        """Call `work` on every rank with its part of `count` things; return all results in order.
+
+        Errors and waiting are those of `call_all`.
+        """
+        return [one for part in self.call_all(lambda: work(self.shard(count))) for one in part]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add a tensor on the host up over the ranks, in place; return it."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def table(self, rows: Mapping[int, Tensor], count: int, width: int) -> Tensor:
+        """Collect the rows of a table, of which every rank has some and none two, on every rank.
+
+        Args:
+            rows: [width] each, by their number.
+
+        Returns:
+            float64 [count, width], the same bits however the rows were divided; a row that no rank
+            has is zero.
+        """
+        found = torch.zeros(count, width, dtype=torch.float64)
+        for number, row in rows.items():
+            found[number] = row
+        return self.sum(found)
+
+    def exchange(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Send bytes to each rank, and return those that each rank has sent here.
+
+        Args:
+            outgoing: uint8 [n] for every rank, this one among them.
+            sizes: bytes that come from every rank.
+        """
+        if self.group is None:
+            return list(outgoing)
+        # What stays here is not a message.
+        here = outgoing[self.rank]
+        sent = [one if rank != self.rank else one[:0] for rank, one in enumerate(outgoing)]
+        due = [size if rank != self.rank else 0 for rank, size in enumerate(sizes)]
+        found = torch.empty(sum(due), dtype=torch.uint8)
+        lengths = [len(one) for one in sent]
+        dist.all_to_all_single(found, torch.cat(sent), due, lengths, group=self.group)
+        parts = list(found.split(due))
+        parts[self.rank] = here
+        return parts
 
     def broadcast(self, value: T) -> T:
         """The first rank's value."""

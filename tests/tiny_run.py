@@ -88,6 +88,7 @@ prompts_per_step: 4
 group_size: 4
 micro_batch_prompts: 2
 decoding: {max_tokens: 24}
+measure_all: true
 monitor: {words: [Wait]}
 optimizer: {learning_rate: 1.0e-3, schedule: constant}
 validate_every: 2

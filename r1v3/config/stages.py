@@ -181,6 +181,9 @@ class GRPO(Stage):
 
     signal: a group is learned from where the rewards of its completions differ, or where the
     accuracies do: completions that differ in their format alone are then not compared.
+
+    measure_all: pass groups that nothing is learned from through the model too, so that entropies
+    and the other metrics of tokens cover them; that costs their forward and changes no gradient.
     """
 
     modules: Modules = Modules()
@@ -197,6 +200,7 @@ class GRPO(Stage):
     curriculum: Curriculum = Curriculum()
     dynamic_sampling: DynamicSampling = DynamicSampling()
     signal: Literal["reward", "accuracy"] = "reward"
+    measure_all: bool = False
     advantage: Advantage = Advantage()
     loss: PolicyLoss = PolicyLoss()
     rewards: Rewards = Rewards()

@@ -1,6 +1,6 @@
 """Prompts and responses as tensors, the input of every engine."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -69,34 +69,6 @@ class Batch:
             if isinstance(value := getattr(whole, field.name), Tensor)
         }
         return replace(whole, **moved)
-
-    def take(self, prompts: Sequence[int], rows: Sequence[int]) -> "Batch":
-        """Some prompts with some of their responses, trimmed as by `slice`.
-
-        Args:
-            prompts: positions of the prompts.
-            rows: of the responses, as many for each of these prompts, in their order.
-        """
-        chosen, pixels = torch.tensor(prompts), self.pixels
-        if isinstance(pixels, tuple):
-            pixels = tuple(pixels[p] for p in prompts)
-        elif pixels is not None:
-            tiles, first = pixels.split(self.tiles.tolist()), int(self.tiles[: prompts[0]].sum())
-            if list(prompts) == list(range(prompts[0], prompts[-1] + 1)):
-                # A view: a prompt in many packs holds its pictures once.
-                pixels = pixels[first : first + int(self.tiles[chosen].sum())]
-            else:
-                pixels = torch.cat([tiles[p] for p in prompts])
-        return replace(
-            self,
-            prompt_ids=self.prompt_ids[chosen],
-            prompt_mask=self.prompt_mask[chosen],
-            pixels=pixels,
-            tiles=self.tiles[chosen],
-            response_ids=self.response_ids[torch.tensor(rows)],
-            loss_mask=self.loss_mask[torch.tensor(rows)],
-            group_size=len(rows) // len(prompts),
-        ).slice(0, len(prompts))
 
     def input_lengths(self) -> Tensor:
         """Return the tokens of each response that are inputs, int64 [P * G].

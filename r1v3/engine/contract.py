@@ -10,10 +10,12 @@ from transformers import InternVLConfig, PreTrainedTokenizerFast
 from r1v3.data.batch import Batch
 from r1v3.engine.head import Head
 from r1v3.files import FileDigest
+from r1v3.model.flops import Work
 from r1v3.ranks import Ranks
 
-# loss_fn(head, index of the micro-batch) -> (scalar loss, tensors to return). The loss comes
-# divided by the normalizer of the whole step, so that micro-batch losses add up to its loss.
+# loss_fn(head, index of the micro-batch among this replica's) -> (scalar loss, tensors to return).
+# The loss comes divided by the normalizer of the whole step, so that micro-batch losses add up to
+# its loss.
 LossFn = Callable[[Head, int], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -63,15 +65,17 @@ class Writing(Protocol):
 class Engine(Protocol):
     """One model with its optimizer, in one process or over many.
 
-    Every method is collective where the engine spans processes, with the same arguments and
-    results on each of them.
+    Every method but `shares` is collective where the engine spans processes, and all have the same
+    results on each of them unless they say otherwise. Replicas train on micro-batches of their own,
+    all ranks of a replica on the same ones.
 
     Attributes:
         config: configuration of the model.
         tokenizer: stored beside the weights.
         temperature: of the distributions that log-probs and entropies are of.
         ranks: all processes of the job; the first one writes files.
-        replicas: the data-parallel processes that take this rank's part in other micro-batches.
+        replicas: the data-parallel processes that take this rank's part in other micro-batches; its
+            rank among them is that of its replica.
         samplers: all processes that hold the same part of the weights as this rank. They share
             prompts to complete; where a context is divided, they are more than the replicas.
     """
@@ -83,6 +87,18 @@ class Engine(Protocol):
     replicas: Ranks
     samplers: Ranks
 
+    @property
+    def reports(self) -> bool:
+        """Whether this rank's outputs stand for its replica's, so that sums count them once."""
+        ...
+
+    def shares(self, works: Sequence[Work]) -> list[list[int]]:
+        """Divide micro-batches of so much work among the replicas; return the numbers of each.
+
+        A replica is given its micro-batches in this order.
+        """
+        ...
+
     def prepare(self, micro_batches: Sequence[Batch]) -> None:
         """Begin to cut the pictures that this rank will need of these, in the background.
 
@@ -93,9 +109,12 @@ class Engine(Protocol):
     def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """Compute log-probs of the response tokens and entropies of their distributions.
 
+        Args:
+            micro_batches: of this replica; none is few enough.
+
         Returns:
             (logprobs, entropy) of each micro-batch, float32 [P * G, R] in nats without gradient;
-            zero where the mask is False.
+            zero where the mask is False. Nothing on ranks without the head.
         """
         ...
 
@@ -106,9 +125,14 @@ class Engine(Protocol):
 
         A skipped step leaves weights and optimizer state as they were.
 
+        Args:
+            micro_batches: of this replica.
+
         Returns:
-            metrics: "loss", "learning_rate", "grad_norm" before clipping, "grad_norm_<part>".
-            outputs: the tensors that `loss_fn` returned for each micro-batch, in their order.
+            metrics: "loss", "learning_rate", "grad_norm" before clipping, "grad_norm_<part>", of
+                all replicas together.
+            outputs: the tensors that `loss_fn` returned for each of these micro-batches; nothing on
+                ranks without the head.
         """
         ...
 

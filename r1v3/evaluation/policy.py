@@ -24,6 +24,7 @@ from r1v3.ranks import ALONE, Ranks
 from r1v3.rewards import score
 from r1v3.rollout.build import build_sampler
 from r1v3.rollout.contract import Request, Rollout, Sampler, Sampling, TokenRules, decode_texts
+from r1v3.rollout.exchange import own_rows
 from r1v3.rollout.local import LocalSampler
 
 
@@ -77,6 +78,20 @@ class Answers:
     texts: list[str]
     correct: np.ndarray
     tokens: np.ndarray
+
+
+@dataclass(frozen=True)
+class Part:
+    """The completions that one rank answers for.
+
+    Attributes:
+        rows: their numbers among all.
+        rollout, texts: of these.
+    """
+
+    rows: range
+    rollout: Rollout
+    texts: list[str]
 
 
 class Policy:
@@ -150,6 +165,22 @@ class Policy:
         ):
             yield numbers, rollout, decode_texts(self.tokenizer, rollout, self.stop_id)
 
+    def complete_part(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        generator: torch.Generator,
+        group_size: int,
+    ) -> Part:
+        """Sample completions of each prompt; return those that this rank answers for."""
+        rollout = self.sampler.complete(
+            requests, sampling, group_size=group_size, generator=generator
+        )
+        copies, prompts = self.sampler.copies, len(requests)
+        own = own_rows(rollout, copies, prompts, group_size)
+        texts = decode_texts(self.tokenizer, own, self.stop_id)
+        return Part(copies.rows(prompts, group_size), own, texts)
+
     def answer(
         self,
         samples: Sequence[Sample],
@@ -203,6 +234,56 @@ class Policy:
         )
         correct = np.array([reward.rule for reward in rewards]).reshape(len(samples), repeats)
         return Answers([r for r in rollouts if r is not None], texts, correct, tokens)
+
+    def grade(
+        self,
+        samples: Sequence[Sample],
+        sampling: Sampling,
+        *,
+        generator: torch.Generator,
+        repeats: int,
+        batch_prompts: int,
+        stopping: Callable[[], bool],
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Complete and grade samples as `answer` does, each completion where it was sampled.
+
+        Args:
+            stopping: asked before each batch, with the same answer on every rank.
+
+        Returns:
+            `Answers.correct` and `Answers.tokens`, or None when it was stopped.
+        """
+        requests = self.requests(samples, True)
+        texts: dict[int, str] = {}
+        lengths: dict[int, int] = {}
+        for chosen in _by_length(requests, batch_prompts):
+            if stopping():
+                return None
+            part = self.complete_part([requests[i] for i in chosen], sampling, generator, repeats)
+            counts = part.rollout.mask.sum(1).tolist()
+            for row, text, count in zip(part.rows, part.texts, counts, strict=True):
+                number = chosen[row // repeats] * repeats + row % repeats
+                texts[number], lengths[number] = text, count
+
+        def graded() -> list[float]:
+            asked = [samples[number // repeats] for number in texts]
+            return [reward.rule for reward in score(list(texts.values()), asked)]
+
+        # Time limits may differ from rank to rank; grades must not.
+        own = self.ranks.call_all(graded)[self.ranks.rank]
+        found = {
+            number: torch.tensor([correct, length], dtype=torch.float64)
+            for (number, length), correct in zip(lengths.items(), own, strict=True)
+        }
+        table = self.ranks.table(found, len(samples) * repeats, 2).view(-1, repeats, 2).numpy()
+        return table[..., 0], table[..., 1].astype(np.int64)
+
+
+def _by_length(requests: Sequence[Request], size: int) -> Iterator[list[int]]:
+    """Positions of requests with prompts of like length, up to `size` together."""
+    ordered = sorted(range(len(requests)), key=lambda i: len(requests[i].example.prompt_ids))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
 
 
 def build_policy(

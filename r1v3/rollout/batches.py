@@ -6,6 +6,7 @@ from itertools import islice
 import torch
 
 from r1v3.rollout.contract import Request, Rollout, Sampler, Sampling
+from r1v3.rollout.exchange import everywhere
 
 WINDOW_BATCHES = 4
 
@@ -37,4 +38,6 @@ class Batched:
                     group_size=group_size,
                     generator=generator,
                 )
-                yield [number for number, _ in batch], rollout
+                pad_id = self.rules.pad_id
+                whole = everywhere(rollout, self.copies, len(batch), group_size, pad_id)
+                yield [number for number, _ in batch], whole

@@ -11,6 +11,7 @@ from r1v3.engine.contract import Decoder
 from r1v3.model.conversion import load_config
 from r1v3.ranks import Ranks
 from r1v3.rollout.contract import Sampler, TokenRules
+from r1v3.rollout.copies import Copies
 from r1v3.rollout.local import LocalSampler
 from r1v3.rollout.server_pool import ServerLimits
 from r1v3.rollout.vllm_colocated import ColocatedVLLM
@@ -34,13 +35,13 @@ def build_sampler(
     Args:
         ranks: all processes of the job.
         max_length: longest prompt and completion together, in tokens.
-        local: returns the live decoder and the ranks that share prompts; called only for engine
-            local.
+        local: returns the live decoder and the ranks that hold the same part of the model as this
+            one, which share prompts; called only for engine local.
     """
     rules = TokenRules.of(tokenizer)
     if config.engine == "local":
         decoder, replicas = local()
-        return LocalSampler(decoder, rules, replicas)
+        return LocalSampler(decoder, rules, Copies.over(ranks, replicas.rank))
     assert stage.model is not None
     # vLLM cuts pictures as the folder says, unless a request has a number of its own.
     own = model_image_shape(load_config(stage.model)).max_tiles

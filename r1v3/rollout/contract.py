@@ -14,6 +14,7 @@ from r1v3.data.sample import Sample
 from r1v3.data.special_tokens import SPECIAL_TOKENS, TURN_END
 from r1v3.data.thoughts import THINK_CLOSE
 from r1v3.data.tokenizer import token_id
+from r1v3.rollout.copies import Copies
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,17 @@ class Rollout:
         """Return the completions `start` to `stop`."""
         return Rollout(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
+    def take(self, rows: Sequence[int]) -> "Rollout":
+        """Return some completions, in this order."""
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        return Rollout(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+
+def nothing() -> Rollout:
+    """Return a rollout without completions."""
+    whole, number = torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, 1)
+    return Rollout(torch.zeros(0, 1, dtype=torch.int64), whole, number, number, whole, whole[:, 0])
+
 
 def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
     """Concatenate rollouts, padding all of them to the widest."""
@@ -116,8 +128,13 @@ def decode_texts(tokenizer: PreTrainedTokenizerFast, rollout: Rollout, stop_id: 
 class Sampler(Protocol):
     """A source of completions whose weights can be replaced.
 
-    One process drives it, from one thread.
+    Attributes:
+        rules: of the tokenizer.
+        copies: which ranks of the job hold which completions; of one process, all.
     """
+
+    rules: "TokenRules"
+    copies: Copies
 
     def complete(
         self,
@@ -127,9 +144,10 @@ class Sampler(Protocol):
         group_size: int = 1,
         generator: torch.Generator,
     ) -> Rollout:
-        """Sample `group_size` completions of every request.
+        """Sample `group_size` completions of every request; return those that this rank holds.
 
-        Row p * group_size + g of the result answers request p. Special tokens other than the end
+        They are of the requests `copies.prompts(len(requests))`: row p * group_size + g of the
+        result answers the p-th of these. Special tokens other than the end
         of the turn are never sampled, whether `sampling.banned` names them or not.
 
         Args:
@@ -151,7 +169,7 @@ class Sampler(Protocol):
         """Sample `group_size` completions of every request; yield them as they come.
 
         Every rank is given what every other is: the numbers of the requests that were completed,
-        counted from 0 as they were drawn, and their completions as `complete` gives them.
+        counted from 0 as they were drawn, and all their completions, in the order of `complete`.
 
         Args:
             requests: drawn as there is room, so that their pictures need not all be held; perhaps

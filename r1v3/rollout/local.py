@@ -11,21 +11,21 @@ from r1v3.data.encoding import collate
 from r1v3.data.thoughts import BudgetedThought
 from r1v3.engine.contract import Decoder
 from r1v3.kernels import sample_tokens
-from r1v3.ranks import ALONE, Ranks
 from r1v3.rollout.batches import Batched
-from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules, join
+from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules, nothing
+from r1v3.rollout.copies import ONE_COPY, Copies
 
 
 class LocalSampler(Batched):
     """A `contract.Sampler` over live weights, which every call uses as they are then.
 
     Args:
-        replicas: processes with a whole model each. Every one completes a part of the prompts and
-            all get all completions; a completion does not depend on the number of replicas.
+        copies: whole models, of one or more ranks each; a completion does not depend on their
+            number.
     """
 
-    def __init__(self, decoder: Decoder, rules: TokenRules, replicas: Ranks = ALONE) -> None:
-        self.decoder, self.rules, self.replicas = decoder, rules, replicas
+    def __init__(self, decoder: Decoder, rules: TokenRules, copies: Copies = ONE_COPY) -> None:
+        self.decoder, self.rules, self.copies = decoder, rules, copies
 
     def complete(
         self,
@@ -42,20 +42,19 @@ class LocalSampler(Batched):
                 if (own := request.own_generator(sample)) is not None:
                     row = uniforms[i * group_size + sample]
                     torch.rand(len(row), generator=own, out=row)
-        mine, rollout = self.replicas.shard(len(requests)), None
-        if len(mine):
-            prompts = collate([requests[i].example for i in mine], self.rules.pad_id)
-            cut_ahead([prompts])
-            rollout = generate(
-                self.decoder,
-                prompts,
-                sampling=replace(sampling, banned=(*self.rules.never, *sampling.banned)),
-                rules=self.rules,
-                group_size=group_size,
-                uniforms=uniforms[mine.start * group_size : mine.stop * group_size],
-            )
-        rollouts = self.replicas.gather(rollout)
-        return join([one for one in rollouts if one is not None], self.rules.pad_id)
+        mine = self.copies.prompts(len(requests))
+        if not mine:
+            return nothing()
+        prompts = collate([requests[i].example for i in mine], self.rules.pad_id)
+        cut_ahead([prompts])
+        return generate(
+            self.decoder,
+            prompts,
+            sampling=replace(sampling, banned=(*self.rules.never, *sampling.banned)),
+            rules=self.rules,
+            group_size=group_size,
+            uniforms=uniforms[mine.start * group_size : mine.stop * group_size],
+        )
 
     def update_weights(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> None:
         """Do nothing: the weights are the trainer's own."""

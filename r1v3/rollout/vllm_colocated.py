@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerFast
 from r1v3.data.special_tokens import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from r1v3.data.tiles import decode_picture
 from r1v3.data.tokenizer import token_id
-from r1v3.ranks import ALONE, Ranks, shard_range
+from r1v3.ranks import ALONE, Ranks
 from r1v3.rollout.batches import Batched
 from r1v3.rollout.completions import (
     Completion,
@@ -52,6 +52,7 @@ from r1v3.rollout.completions import (
     complete_thoughts,
 )
 from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
+from r1v3.rollout.copies import Copies
 from r1v3.rollout.vllm_protocol import check_sampling, picture_name, placeholder_of, tiling
 from r1v3.rollout.weights import in_layout
 
@@ -153,7 +154,8 @@ class ColocatedVLLM(Batched):
                 f"({error})"
             ) from error
         self.rules = TokenRules.of(tokenizer)
-        self.ranks, self.tensor = ranks, tensor
+        self.ranks = ranks
+        self.copies = Copies(tuple(rank // tensor for rank in range(ranks.size)), ranks)
         self.step: int | None = None
         self._marks = (
             token_id(tokenizer, IMAGE_START),
@@ -215,25 +217,18 @@ class ColocatedVLLM(Batched):
                 later = torch.randint(0, 2**48, (count,), generator=own).tolist()
                 seeds[i] = [request.seed or 0, *later]
         # Each copy completes its part of the prompts; its ranks do so together.
-        copy, copies = self.ranks.rank // self.tensor, self.ranks.size // self.tensor
-        mine = shard_range(len(requests), copy, copies)
+        mine = self.copies.prompts(len(requests))
+        asked = [requests[i] for i in mine]
         found: list[Completion] = []
-        failure: Exception | None = None
-        try:
-            if len(mine):
-                found = self._sample(
-                    [requests[i] for i in mine], sampling, count, seeds[mine.start :]
-                )
-        except Exception as error:
-            failure = error
-        outcomes = self.ranks.gather((found, failure))
-        for _, error_there in outcomes:
-            if error_there is not None:
-                raise error_there
-        rows = [row for rows, _ in outcomes[:: self.tensor] for row in rows]
+
+        def sample() -> None:
+            if asked:
+                found.extend(self._sample(asked, sampling, count, seeds[mine.start :]))
+
+        self.ranks.call_all(sample)
         if count < group_size:
-            rows = [row for row in rows for _ in range(group_size)]
-        return assemble(rows, self.rules.pad_id)
+            found = [row for row in found for _ in range(group_size)]
+        return assemble(found, self.rules.pad_id)
 
     def _sample(
         self, requests: Sequence[Request], sampling: Sampling, count: int, seeds: list[list[int]]

@@ -42,7 +42,9 @@ from r1v3.http import (
 )
 from r1v3.ranks import ALONE, Ranks
 from r1v3.rollout.completions import Completion, assemble, close_thought
-from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules
+from r1v3.rollout.contract import Request, Rollout, Sampling, TokenRules, nothing
+from r1v3.rollout.copies import Copies
+from r1v3.rollout.exchange import exchange_rows
 from r1v3.rollout.server_pool import DEFAULT_LIMITS, Pool, Server, ServerLimits, as_they_come
 from r1v3.rollout.vllm_protocol import (
     Call,
@@ -118,6 +120,8 @@ class VLLMServers:
         self.servers = [Server(url) for url in plain]
         self.rules = rules
         self.ranks = ranks
+        # Prompts are answered on the first rank; every rank gets a part of them.
+        self.copies = Copies(tuple(range(ranks.size)), ranks)
         self.step: int | None = None
         self._model_folder, self._weights_folder = model_folder, weights_folder
         self._placeholder = placeholder_of(model_folder)
@@ -149,12 +153,21 @@ class VLLMServers:
         """
         given = requests, sampling, group_size, generator
 
-        def sample() -> list[list[Completion]]:
-            numbered = [one for some in self._answers(*given) for one in some]
-            return [rows for _, rows in sorted(numbered, key=lambda one: one[0])]
+        rows: list[Completion] = []
 
-        found = self.ranks.on_main(sample)
-        return assemble([row for rows in found for row in rows], self.rules.pad_id)
+        def sample() -> None:
+            numbered = [one for some in self._answers(*given) for one in some]
+            for _, found in sorted(numbered, key=lambda one: one[0]):
+                rows.extend(found)
+
+        self.ranks.on_main(sample)
+        return exchange_rows(
+            assemble(rows, self.rules.pad_id) if self.ranks.is_main else nothing(),
+            range(len(rows)),
+            [self.copies.rows(len(requests), group_size, rank) for rank in range(self.ranks.size)],
+            self.ranks,
+            pad_id=self.rules.pad_id,
+        )
 
     def stream(
         self,

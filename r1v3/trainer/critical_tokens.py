@@ -28,13 +28,14 @@ ENTROPY_BIN_EDGES: tuple[float, ...] = (
     1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.8, 7.5, 8.0, 9.0, 10.0, 11.0, 12.0,
 )
 # fmt: on
+_SUMS = ("entropy", "critical_entropy", "entropy_after", "tokens", "critical", "followed", "high")
 
 
 class CriticalTokenMonitor:
     """An accumulator of these statistics over micro-batches; only `result` waits for the device.
 
     Sums are kept in float64 on the device of the first update, so that the split of the batch into
-    micro-batches changes only the last bits.
+    micro-batches changes only the last bits. What one rank measures another can add.
 
     Args:
         token_ids: the critical tokens, see `r1v3.data.words.expand_words`; may be empty.
@@ -66,13 +67,27 @@ class CriticalTokenMonitor:
 
     def reset(self) -> None:
         """Forget all updates."""
-        self._sums: Tensor | None = None
-        self._counts: Tensor | None = None
-        self._histogram: Tensor | None = None
+        self._total: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Numbers that `measure` returns."""
+        return len(_SUMS) + len(self.bin_edges) - 1
+
+    def update(self, response_ids: Tensor, entropy: Tensor, mask: Tensor) -> None:
+        """Measure and add a micro-batch."""
+        self.add(self.measure(response_ids, entropy, mask))
+
+    def add(self, measured: Tensor) -> None:
+        """Add what `measure` returned, here or on another rank."""
+        if self._total is None:
+            self._total = measured.clone()
+        else:
+            self._total += measured.to(self._total.device)
 
     @torch.no_grad()
-    def update(self, response_ids: Tensor, entropy: Tensor, mask: Tensor) -> None:
-        """Add a micro-batch.
+    def measure(self, response_ids: Tensor, entropy: Tensor, mask: Tensor) -> Tensor:
+        """Return the sums of a micro-batch, float64 [width], which add up.
 
         Args:
             response_ids: [B, T] integer, the tokens that were emitted.
@@ -90,7 +105,7 @@ class CriticalTokenMonitor:
         if response_ids.is_floating_point():
             raise ValueError(f"response_ids must be integers, got {response_ids.dtype}")
         if response_ids.numel() == 0:
-            return
+            return torch.zeros(self.width, dtype=torch.float64, device=entropy.device)
         device = entropy.device
         valid = mask.to(device) != 0
         entropy = torch.where(valid, entropy, 0).double()
@@ -100,16 +115,14 @@ class CriticalTokenMonitor:
         has_next = critical & (following < valid.shape[1])
         after = entropy.gather(1, following.clamp(max=valid.shape[1] - 1))
         zero = entropy.new_zeros(())
-        sums = torch.stack(
-            [
-                entropy.sum(),
-                torch.where(critical, entropy, zero).sum(),
-                torch.where(has_next, after, zero).sum(),
-            ]
-        )
         high = valid & (entropy > self.high_entropy_nats)
-        counts = torch.stack([part.sum() for part in (valid, critical, has_next, high)])
-        self._accumulate(sums, counts, self._bin(entropy, valid))
+        sums = [
+            entropy.sum(),
+            torch.where(critical, entropy, zero).sum(),
+            torch.where(has_next, after, zero).sum(),
+            *(part.sum().double() for part in (valid, critical, has_next, high)),
+        ]
+        return torch.cat([torch.stack(sums), self._bin(entropy, valid).double()])
 
     def result(self) -> dict[str, Any]:
         """Return the statistics since the last reset; synchronizes with the device.
@@ -119,19 +132,16 @@ class CriticalTokenMonitor:
             (float in [0, 1]), critical_tokens (int), entropy_histogram (int counts per bin of
             `bin_edges`, without NaN). A mean or fraction over no tokens is None.
         """
-        if self._sums is None or self._counts is None or self._histogram is None:
-            sums, counts, histogram = [0.0] * 3, [0] * 4, [0] * (len(self.bin_edges) - 1)
-        else:
-            sums, counts = self._sums.tolist(), self._counts.tolist()
-            histogram = self._histogram.tolist()
-        tokens, critical, followed, high = counts
+        total = [0.0] * self.width if self._total is None else self._total.tolist()
+        sums = dict(zip(_SUMS, total, strict=False))
+        tokens, critical, followed, high = (int(sums[name]) for name in _SUMS[3:])
         return {
-            "critical_entropy": sums[1] / critical if critical else None,
-            "critical_entropy_after": sums[2] / followed if followed else None,
+            "critical_entropy": sums["critical_entropy"] / critical if critical else None,
+            "critical_entropy_after": sums["entropy_after"] / followed if followed else None,
             "critical_tokens": critical,
-            "entropy": sums[0] / tokens if tokens else None,
+            "entropy": sums["entropy"] / tokens if tokens else None,
             "high_entropy_share": high / tokens if tokens else None,
-            "entropy_histogram": histogram,
+            "entropy_histogram": [int(count) for count in total[len(_SUMS) :]],
         }
 
     def _bin(self, entropy: Tensor, valid: Tensor) -> Tensor:
@@ -140,14 +150,6 @@ class CriticalTokenMonitor:
         histogram = counted.new_zeros(len(self.bin_edges) - 1)
         # Integer addition: the result does not depend on the order of the threads.
         return histogram.scatter_add_(0, bins.flatten(), counted.flatten())
-
-    def _accumulate(self, sums: Tensor, counts: Tensor, histogram: Tensor) -> None:
-        if self._sums is None or self._counts is None or self._histogram is None:
-            self._sums, self._counts, self._histogram = sums, counts, histogram
-        else:
-            self._sums += sums.to(self._sums.device)
-            self._counts += counts.to(self._counts.device)
-            self._histogram += histogram.to(self._histogram.device)
 
 
 def _next_valid(valid: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 `GRPOTrainer.take_step` is the algorithm: sample -> reward -> advantages -> loss -> step.
 """
 
+import itertools
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,23 +26,19 @@ from r1v3.engine.build import Training, build_engine, resolve_max_tiles
 from r1v3.evaluation.policy import Policy
 from r1v3.evaluation.statistics import score as score_interval
 from r1v3.kernels import group_advantages
+from r1v3.model.flops import Work
 from r1v3.model.parts import PARTS
 from r1v3.progress import say
 from r1v3.rewards import LLMVerifier, Reward, score
 from r1v3.rollout.build import build_sampler
 from r1v3.rollout.contract import Request, Sampling, decode_texts, join
+from r1v3.trainer.checkpoint import Loaded
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
 from r1v3.trainer.curriculum import Course, facts_of, grouped_accuracy
-from r1v3.trainer.episode import Episode, Group, MicroBatch, has_signal
-from r1v3.trainer.loop import Skipped, run_steps
-from r1v3.trainer.policy_loss import (
-    HIGH_WEIGHT,
-    PolicyLossFn,
-    Targets,
-    combine,
-    covariance,
-    gap_metrics,
-)
+from r1v3.trainer.division import divide
+from r1v3.trainer.episode import Episode, Facts, Group, MicroBatch, Part, has_signal, rollout_facts
+from r1v3.trainer.loop import DUE, Skipped, run_steps
+from r1v3.trainer.policy_loss import HIGH_WEIGHT, WIDTH, PolicyLossFn, combine, statistics
 from r1v3.trainer.randomness import torch_stream
 from r1v3.trainer.record import NothingToDo, write_finished
 from r1v3.trainer.rollout_file import write_rollouts
@@ -102,192 +99,220 @@ class GRPOTrainer:
         return groups[:size]
 
     def sample_and_reward(self, indices: list[int], key: int) -> list[Group]:
-        """Sample and reward completions of the prompts at these positions of the training data."""
-        config, g = self.config, self.config.group_size
+        """Sample and reward completions of the prompts at these positions of the training data.
+
+        A completion is decoded and rewarded on the rank that sampled it, and its tokens stay there;
+        every rank learns its reward, its length and how it ended.
+        """
+        config, g, ranks = self.config, self.config.group_size, self.engine.ranks
         asked = [
             Request(self.examples[i], self.samples[i], pictures=config.pictures) for i in indices
         ]
         with self.stopwatch.part("generation"):
-            rollout = self.sampler.complete(
+            part = self.policy.complete_part(
                 asked,
                 Sampling(config.decoding.temperature, self.max_tokens()),
-                group_size=g,
-                generator=torch_stream(config.seed, "rollout", self.step, key),
+                torch_stream(config.seed, "rollout", self.step, key),
+                g,
             )
-        samples = [self.samples[i] for i in indices for _ in range(g)]
 
-        def rewarded(own: range) -> list[Reward]:
-            rows = slice(own.start, own.stop)
-            part = rollout.rows(rows.start, rows.stop)
-            texts = decode_texts(self.engine.tokenizer, part, self.policy.stop_id)
+        def rewarded() -> list[tuple[int, Reward, Facts]]:
+            samples = [self.samples[indices[row // g]] for row in part.rows]
             weight = config.rewards.accuracy_weight
-            return score(texts, samples[rows], weight=weight, verifier=self.verifier)
+            rewards = score(part.texts, samples, weight=weight, verifier=self.verifier)
+            return list(zip(part.rows, rewards, rollout_facts(part.rollout), strict=True))
 
         # Time limits and a verifier's answers may differ from rank to rank; rewards must not.
         with self.stopwatch.part("reward"):
-            rewards = self.engine.ranks.divide(len(samples), rewarded)
-        return [
-            Group(i, self.examples[i], rollout.rows(n * g, n * g + g), rewards[n * g : n * g + g])
-            for n, i in enumerate(indices)
-        ]
+            found = itertools.chain.from_iterable(ranks.call_all(rewarded))
+        known = {row: (reward, facts) for row, reward, facts in found}
+        groups, (start, stop) = [], (part.rows.start, part.rows.stop)
+        for n, i in enumerate(indices):
+            rewards, facts = zip(*(known[row] for row in range(n * g, n * g + g)), strict=True)
+            first, last = (min(max(row - n * g, 0), g) for row in (start, stop))
+            own = part.rollout.rows(first + n * g - start, last + n * g - start)
+            groups.append(Group(i, self.examples[i], [*rewards], [*facts], own, range(first, last)))
+        return groups
 
     def with_advantages(self, groups: list[Group]) -> Episode:
         """Compare the completions of each group with each other; without a signal, with nothing."""
         rewards = [reward for group in groups for reward in group.rewards]
+        g = self.config.group_size
         advantages = group_advantages(
             torch.tensor([reward.total for reward in rewards]),
-            self.config.group_size,
+            g,
             **self.config.advantage.model_dump(),
         )
         kept = [has_signal(group.rewards, self.config.signal) for group in groups]
         if self.config.signal == "accuracy":
-            advantages *= torch.tensor(kept).repeat_interleave(self.config.group_size)
-        rollout = join([group.rollout for group in groups], self.engine.tokenizer.pad_token_id)
-        examples = [group.example for group in groups]
-        return Episode(examples, rollout, rewards, advantages, sum(kept))
+            advantages *= torch.tensor(kept).repeat_interleave(g)
+        return Episode(
+            examples=[group.example for group in groups],
+            rewards=rewards,
+            facts=[one for group in groups for one in group.facts],
+            advantages=advantages,
+            kept=sum(kept),
+            rollout=join([group.rollout for group in groups], self.pad_id),
+            own=[p * g + row for p, group in enumerate(groups) for row in group.own],
+        )
 
     def dump_rollouts(self, groups: list[Group], episode: Episode) -> None:
         """Write the completions of this step to <run>/rollouts/grpo, if it is the turn of one."""
-        every, step = self.config.dump_rollouts_every, self.step + 1
+        every, step, ranks = self.config.dump_rollouts_every, self.step + 1, self.engine.ranks
         if every is None or step % every:
             return
         indices = [group.index for group in groups]
-        texts = decode_texts(self.engine.tokenizer, episode.rollout, self.policy.stop_id)
+        nothing: list[Sequence[int]] = [[]] * (ranks.size - 1)
+        wanted = [range(len(episode.rewards)), *nothing]
+        whole = episode.fetch(wanted, ranks, self.pad_id, entropy=True)
         path = self.run / "rollouts" / self.name / f"step-{step:06d}.parquet"
         samples = [self.samples[i] for i in indices]
-        self.engine.ranks.on_main(lambda: write_rollouts(path, episode, indices, samples, texts))
+
+        def write() -> None:
+            texts = decode_texts(self.engine.tokenizer, whole.rollout, self.policy.stop_id)
+            write_rollouts(path, whole, indices, samples, texts)
+
+        ranks.on_main(write)
 
     def update(self, episode: Episode) -> dict[str, Any]:
         """Take the gradient steps of an episode, each on an equal part of its prompts.
 
         Returns:
-            Metrics over the tokens of all gradient steps, each with the weights that its step
-            found; the loss, the learning rate and the gradient norms are means over the steps.
+            Metrics over the tokens that the steps were taken on (with `measure_all`: over all),
+            each with the weights that its step found; the loss, the learning rate and the gradient
+            norms are means over the steps.
         """
         config, n = self.config, self.config.gradient_steps
         optimizer = self.course.optimizer(config.optimizer)
-        parts = episode.micro_batches(
+        packs = episode.packs(
             n,
             config.micro_batch_prompts,
-            self.engine.tokenizer.pad_token_id,
             apart=self.reference is None,
             tokens=config.micro_batch_tokens,
             least=worthwhile(config, self.engine.replicas.size),
         )
-        parts = [self.with_fixed_logprobs(micro_batches) for micro_batches in parts]
-        self.telemetry.start()
-        steps = [
-            self.gradient_step(
-                micro_batches,
-                learning_rate(self.step * n + i, self.total * n, optimizer),
+        parts, works = divide(episode, packs, self.engine, self.replica_of, config)
+        parts = [
+            replace(
+                part,
+                learned=self.with_fixed_logprobs(part.learned) if part.learns else [],
+                measured=self.with_fixed_logprobs(part.measured) if part.measures else [],
             )
-            for i, micro_batches in enumerate(parts)
+            for part in parts
         ]
-        batches = [batch for part in parts for batch, _ in part]
-        machine = self.telemetry.finish(batches)
-        targets = [one for part in parts for _, one in part]
+        self.telemetry.start()
+        rates = [learning_rate(self.step * n + i, self.total * n, optimizer) for i in range(n)]
+        steps = [self.gradient_step(part, rate) for part, rate in zip(parts, rates, strict=True)]
+        machine = self.telemetry.finish(sum(works, Work()))
         outputs = [output for _, found in steps for output in found]
-        self.monitor.reset()
-        for batch, output in zip(batches, outputs, strict=True):
-            self.monitor.update(batch.response_ids, output["token_entropy"], batch.loss_mask)
         return {
             **{key: sum(metrics[key] for metrics, _ in steps) / n for key in steps[0][0]},
-            **combine(targets, outputs, config.loss.importance_cap),
-            **self.gap_metrics(targets, outputs),
-            "logprob_advantage_covariance": covariance(targets, outputs),
+            **self.statistics(parts, outputs, len(works)),
             "steps_skipped": self.skipped.count([metrics["grad_norm"] for metrics, _ in steps]),
             **self.monitor.result(),
             **machine,
         }
 
-    def gap_metrics(
-        self, targets: Sequence[Targets], outputs: Sequence[dict[str, Tensor]]
-    ) -> dict[str, float]:
-        """Return `policy_loss.gap_metrics`; warn once when one token outweighs all others."""
-        kl = self.config.loss.kl
-        metrics = gap_metrics(targets, outputs, kl)
+    def statistics(
+        self, parts: Sequence[Part], outputs: Sequence[dict[str, Tensor]], count: int
+    ) -> dict[str, Any]:
+        """Return the metrics of all micro-batches of all replicas, the monitor left with theirs.
+
+        Args:
+            parts, outputs: of this rank, in the order of `gradient_step`.
+            count: micro-batches of all replicas.
+        """
+        config, monitor = self.config, self.monitor
+        numbers = [number for part in parts for number in part.numbers]
+        given = [one for part in parts for one in (*part.learned, *part.measured)]
+        rows = {}
+        if self.engine.reports:
+            for n, (batch, targets), output in zip(numbers, given, outputs, strict=True):
+                entropy = output["token_entropy"]
+                watched = monitor.measure(batch.response_ids, entropy, batch.loss_mask)
+                rows[n] = torch.cat([statistics(targets, output, config.loss), watched])
+        table = self.engine.ranks.table(rows, count, WIDTH + monitor.width)
+        monitor.reset()
+        for row in table[:, WIDTH:]:
+            monitor.add(row)
+        metrics = combine(table[:, :WIDTH])
+        self.warn_of_weight(metrics)
+        return metrics
+
+    def warn_of_weight(self, metrics: dict[str, float]) -> None:
+        """Warn once when one token outweighs all others in the gradient of the KL."""
         if (weight := metrics.get("kl_weight_max", 0.0)) > HIGH_WEIGHT and not self.warned:
             self.warned = True
             warnings.warn(
                 f"step {self.step + 1}: a token weighs {weight:,.0f} in the gradient of the KL "
-                f"({kl}), where others weigh about their gap: the policy has left the reference "
-                f"there by {metrics['ref_gap_max']:.1f} nats at most. loss.kl=k2 is linear in the "
-                "gap; later steps show it as kl_weight_max",
+                f"({self.config.loss.kl}), where others weigh about their gap: the policy has left "
+                f"the reference there by {metrics['ref_gap_max']:.1f} nats at most. loss.kl=k2 is "
+                "linear in the gap; later steps show it as kl_weight_max",
                 stacklevel=2,
             )
-        return metrics
 
     def with_fixed_logprobs(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """Add the log-probs of the policies that do not move: the old one and the reference.
 
         With one gradient step the old policy is the current one, whose log-probs the loss has.
+        Ranks without the head need none, and get none.
         """
         batches = [batch for batch, _ in micro_batches]
         targets = [one for _, one in micro_batches]
         if self.config.loss.old_logprobs == "rollout":
             targets = [replace(one, old_logprobs=one.rollout_logprobs) for one in targets]
         elif self.config.gradient_steps > 1:
-            found = self.engine.evaluate(batches)
-            targets = [
-                replace(one, old_logprobs=logprobs)
-                for one, (logprobs, _) in zip(targets, found, strict=True)
-            ]
+            for i, (logprobs, _) in enumerate(self.engine.evaluate(batches)):
+                targets[i] = replace(targets[i], old_logprobs=logprobs)
         if self.reference is not None:
-            found = self.reference.evaluate(batches)
-            targets = [
-                replace(one, ref_logprobs=logprobs)
-                for one, (logprobs, _) in zip(targets, found, strict=True)
-            ]
+            for i, (logprobs, _) in enumerate(self.reference.evaluate(batches)):
+                targets[i] = replace(targets[i], ref_logprobs=logprobs)
         return list(zip(batches, targets, strict=True))
 
     def gradient_step(
-        self, micro_batches: list[MicroBatch], rate: float
+        self, part: Part, rate: float
     ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
-        """Take one optimizer step; where every advantage is zero and there is no KL term, none.
-
-        Micro-batches without an advantage or a KL term have no gradient: of them the log-probs and
-        entropies are computed, for the metrics alone.
+        """Take one optimizer step; where no replica has anything to learn, none.
 
         Returns:
-            Metrics and outputs, as `Engine.train_step`.
+            Metrics of `Engine.train_step`, and the outputs of the learned and the measured
+            micro-batches of this replica; no outputs on ranks without the head.
         """
-        batches = [batch for batch, _ in micro_batches]
-        targets = [one for _, one in micro_batches]
-        loss = PolicyLossFn(self.config.loss, targets, self.config.decoding.max_tokens)
-        learned = [
-            i for i, one in enumerate(targets) if self.reference is not None or one.advantages.any()
-        ]
-        others = [i for i in range(len(batches)) if i not in learned]
-        evaluated = self.engine.evaluate([batches[i] for i in others]) if others else []
-        outputs = {i: loss.metrics(*values, i) for i, values in zip(others, evaluated, strict=True)}
-        zeros = dict.fromkeys(["grad_norm", *(f"grad_norm_{part}" for part in PARTS)], 0.0)
-        metrics = {"loss": 0.0, "learning_rate": rate, **zeros}
-        if learned:
-            metrics, found = self.engine.train_step(
-                [batches[i] for i in learned],
-                lambda head, i: loss(head, learned[i]),
-                learning_rate=rate,
-            )
-            outputs |= dict(zip(learned, found, strict=True))
-        return metrics, [outputs[i] for i in range(len(batches))]
+        targets = [one for _, one in (*part.learned, *part.measured)]
+        loss = PolicyLossFn(self.config.loss, targets, part.normalizer)
+        evaluated: list[tuple[Tensor, Tensor]] = []
+        if part.measures:
+            evaluated = self.engine.evaluate([batch for batch, _ in part.measured])
+        zeros = dict.fromkeys(["grad_norm", *(f"grad_norm_{name}" for name in PARTS)], 0.0)
+        metrics, outputs = {"loss": 0.0, "learning_rate": rate, **zeros}, list[dict[str, Tensor]]()
+        if part.learns:
+            batches = [batch for batch, _ in part.learned]
+            metrics, outputs = self.engine.train_step(batches, loss, learning_rate=rate)
+        first = len(part.learned)
+        outputs += [loss.metrics(*values, first + i) for i, values in enumerate(evaluated)]
+        return metrics, outputs
 
-    def validate(self) -> dict[str, Any]:
-        """Return the accuracy on the validation questions, sampled as in training."""
+    def validate(self, stopping: Callable[[], bool]) -> dict[str, Any] | None:
+        """See `loop.Steps.validate`: the accuracy on the validation questions, sampled as in
+        training."""
         config = self.config
         # vLLM schedules all questions itself; of others, as many completions as a step samples.
         together = config.prompts_per_step * config.group_size
         if config.rollout.engine != "local":
             together = len(self.validation) * config.validation_samples
         with self.sampling():
-            answers = self.policy.answer(
+            graded = self.policy.grade(
                 self.validation,
                 Sampling(config.decoding.temperature, self.max_tokens()),
                 repeats=config.validation_samples,
                 generator=torch_stream(config.seed, "validation"),
                 batch_prompts=max(1, together // config.validation_samples),
+                stopping=stopping,
             )
-        result = score_interval(answers.correct, answers.tokens)
-        correct = answers.correct.mean(axis=1).tolist()
+        if graded is None:
+            return None
+        result = score_interval(*graded)
+        correct = graded[0].mean(axis=1).tolist()
         self.course.validated(correct)
         apart: dict[str, float] = {}
         if (key := config.curriculum.validate_by) is not None:
@@ -378,6 +403,8 @@ class GRPOTrainer:
             max_length=longest_prompt + longest,
             local=lambda: (self.engine.decoder(), self.engine.samplers),
         )
+        self.pad_id = tokenizer.pad_token_id
+        self.replica_of = ranks.gather(self.engine.replicas.rank)
         self.policy = Policy(self.sampler, tokenizer, shape, self.cache, ranks)
         self.policy.remember(self.validation, asked)
         self.verifier = make_verifier(config)
@@ -392,14 +419,21 @@ class GRPOTrainer:
             expand_words(tokenizer, config.monitor.words),
             high_entropy_nats=config.monitor.high_entropy_nats,
         )
-        loaded = resume(self.name, self.run, self.engine, resuming)
+        self.restore(resume(self.name, self.run, self.engine, resuming), resuming)
+
+    def restore(self, loaded: Loaded | None, resuming: bool) -> None:
+        """Go on from a checkpoint, if there is one."""
+        self.unvalidated: dict[str, Any] | None = None
         if loaded is not None:
             self.step = loaded.step
             # Checkpoints of an earlier version have no curriculum.
             self.course.restore(loaded.state.get("curriculum", self.course.state()))
             self.questions = self.course.questions()
             self.questions.restore(loaded.state["questions"])
-        self.resume_after = self.step if resuming else None
+            self.unvalidated = loaded.state.get(DUE)
+        # The line of a step that is still to be validated is written again.
+        done = self.step - (self.unvalidated is not None)
+        self.resume_after = done if resuming else None
 
     def encode_questions(self, stage: OpenStage, shape: ImageShape, limit: PositionLimit) -> Course:
         """Encode the questions of all stages of the curriculum; return the course through them."""

@@ -1,7 +1,7 @@
 """The loop around the steps of a stage: validate, log, save and stop, the same on every rank."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,8 @@ from r1v3.trainer.profile import StepProfiler
 from r1v3.trainer.stopwatch import Stopwatch
 
 Trained = GRPO | Supervised
+# Key in the state of a checkpoint whose step is still to be validated: the metrics of that step.
+DUE = "unvalidated"
 
 
 class Steps(Protocol):
@@ -27,6 +29,7 @@ class Steps(Protocol):
         finished: whether no further step is to be taken.
         resume_after: see `MetricsLogger`.
         skipped: the optimizer steps whose gradient was not finite.
+        unvalidated: metrics of the last step before a stop, which interrupted its validation.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Steps(Protocol):
     step: int
     resume_after: int | None
     skipped: "Skipped"
+    unvalidated: dict[str, Any] | None
 
     @property
     def config(self) -> Trained: ...
@@ -52,8 +56,16 @@ class Steps(Protocol):
         """Take one optimizer step; return its metrics."""
         ...
 
-    def validate(self) -> dict[str, Any]:
-        """Return the metrics of the validation data."""
+    def validate(self, stopping: Callable[[], bool]) -> dict[str, Any] | None:
+        """Return the metrics of the validation data.
+
+        Args:
+            stopping: whether a rank was asked to stop, the same on every rank; may be called where
+                all ranks call it.
+
+        Returns:
+            None if it was stopped before the end.
+        """
         ...
 
     def state(self) -> dict[str, Any]:
@@ -151,7 +163,7 @@ def run_steps(
         trainer.run / "checkpoints" / name, trainer.engine, keep=keep, keep_models=keep_models
     )
     profiler = StepProfiler(trainer.config, trainer.run / "profile" / name, ranks)
-    if trainer.finished:
+    if trainer.finished and trainer.unvalidated is None:
         say(f"{name}: no step is left after {trainer.step} of {total}", shown=ranks.is_main)
         # A kill may have come between the last checkpoint and the removal of older ones.
         ranks.on_main(lambda: remove_old(checkpoints.root, trainer.step, keep, keep_models))
@@ -163,38 +175,68 @@ def run_steps(
                 name, total, done=trainer.step, fields=shown, every=20, shown=ranks.is_main
             )
         )
-        while not trainer.finished:
-            with profiler.step(trainer.step + 1):
-                metrics = trainer.take_step()
-            last = trainer.step == total
-            if last or trainer.step % validate_every == 0:
+
+        def stopping() -> bool:
+            return any(ranks.gather(stop.requested))
+
+        while not trainer.finished or trainer.unvalidated is not None:
+            metrics = _next_metrics(trainer, profiler)
+            if trainer.step == total or trainer.step % validate_every == 0:
                 with beside.part("validation"):
-                    metrics |= trainer.validate()
+                    metrics |= _validation(trainer, stopping, metrics)
             if log is not None:
                 # Saving is that of the checkpoints since the line before.
                 log.log(trainer.step, metrics | beside.take())
             bar.update(trainer.step, metrics)
-            stopping = any(ranks.gather(stop.requested))
+            ends = trainer.unvalidated is not None or stopping()
             stuck = trainer.skipped.too_many
             with beside.part("saving"):
-                if trainer.finished or stopping or stuck or trainer.step % checkpoint_every == 0:
-                    checkpoints.save(trainer.step, trainer.state())
+                if trainer.finished or ends or stuck or trainer.step % checkpoint_every == 0:
+                    due = {} if trainer.unvalidated is None else {DUE: trainer.unvalidated}
+                    checkpoints.save(trainer.step, trainer.state() | due)
                 checkpoints.poll()
             if stuck:
                 checkpoints.finish()
-                raise FloatingPointError(
-                    f"{name}: the gradients of {trainer.skipped.in_a_row} optimizer steps in a "
-                    f"row, the last at step {trainer.step} of {total}, were not finite and were "
-                    "not taken; the weights before them are saved. Lower the learning rate, or go "
-                    "on with --resume, which takes the next rows"
-                )
-            if stopping:
+                raise _stuck(trainer)
+            if ends:
                 checkpoints.finish()
                 raise StageInterrupted(
                     f"{name} stopped at step {trainer.step} of {total} and was saved; "
                     "go on with --resume"
                 )
         checkpoints.finish()
+
+
+def _stuck(trainer: Steps) -> FloatingPointError:
+    return FloatingPointError(
+        f"{trainer.name}: the gradients of {trainer.skipped.in_a_row} optimizer steps in a row, "
+        f"the last at step {trainer.step} of {trainer.total}, were not finite and were not taken; "
+        "the weights before them are saved. Lower the learning rate, or go on with --resume, which "
+        "takes the next rows"
+    )
+
+
+def _next_metrics(trainer: Steps, profiler: StepProfiler) -> dict[str, Any]:
+    """Take a step, or up again one that is still to be validated; return its metrics."""
+    if trainer.unvalidated is not None:
+        metrics, trainer.unvalidated = trainer.unvalidated, None
+        return metrics
+    with profiler.step(trainer.step + 1):
+        return trainer.take_step()
+
+
+def _validation(
+    trainer: Steps, stopping: Callable[[], bool], metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """Validate a step; keep its metrics for later if that is stopped."""
+    found = trainer.validate(stopping)
+    if found is None:
+        # As a checkpoint stores them, and as they are logged.
+        trainer.unvalidated = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in metrics.items()
+        }
+    return found or {}
 
 
 def _log(trainer: Steps) -> MetricsLogger:

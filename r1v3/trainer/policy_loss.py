@@ -52,15 +52,15 @@ class PolicyLossFn:
     """A `contract.LossFn`: the clipped loss of micro-batch i against `targets[i]`.
 
     Args:
-        targets: those of all micro-batches of the gradient step.
-        max_tokens: longest response; the divisor per response of aggregation "constant".
+        targets: those of this replica's micro-batches.
+        normalizer: divisor of the summed loss of the gradient step, see `normalizer`.
     """
 
-    def __init__(self, config: PolicyLoss, targets: Sequence[Targets], max_tokens: int) -> None:
+    def __init__(self, config: PolicyLoss, targets: Sequence[Targets], normalizer: float) -> None:
         self.targets = targets
         self.importance_cap = config.importance_cap
         self.options = config.model_dump(exclude={"old_logprobs", "importance_cap"})
-        self.options["normalizer"] = normalizer(config.aggregation, targets, max_tokens)
+        self.options["normalizer"] = normalizer
 
     def __call__(self, head: Head, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its metrics, token log-probs and entropies among them."""
@@ -101,81 +101,124 @@ class PolicyLossFn:
         return loss, {**metrics, **tokens}
 
 
-def gap_metrics(
-    targets: Sequence[Targets], outputs: Sequence[dict[str, Tensor]], kl: str
-) -> dict[str, float]:
-    """Return how far the policy is from the reference, token by token; targets without it: {}.
+def normalizer(aggregation: str, lengths: Sequence[int], max_tokens: int) -> float:
+    """Return the divisor of the summed loss of a whole gradient step.
+
+    Args:
+        lengths: tokens that count, of every response of the step.
+        max_tokens: longest response; the divisor per response of aggregation "constant".
+    """
+    if aggregation == "token-mean":
+        return float(sum(lengths))
+    return float(len(lengths) * max_tokens if aggregation == "constant" else len(lengths))
+
+
+# Metrics of a micro-batch that are means over its tokens.
+_MEANS = (
+    "clip_low_fraction",
+    "clip_high_fraction",
+    "dual_clip_fraction",
+    "approx_kl",
+    "ref_kl",
+    "ratio_mean",
+)
+_NAMES = (*_MEANS, "ratio_max", "tokens", "nonfinite")
+_GROUPS = (len(_NAMES), 5, 4, 4)
+# Numbers of `statistics`.
+WIDTH = sum(_GROUPS)
+
+
+def statistics(targets: Targets, output: dict[str, Tensor], config: PolicyLoss) -> Tensor:
+    """Return what `combine` needs of a micro-batch, float64 [WIDTH]."""
+    cap = math.inf if config.importance_cap is None else config.importance_cap
+    mismatch = Mismatch.of(output["token_logprobs"], targets.rollout_logprobs, targets.sampled, cap)
+    return torch.cat(
+        [
+            torch.stack([output[name].double() for name in _NAMES]),
+            mismatch.total,
+            mismatch.largest.double()[None],
+            gap_statistics(targets, output, config.kl),
+            moments(targets, output),
+        ]
+    )
+
+
+def combine(rows: Tensor) -> dict[str, float]:
+    """Return the metrics of a step from the `statistics` [M, WIDTH] of its micro-batches.
+
+    Means are weighted by tokens. Without any token they are 0, and ratios 1: nothing has moved.
+    """
+    own, mismatches, gaps, pairs = rows.split(_GROUPS, 1)
+    found = dict(zip(_NAMES, own.unbind(1), strict=True))
+    tokens = found["tokens"]
+    weights = tokens / tokens.sum().clamp(min=1)
+    result = {name: float((found[name] * weights).sum()) for name in _MEANS}
+    if not len(rows):
+        result["ratio_mean"] = 1.0
+    result["ratio_max"] = max(found["ratio_max"].tolist(), default=1.0)
+    result["tokens"] = int(tokens.sum())
+    result["nonfinite"] = int(found["nonfinite"].sum())
+    nothing = Mismatch(torch.zeros(4, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+    mismatch = functools.reduce(
+        operator.add, (Mismatch(row[:4], row[4]) for row in mismatches), nothing
+    )
+    return {
+        **result,
+        **mismatch.metrics(),
+        **gap_metrics(gaps),
+        "logprob_advantage_covariance": covariance(pairs),
+    }
+
+
+def gap_statistics(targets: Targets, output: dict[str, Tensor], kl: str) -> Tensor:
+    """Return what `gap_metrics` needs of a micro-batch, float64 [4]; zeros without a reference."""
+    if targets.ref_logprobs is None or not targets.loss_mask.any():
+        return torch.zeros(4, dtype=torch.float64)
+    gaps = (targets.ref_logprobs - output["token_logprobs"])[targets.loss_mask].double()
+    weights = {"k1": torch.ones_like(gaps), "k2": gaps, "k3": gaps.expm1()}[kl]
+    counted = torch.where(gaps.abs() > LOG_RATIO_LIMIT, 0.0, weights)
+    high = (gaps.abs() > HIGH_GAP).double().sum()
+    count = high.new_tensor(len(gaps))
+    return torch.stack([count, high, gaps.abs().max(), counted.abs().max()])
+
+
+def gap_metrics(rows: Tensor) -> dict[str, float]:
+    """Return how far the policy is from the reference, token by token; without one: {}.
 
     ref_gap_max: the largest |ref_logprob - logprob| in nats. ref_gap_share: the share of tokens
     where it is above `HIGH_GAP`. kl_weight_max: the largest derivative of a token's KL estimate by
     its log-prob, in absolute value.
+
+    Args:
+        rows: `gap_statistics` [M, 4] of the micro-batches.
     """
-    gaps = torch.cat(
-        [
-            (one.ref_logprobs - output["token_logprobs"])[one.loss_mask].double()
-            for one, output in zip(targets, outputs, strict=True)
-            if one.ref_logprobs is not None
-        ]
-        or [torch.zeros(0, dtype=torch.float64)]
-    )
-    if not len(gaps):
+    tokens, high = rows[:, 0].sum(), rows[:, 1].sum()
+    if not tokens:
         return {}
-    weights = {"k1": torch.ones_like(gaps), "k2": gaps, "k3": gaps.expm1()}[kl]
-    counted = torch.where(gaps.abs() > LOG_RATIO_LIMIT, 0.0, weights)
     return {
-        "ref_gap_max": float(gaps.abs().max()),
-        "ref_gap_share": float((gaps.abs() > HIGH_GAP).double().mean()),
-        "kl_weight_max": float(counted.abs().max()),
+        "ref_gap_max": float(rows[:, 2].max()),
+        "ref_gap_share": float(high / tokens),
+        "kl_weight_max": float(rows[:, 3].max()),
     }
 
 
-def covariance(targets: Sequence[Targets], outputs: Sequence[dict[str, Tensor]]) -> float:
+def moments(targets: Targets, output: dict[str, Tensor]) -> Tensor:
+    """Return what `covariance` needs of a micro-batch, float64 [4]."""
+    mask = targets.loss_mask
+    logprobs = output["token_logprobs"][mask].double()
+    advantages = targets.advantages[:, None].expand_as(mask)[mask].double()
+    count = logprobs.new_tensor(len(logprobs))
+    return torch.stack([count, logprobs.sum(), advantages.sum(), (logprobs * advantages).sum()])
+
+
+def covariance(rows: Tensor) -> float:
     """Return the covariance over tokens of log-prob and advantage.
 
     Where it is high, the tokens that a step makes likelier are likely already, and the entropy
     falls (G. Cui et al., "The entropy mechanism of RL for reasoning language models", 2025).
+
+    Args:
+        rows: `moments` [M, 4] of the micro-batches.
     """
-    masks = [one.loss_mask for one in targets]
-    if not any(mask.any() for mask in masks):
-        return 0.0
-    logprobs = torch.cat(
-        [o["token_logprobs"][mask].double().cpu() for o, mask in zip(outputs, masks, strict=True)]
-    )
-    advantages = torch.cat(
-        [
-            one.advantages[:, None].expand_as(one.loss_mask)[one.loss_mask].double()
-            for one in targets
-        ]
-    )
-    return float(((logprobs - logprobs.mean()) * (advantages - advantages.mean())).mean())
-
-
-def normalizer(aggregation: str, targets: Sequence[Targets], max_tokens: int) -> float:
-    """Return the divisor of the summed loss of a whole gradient step."""
-    if aggregation == "token-mean":
-        return float(sum(int(one.loss_mask.sum()) for one in targets))
-    responses = sum(len(one.loss_mask) for one in targets)
-    return float(responses * max_tokens if aggregation == "constant" else responses)
-
-
-def combine(
-    targets: Sequence[Targets],
-    outputs: Sequence[dict[str, Tensor]],
-    importance_cap: float | None = None,
-) -> dict[str, float]:
-    """Return the metrics of a step from those of its micro-batches, weighted by their tokens."""
-    tokens = torch.stack([m["tokens"].double() for m in outputs])
-    weights = tokens / tokens.sum().clamp(min=1)
-    result = {}
-    fractions = ("clip_low_fraction", "clip_high_fraction", "dual_clip_fraction")
-    for key in (*fractions, "approx_kl", "ref_kl", "ratio_mean"):
-        result[key] = float((torch.stack([m[key].double() for m in outputs]) * weights).sum())
-    result["ratio_max"] = max(float(m["ratio_max"]) for m in outputs)
-    result["tokens"] = int(tokens.sum())
-    result["nonfinite"] = int(sum(float(m["nonfinite"]) for m in outputs))
-    cap = math.inf if importance_cap is None else importance_cap
-    mismatches = [
-        Mismatch.of(output["token_logprobs"], one.rollout_logprobs, one.sampled, cap)
-        for output, one in zip(outputs, targets, strict=True)
-    ]
-    return {**result, **functools.reduce(operator.add, mismatches).metrics()}
+    count, logprobs, advantages, products = rows.sum(0).tolist()
+    return (products - logprobs * advantages / count) / count if count else 0.0

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from r1v3.data.words import expand_words
 from r1v3.engine.build import Training, build_engine, resolve_max_tiles
 from r1v3.engine.contract import Engine
 from r1v3.engine.head import Head
+from r1v3.model.flops import Work, work_of
 from r1v3.progress import say
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
-from r1v3.trainer.loop import Skipped, run_steps
+from r1v3.trainer.loop import DUE, Skipped, run_steps
 from r1v3.trainer.randomness import order
 from r1v3.trainer.record import NothingToDo, write_finished
 from r1v3.trainer.schedule import learning_rate
@@ -147,9 +148,21 @@ def validation_loss(
 ) -> float:
     """Return the mean cross-entropy per response token, in nats."""
     batches = micro_batches(examples, size, engine.tokenizer.pad_token_id, tokens)
-    total = sum(float(logprobs.sum()) for logprobs, _ in engine.evaluate(batches))
+    mine = own_numbers(engine, batches)
+    found = engine.evaluate([batches[i] for i in mine])
+    sums = {
+        i: logprobs.sum()[None].double()
+        for i, (logprobs, _) in zip(mine, found, strict=False)
+        if engine.reports
+    }
+    total = sum(engine.ranks.table(sums, len(batches), 1)[:, 0].tolist())
     counted = sum(int(batch.loss_mask.sum()) for batch in batches)
     return -total / max(1, counted)
+
+
+def own_numbers(engine: Engine, batches: Sequence[Batch]) -> list[int]:
+    """Return the numbers of this replica's micro-batches."""
+    return engine.shares([work_of(batch) for batch in batches])[engine.replicas.rank]
 
 
 class SupervisedTrainer:
@@ -189,11 +202,15 @@ class SupervisedTrainer:
         )
         self.best, self.skipped = Best(), Skipped(config.optimizer.max_skipped)
         self.step, self.seen = 0, 0
+        self.unvalidated: dict[str, Any] | None = None
         loaded = resume(name, self.run, self.engine, resuming)
         if loaded is not None:
             self.step, self.seen = loaded.step, loaded.state["seen"]
             self.best = Best(**loaded.state["best"])
-        self.resume_after = self.step if resuming else None
+            self.unvalidated = loaded.state.get(DUE)
+        # The line of a step that is still to be validated is written again.
+        done = self.step - (self.unvalidated is not None)
+        self.resume_after = done if resuming else None
 
     def encode(self, path: Path, samples: Sequence[Sample]) -> tuple[list[Example], int]:
         """Encode the samples of a file; count those that are left out."""
@@ -251,11 +268,13 @@ class SupervisedTrainer:
         """Take one optimizer step; return its metrics."""
         config, total, started = self.config, self.total, time.perf_counter()
         batches = self.batches(self.next_rows())
-        self.engine.prepare(batches)
+        mine = own_numbers(self.engine, batches)
+        own = [batches[i] for i in mine]
+        self.engine.prepare(own)
         if coming := self.coming_rows():
-            self.engine.prepare(self.batches(coming))
+            following = self.batches(coming)
+            self.engine.prepare([following[i] for i in own_numbers(self.engine, following)])
         tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
-        self.monitor.reset()
 
         def loss_fn(head: Head, index: int) -> tuple[Tensor, dict[str, Tensor]]:
             logprobs, entropy = head.logprobs_and_entropy()
@@ -263,10 +282,16 @@ class SupervisedTrainer:
 
         rate = learning_rate(self.step, total, config.optimizer)
         self.telemetry.start()
-        metrics, outputs = self.engine.train_step(batches, loss_fn, learning_rate=rate)
-        metrics |= self.telemetry.finish(batches)
-        for batch, output in zip(batches, outputs, strict=True):
-            self.monitor.update(batch.response_ids, output["entropy"], batch.loss_mask)
+        metrics, outputs = self.engine.train_step(own, loss_fn, learning_rate=rate)
+        metrics |= self.telemetry.finish(sum((work_of(batch) for batch in batches), Work()))
+        measured = {
+            i: self.monitor.measure(batch.response_ids, output["entropy"], batch.loss_mask)
+            for i, batch, output in zip(mine, own, outputs, strict=False)
+            if self.engine.reports
+        }
+        self.monitor.reset()
+        for row in self.engine.ranks.table(measured, len(batches), self.monitor.width):
+            self.monitor.add(row)
         self.step += 1
         return {
             **metrics,
@@ -277,13 +302,17 @@ class SupervisedTrainer:
             "seconds": time.perf_counter() - started,
         }
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, stopping: Callable[[], bool]) -> dict[str, Any] | None:
         """Return the validation loss; publish the weights when it is the best so far.
+
+        See `loop.Steps.validate`; a validation that has begun is not interrupted.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
         config = self.config
+        if stopping():
+            return None
         loss = validation_loss(
             self.engine, self.validation, config.micro_batch_size, config.micro_batch_tokens
         )

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from transformers import InternVLConfig
 
-from r1v3.data.batch import Batch
-from r1v3.model.flops import Dimensions, Work, train_flops, work_of
+from r1v3.model.flops import Dimensions, Work, train_flops
 from r1v3.ranks import ALONE, Ranks
 
 # Dense bfloat16 FLOP/s by the driver's device name, from NVIDIA's data sheets of H100, H200, A100
@@ -85,11 +84,11 @@ class Telemetry:
             self._gpu.start()
         self._started = time.perf_counter()
 
-    def finish(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+    def finish(self, work: Work) -> dict[str, float]:
         """Stop measuring, right after the gradient steps; collective over the ranks.
 
         Args:
-            micro_batches: those of all replicas.
+            work: of all replicas.
 
         Returns:
             `machine_...` metrics, the same on every rank: tokens and samples per second of the
@@ -98,7 +97,6 @@ class Telemetry:
             highest temperature, lowest clock, and the counts of throttled devices and of errors.
         """
         seconds = time.perf_counter() - self._started
-        work = sum((work_of(batch) for batch in micro_batches), Work())
         rate = sum(train_flops(self.dims, work, self.modules).values()) / seconds / self.ranks.size
         metrics = {
             "machine_tokens_per_second": work.tokens / seconds,

@@ -12,6 +12,7 @@ from r1v3.engine.head import Head
 from r1v3.engine.hf.engine import HFEngine
 from r1v3.ranks import ALONE, Ranks, join_job
 from tests import tiny
+from tests.engine.replicas import everywhere, own_numbers
 from tests.processes import PATIENCE
 
 # Tiles of the prompts of each micro-batch: as many as ranks, fewer, more, and without pictures.
@@ -49,22 +50,24 @@ def learn(ranks: Ranks, case: str, modules: str, folder: Path) -> dict[str, obje
         balanced=case == "balanced",
     )
     batches, steps = micro_batches(case), []
+    mine = own_numbers(engine, batches)
+    own = [batches[i] for i in mine]
 
     def loss(head: Head, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logprobs, entropy = head.logprobs_and_entropy()
-        return -logprobs.sum() / 16, {"entropy": entropy, "index": torch.tensor(index)}
+        return -logprobs.sum() / 16, {"entropy": entropy, "index": torch.tensor(mine[index])}
 
     for _ in range(3):
-        metrics, outputs = engine.train_step(batches, loss, learning_rate=1e-2)
-        steps.append((metrics, outputs))
+        metrics, outputs = engine.train_step(own, loss, learning_rate=1e-2)
+        steps.append((metrics, everywhere(engine, mine, outputs)))
     target = folder / f"{case}-{modules}-{ranks.size}"
     ranks.on_main(target.mkdir)
     engine.save(target)
     return {
-        "mine": list(engine._mine(batches)),
+        "mine": mine,
         "steps": steps,
         "moments": dict(engine.optimizer_tensors()),
-        "evaluated": engine.evaluate(batches),
+        "evaluated": everywhere(engine, mine, engine.evaluate(own)),
         "weights": dict(engine.export_hf()),
     }
 

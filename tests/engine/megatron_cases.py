@@ -2,15 +2,17 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r1v3.config import Parallel, Stage
+from r1v3.config import Parallel, PolicyLoss, Stage
 from r1v3.data.encoding import collate
 from r1v3.engine.megatron.engine import MegatronEngine
 from r1v3.engine.megatron.ranks import connect
@@ -19,6 +21,7 @@ from r1v3.model.parts import PARTS
 from tests import ranks_case, tiny
 from tests.engine import recorded
 from tests.engine.layouts import LAYOUTS, OTHER_LAYOUTS, PATTERNS, SPLIT, only
+from tests.engine.replicas import everywhere
 
 Result = dict[str, Any]
 ALL = dict.fromkeys(PARTS, True)
@@ -101,6 +104,27 @@ def loading(folder: Path, name: str, parallel: Parallel) -> Result:
     return {"metrics": [metrics]}
 
 
+def before_blocks(folder: Path, name: str) -> Result:
+    """Go on from a checkpoint of the version that gathered optimizer states, as it saved them."""
+    rollout, saved = folder / "rollout.safetensors", folder / name
+    engine = an_engine(folder, Parallel())
+    recorded.step(engine, rollout, 0)
+    engine.ranks.on_main(lambda: (saved / "megatron").mkdir(parents=True))
+    engine.save(saved)
+    weights = engine.model.sharded_state_dict(prefix="")
+    moments = engine.optimizer.optimizer.sharded_state_dict(
+        weights, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
+    )
+    dist_checkpointing.save({"model": weights, "optimizer": moments}, str(saved / "megatron"))
+    again = an_engine(folder, Parallel())
+    again.load_state(saved, {})
+    metrics = [recorded.step(one, rollout, 1) for one in (engine, again)]
+    return {
+        "metrics": metrics,
+        "digests": [digest(recorded.weights(one)) for one in (engine, again)],
+    }
+
+
 def resumed_bits(folder: Path, name: str, parallel: Parallel, **settings: Any) -> Result:
     """Save and load after a step, then take the next step in both engines."""
     rollout = folder / "rollout.safetensors"
@@ -138,14 +162,30 @@ def resumed_bits(folder: Path, name: str, parallel: Parallel, **settings: Any) -
 def divided(folder: Path, name: str, parallel: Parallel) -> Result:
     """The step of the recorded batch, every completion a micro-batch with its prompt."""
     engine = an_engine(folder, parallel)
-    rollout, whole = folder / "rollout.safetensors", recorded.whole_batch()
-    packs = [whole.take([row // recorded.GROUP], [row]) for row in range(len(recorded.LENGTHS))]
-    loss = recorded.losses(rollout, recorded.LOSSES[0])
-    loss.targets = recorded.row_targets(loss, packs)
-    metrics, outputs = engine.train_step(packs, loss, learning_rate=recorded.LEARNING_RATES[0])
+    packs = [
+        collate([prompt], 0, responses=[response]).slice(0, 1)
+        for prompt, response in recorded.pairs()
+    ]
+    targets = recorded.row_targets(folder / "rollout.safetensors")
+    metrics, outputs = recorded.train(engine, 0, packs, targets)
     found = {f"{i}.logprobs": output["token_logprobs"] for i, output in enumerate(outputs)}
     keep(engine, folder / f"{name}.safetensors", found | recorded.weights(engine))
     return {"metrics": metrics}
+
+
+def flat(folder: Path, name: str) -> Result:
+    """A step with a micro-batch whose advantages are zero, and the step without it."""
+    config = PolicyLoss(old_logprobs="rollout", dual_clip=3.0)
+    targets = recorded.all_targets(folder / "rollout.safetensors")
+    targets = [replace(one, ref_logprobs=None) for one in targets]
+    targets[1] = replace(targets[1], advantages=torch.zeros_like(targets[1].advantages))
+    batches, left = recorded.micro_batches(), []
+    for taken in ([0, 1, 2], [0, 2]):
+        engine = an_engine(folder, SPLIT)
+        loss = recorded.losses(config, [targets[i] for i in taken])
+        metrics, _ = engine.train_step([batches[i] for i in taken], loss, learning_rate=1e-2)
+        left.append({"metrics": metrics, "digest": digest(recorded.weights(engine))})
+    return {"left": left}
 
 
 def text_alone(folder: Path, name: str) -> Result:
@@ -160,7 +200,7 @@ def text_alone(folder: Path, name: str) -> Result:
     )
     return {
         "metrics": metrics,
-        "outputs": [int(output["index"]) for output in outputs],
+        "outputs": [int(output["index"]) for output in everywhere(engine, [0, 1], outputs)],
         "same": digest(recorded.weights(engine)) == before,
     }
 
@@ -189,7 +229,7 @@ def exported(folder: Path, name: str, model: str) -> Result:
     prompts = recorded.examples()
     batch = collate(prompts, 0, responses=[()] * len(prompts))
     found = {"logits": engine.decoder().prefill(batch, 1, 1)}
-    for index, (logprobs, entropy) in enumerate(engine.evaluate(recorded.micro_batches())):
+    for index, (logprobs, entropy) in enumerate(recorded.evaluated(engine)):
         found |= {f"{index}.logprobs": logprobs, f"{index}.entropy": entropy}
     keep(engine, folder / f"{name}.safetensors", found)
     # The folder can be gone back to.
@@ -237,6 +277,8 @@ CASES: dict[str, Case] = {
     "divided_tp2_pp2": (4, partial(divided, parallel=SPLIT)),
     "divided_dp4": (4, partial(divided, parallel=Parallel())),
     "divided_cp2_tp2": (4, partial(divided, parallel=Parallel(context=2, tensor=2))),
+    "before_blocks": (2, before_blocks),
+    "flat": (4, flat),
     "text_alone": (4, text_alone),
     "refused": (4, refused),
     "native": (4, partial(exported, model="native")),

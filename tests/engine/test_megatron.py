@@ -41,6 +41,8 @@ CASES = [
     "divided_tp2_pp2",
     "divided_dp4",
     "divided_cp2_tp2",
+    "before_blocks",
+    "flat",
     "text_alone",
     "refused",
     "native",
@@ -278,6 +280,14 @@ def test_a_stage_can_be_left_with_nothing_to_train(folder: Path) -> None:
         assert held == [["torch.float32"]] * 2 + [[]] * 2
 
 
+def test_a_micro_batch_without_an_advantage_moves_no_bit(folder: Path) -> None:
+    """Fails if leaving out what teaches nothing changes the step, so that it could not be a
+    default."""
+    for rank in reports(folder, "flat"):
+        whole, without = rank["left"]
+        assert whole == without and whole["metrics"]["grad_norm"] > 0
+
+
 def test_a_step_of_the_connector_without_pictures_changes_nothing(folder: Path) -> None:
     """Fails if a loss that reaches no trained parameter breaks the step, or moves something."""
     for rank in reports(folder, "text_alone"):
@@ -310,6 +320,13 @@ def test_what_is_saved_is_the_moment_it_was_asked_for(folder: Path) -> None:
     """Fails if the step that is taken while files are written finds its way into them."""
     for rank in reports(folder, "saving"):
         assert rank["done"]
+        assert rank["metrics"][0] == rank["metrics"][1]
+        assert rank["digests"][0] == rank["digests"][1]
+
+
+def test_a_checkpoint_with_gathered_optimizer_states_goes_on(folder: Path) -> None:
+    """Fails if a run that was begun before each rank wrote its own blocks cannot be resumed."""
+    for rank in reports(folder, "before_blocks"):
         assert rank["metrics"][0] == rank["metrics"][1]
         assert rank["digests"][0] == rank["digests"][1]
 

@@ -159,3 +159,24 @@ def test_the_policy_uses_the_weights_as_they_are_now(policy: Policy) -> None:
         weight.copy_(kept)
     assert before != after
     assert answered(policy, sampling=greedy).texts == before
+
+
+def test_grades_are_those_of_the_answers_and_stop_between_batches(policy: Policy) -> None:
+    """Fails if validation grades other completions than an evaluation, or goes on when asked to
+    stop."""
+    answers = answered(policy, seed=3, repeats=2, batch_prompts=2)
+    asked = iter([False, True, False])
+    for stops in (False, True):
+        found = policy.grade(
+            QUESTIONS,
+            SETTINGS,
+            generator=torch.Generator().manual_seed(3),
+            repeats=2,
+            batch_prompts=2,
+            stopping=lambda stops=stops: stops and next(asked),  # type: ignore[misc]
+        )
+        if stops:
+            assert found is None and next(asked) is False
+        else:
+            assert found is not None
+            assert (found[0] == answers.correct).all() and (found[1] == answers.tokens).all()

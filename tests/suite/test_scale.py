@@ -16,6 +16,7 @@ from r1v3.evaluation import policy
 from r1v3.http import RequestFailed
 from r1v3.rollout.batches import Batched
 from r1v3.rollout.contract import Request, Rollout
+from r1v3.rollout.copies import ONE_COPY
 from r1v3.rollout.server_pool import NoServers
 from tests.suite.files import encoded, write_tsv
 from tests.suite.servers import StandInServers
@@ -27,6 +28,8 @@ THOUGHT = "Let me look at the picture again. Wait, 3 + 4 is 7, so the second one
 
 class StandIn(Batched):
     """A sampler that says the same to every row, for a right answer or a wrong one."""
+
+    copies = ONE_COPY
 
     def __init__(self, encode: Callable[[str], list[int]], stop_id: int) -> None:
         self._said = [

@@ -174,7 +174,7 @@ def test_works_on_what_training_has_and_keeps_no_graph() -> None:
     entropy = torch.tensor([[0.5, 1.5]], dtype=torch.bfloat16, requires_grad=True)
     monitor.update(torch.tensor([[WAIT, OTHER]], dtype=torch.int32), entropy, torch.ones(1, 2))
     assert monitor.result()["critical_entropy"] == 0.5
-    assert monitor._sums is not None and not monitor._sums.requires_grad
+    assert monitor._total is not None and not monitor._total.requires_grad
     json.dumps(monitor.result(), allow_nan=False)
 
 

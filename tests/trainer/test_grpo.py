@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from r1v3.engine.hf.engine import response_hidden
 from r1v3.kernels import reference
 from r1v3.rewards import Reward, score
 from r1v3.rollout.contract import Rollout, TokenRules, decode_texts, join
-from r1v3.trainer.episode import Episode
+from r1v3.trainer.division import divide
+from r1v3.trainer.episode import Episode, MicroBatch, rollout_facts
 from r1v3.trainer.grpo import GRPOTrainer
-from r1v3.trainer.metrics import read_metrics
+from r1v3.trainer.interrupt import StageInterrupted
+from r1v3.trainer.metrics import comparable, read_metrics
 from tests.rewards.judge_server import Answer, says, send, serving
 from tests.tiny_run import (
     check_kills,
@@ -72,6 +75,33 @@ def test_a_polite_stop_saves_names_resume_and_exits_130(tmp_path: Path) -> None:
     assert (mine["metrics"], mine["weights"]) == (other["metrics"], other["weights"])
 
 
+def test_a_validation_that_a_stop_leaves_out_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if SIGTERM waits for hundreds of answers, or a resumed run lacks a validation."""
+    whole, _ = finished("grpo")
+    write_configs(tmp_path)
+    own = [f"run={tmp_path / 'run'}", f"model={home() / 'base'}", "steps=4"]
+    config = load(GRPO, tmp_path / "configs/grpo.yaml", own)
+    made = GRPOTrainer(config, resuming=False)
+    grade = made.policy.grade
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return grade(*arguments, **options)
+
+    monkeypatch.setattr(made.policy, "grade", interrupted)
+    with pytest.raises(StageInterrupted, match="stopped at step 2 of 4 and was saved"):
+        made.loop()
+    metrics = tmp_path / "run/metrics/grpo.jsonl"
+    assert [line["step"] for line in read_metrics(metrics)] == [1, 2]
+    assert "validation_accuracy" not in read_metrics(metrics)[1]
+    GRPOTrainer(config, resuming=True).loop()
+    wanted = read_metrics(whole / "run/metrics/grpo.jsonl")
+    for found, line in zip(comparable(read_metrics(metrics)), comparable(wanted), strict=True):
+        assert found == line
+
+
 def test_the_tiny_run_learns_from_something() -> None:
     """Otherwise every bit comparison above would compare models that were never updated."""
     folder, _ = finished("grpo")
@@ -87,10 +117,18 @@ def sampled_episode(made: GRPOTrainer) -> Episode:
     return made.with_advantages(made.sample_groups())
 
 
+def micro_batches(
+    episode: Episode, steps: int, size: int, pad: int, **options: Any
+) -> list[list[MicroBatch]]:
+    """The micro-batches of every gradient step."""
+    packs = episode.packs(steps, size, **options)
+    return [[episode.micro_batch(pack, pad) for pack in step] for step in packs]
+
+
 def whole_batch(made: GRPOTrainer, episode: Episode) -> Batch:
     """All prompts of an episode with all their completions."""
     pad = made.engine.tokenizer.pad_token_id
-    [[(batch, _)]] = episode.micro_batches(1, len(episode.examples), pad)
+    [[(batch, _)]] = micro_batches(episode, 1, len(episode.examples), pad)
     return batch
 
 
@@ -128,7 +166,7 @@ def test_a_step_is_the_public_reference_in_float64(
     advantages = reference.group_advantages(rewards, torch.arange(n), offsets)
     assert torch.allclose(advantages.float(), episode.advantages, atol=1e-5)
     if tokens != "null":
-        packs = episode.micro_batches(1, 4, 0, tokens=int(tokens))
+        packs = micro_batches(episode, 1, 4, 0, tokens=int(tokens))
         assert max(len(batch.response_ids) for batch, _ in packs[0]) < g, "no group is divided"
     model, batch, logprobs = double_logprobs(made, episode)
     width = logprobs.shape[1]
@@ -257,8 +295,10 @@ def test_a_gradient_step_without_signal_is_skipped_whatever_the_others_hold(
     quiet = torch.ones(16)
     quiet[:8] = 0.0
     signal_last = replace(episode, advantages=episode.advantages * 0 + quiet)
-    pad = made.engine.tokenizer.pad_token_id
-    without_signal, with_signal = signal_last.micro_batches(2, 2, pad)
+    packs = signal_last.packs(2, 2)
+    (without_signal, with_signal), _ = divide(
+        signal_last, packs, made.engine, made.replica_of, made.config
+    )
     before = weights(made)
     made.gradient_step(without_signal, 0.01)
     assert same(before, made)
@@ -313,7 +353,8 @@ def test_a_model_that_ends_its_turn_at_once_can_be_trained(tmp_path: Path) -> No
     assert metrics["response_length"] == 1 and metrics["truncated"] == 0
     assert metrics["reward"] == 0 and metrics["groups_kept"] == 0
     assert metrics["nonfinite"] == 0 and metrics["tokens"] == 16
-    assert made.validate()["validation_accuracy"] == 0
+    validation = made.validate(lambda: False)
+    assert validation is not None and validation["validation_accuracy"] == 0
 
 
 def test_strange_answers_are_rewarded_and_trained_on(tmp_path: Path) -> None:
@@ -333,7 +374,9 @@ def test_strange_answers_are_rewarded_and_trained_on(tmp_path: Path) -> None:
     rollout = Rollout(ids, mask, zeros, zeros, mask, torch.ones(4, dtype=torch.bool))
     totals = torch.tensor([r.total for r in rewards])
     advantages = reference.group_advantages(totals, torch.arange(4), torch.tensor([0, 4]))
-    episode = Episode([made.examples[0]], rollout, rewards, advantages, 1)
+    episode = Episode(
+        [made.examples[0]], rewards, rollout_facts(rollout), advantages, 1, rollout, range(4)
+    )
     metrics = made.update(episode)
     assert metrics["nonfinite"] == 0 and 0 < metrics["grad_norm"] < float("inf")
 

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from r1v3.config import PolicyLoss
 from r1v3.kernels import grpo_loss, reference
-from r1v3.trainer.policy_loss import PolicyLossFn, Targets, covariance, gap_metrics
+from r1v3.trainer.policy_loss import (
+    PolicyLossFn,
+    Targets,
+    covariance,
+    gap_metrics,
+    gap_statistics,
+    moments,
+)
 
 KINDS = ("k1", "k2", "k3")
 PAGE = Path(__file__).resolve().parents[2] / "docs/runs.md"
@@ -89,7 +96,8 @@ def test_the_metrics_are_those_of_the_gradient(kl: str, seed: int) -> None:
         for i in (slice(0, 2), slice(2, 3))
     ]
     outputs = [{"token_logprobs": logprobs[:2]}, {"token_logprobs": logprobs[2:]}]
-    found = gap_metrics(targets, outputs, kl)
+    pairs = list(zip(targets, outputs, strict=True))
+    found = gap_metrics(torch.stack([gap_statistics(*one, kl) for one in pairs]))
     gaps = (ref - logprobs)[mask].double()
     assert found["ref_gap_max"] == pytest.approx(float(gaps.abs().max()))
     assert found["ref_gap_share"] == pytest.approx(float((gaps.abs() > 5).double().mean()))
@@ -102,7 +110,7 @@ def test_without_a_reference_nothing_is_said() -> None:
     targets = [Targets(mask, torch.zeros(1), torch.zeros(1, 2), mask)]
     loss = PolicyLossFn(PolicyLoss(), targets, 4)
     outputs = [loss.metrics(torch.zeros(1, 2), torch.zeros(1, 2), 0)]
-    assert gap_metrics(targets, outputs, "k3") == {}
+    assert gap_metrics(gap_statistics(targets[0], outputs[0], "k3")[None]) == {}
 
 
 def test_the_covariance_of_log_prob_and_advantage_is_over_all_tokens() -> None:
@@ -117,5 +125,6 @@ def test_the_covariance_of_log_prob_and_advantage_is_over_all_tokens() -> None:
         outputs.append({"token_logprobs": torch.tensor(logprobs)})
         pairs += [(logprobs[n, t], advantages[n]) for n, t in zip(*mask.nonzero(), strict=True)]
     expected = np.cov(np.array(pairs).T, ddof=0)[0, 1]
-    assert covariance(targets, outputs) == pytest.approx(expected)
-    assert covariance([], []) == 0.0
+    rows = torch.stack([moments(*one) for one in zip(targets, outputs, strict=True)])
+    assert covariance(rows) == pytest.approx(expected)
+    assert covariance(torch.zeros(0, 4)) == 0.0

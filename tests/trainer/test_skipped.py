@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from r1v3.config import SFT, load
+from r1v3.trainer.division import divide
+from r1v3.trainer.episode import Part
 from r1v3.trainer.loop import Skipped
 from r1v3.trainer.metrics import read_metrics
 from r1v3.trainer.supervised import SupervisedTrainer
 from tests.tiny_run import home, write_configs
-from tests.trainer.test_grpo import same, sampled_episode, trainer, weights
+from tests.trainer.test_grpo import micro_batches, same, sampled_episode, trainer, weights
 
 
 def with_flat_groups(episode: Any, flat: int) -> Any:
@@ -21,6 +24,18 @@ def with_flat_groups(episode: Any, flat: int) -> Any:
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5] * 4)
     advantages[16 - 4 * flat :] = 0.0
     return replace(episode, advantages=advantages)
+
+
+def parted(made: Any, episode: Any, *, apart: bool = True) -> Part:
+    """The only gradient step of an episode."""
+    packs = episode.packs(1, 2, apart=apart)
+    [part], _ = divide(episode, packs, made.engine, made.replica_of, made.config)
+    return part
+
+
+def at_the_whole_price(part: Part) -> Part:
+    """The same step with every micro-batch in the backward."""
+    return replace(part, learned=[*part.learned, *part.measured], measured=[], learns=True)
 
 
 @pytest.mark.parametrize("flat", [0, 1, 2, 3, 4])
@@ -34,11 +49,9 @@ def test_groups_without_an_advantage_are_not_trained_and_change_nothing(
     for apart in (True, False):
         made = trainer(tmp_path)
         episode = with_flat_groups(sampled_episode(made), flat)
-        [micro_batches] = episode.micro_batches(
-            1, 2, made.engine.tokenizer.pad_token_id, apart=apart
-        )
-        if not apart:  # the whole price: every micro-batch is in the backward
-            made.reference = made.engine
+        part = parted(made, episode, apart=apart)
+        if not apart:
+            part = at_the_whole_price(part)
         step = made.engine.train_step
 
         def watched(batches: Any, *arguments: Any, step: Any = step, **options: Any) -> Any:
@@ -46,7 +59,7 @@ def test_groups_without_an_advantage_are_not_trained_and_change_nothing(
             return step(batches, *arguments, **options)
 
         made.engine.train_step = watched  # type: ignore[method-assign]
-        metrics, outputs = made.gradient_step(micro_batches, 1e-3)
+        metrics, outputs = made.gradient_step(part, 1e-3)
         rows = {
             key: torch.cat([output[key].flatten() for output in outputs]).double()
             for key in ("token_logprobs", "token_entropy", "tokens")
@@ -59,12 +72,50 @@ def test_groups_without_an_advantage_are_not_trained_and_change_nothing(
     assert (ours["grad_norm"] > 0) == (flat < 4)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_groups_without_an_advantage_cost_nothing_and_move_no_bit(
+    tmp_path: Path, steps: int
+) -> None:
+    """Fails if such a group passes through the model at all, for old log-probs or for metrics, or
+    the weights after a step are other bits than with it in the backward."""
+    settings = [f"gradient_steps={steps}", "micro_batch_prompts=1", "optimizer.weight_decay=0.1"]
+    left: list[tuple[int, dict[str, Tensor], float]] = []
+    for more in (["measure_all=false"], []):
+        made = trainer(tmp_path, *settings, *more)
+        passed: list[int] = []
+        head = made.engine.head
+
+        def watched(batch: Any, head: Any = head, passed: list[int] = passed) -> Any:
+            passed.append(len(batch.prompt_ids))
+            return head(batch)
+
+        made.engine.head = watched  # type: ignore[method-assign]
+        episode = with_flat_groups(sampled_episode(made), 3)
+        metrics = made.update(episode)
+        left.append((sum(passed), weights(made), metrics["entropy"]))
+    # Old log-probs where there are several steps, and the step itself.
+    assert [passed for passed, *_ in left] == [steps, 4 * steps]
+    assert left[0][2] != left[1][2], "the flat groups have the entropy of the others"
+    made = trainer(tmp_path, *settings)
+    part = parted(made, with_flat_groups(sampled_episode(made), 3))
+    made.gradient_step(at_the_whole_price(part), made.config.optimizer.learning_rate)
+    for moved in [left[0][1], left[1][1], *([weights(made)] if steps == 1 else [])]:
+        assert all(torch.equal(moved[name], value) for name, value in left[0][1].items())
+
+
+def test_an_episode_without_any_signal_has_metrics(tmp_path: Path) -> None:
+    """Fails if a step in which nothing is learned ends with an error."""
+    made = trainer(tmp_path, "measure_all=false")
+    metrics = made.update(with_flat_groups(sampled_episode(made), 4))
+    assert metrics["tokens"] == 0 and metrics["entropy"] is None and metrics["grad_norm"] == 0
+
+
 def test_prompts_are_divided_evenly_among_micro_batches(tmp_path: Path) -> None:
     """Fails if one rank gets four groups and the other one, or a group is lost."""
     made = trainer(tmp_path)
     episode, pad = sampled_episode(made), made.engine.tokenizer.pad_token_id
     for flat, wanted in ((0, [2, 2]), (1, [2, 1, 1]), (2, [1, 1, 1, 1]), (3, [1, 2, 1])):
-        [found] = with_flat_groups(episode, flat).micro_batches(1, 2, pad, apart=True)
+        [found] = micro_batches(with_flat_groups(episode, flat), 1, 2, pad, apart=True)
         sizes = [len(batch.prompt_ids) for batch, _ in found]
         assert sizes == wanted, flat
         prompts = torch.cat([batch.prompt_ids[:, -1] for batch, _ in found])

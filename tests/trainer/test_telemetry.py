@@ -47,7 +47,7 @@ def test_a_step_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     config, given = tiny.model().config, batch()
     meter = telemetry.Telemetry(config, ALL, device="cpu", dtype="bfloat16")
     meter.start()
-    metrics = meter.finish([given, given])
+    metrics = meter.finish(work_of(given) + work_of(given))
     work = work_of(given) * 2
     assert metrics["machine_tokens_per_second"] == work.tokens / 2
     assert metrics["machine_samples_per_second"] == 12 / 2

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,12 +18,10 @@ from r1v3.engine.hf.optimizer_state import load_optimizer_tensors, optimizer_ten
 from r1v3.engine.shares import replica_shares
 from r1v3.model.conversion.serving import write_serving_files
 from r1v3.model.conversion.writer import save_tensors
-from r1v3.model.flops import Dimensions
+from r1v3.model.flops import Dimensions, Work
 from r1v3.model.internvl import load_model, named_part_parameters
 from r1v3.model.parts import PARTS, check_modules
 from r1v3.ranks import ALONE, Ranks
-
-T = TypeVar("T")
 
 # Rows that are run together: enough to fill a matrix product, few enough to be of like length.
 _ROWS = 16
@@ -141,6 +138,7 @@ class HFEngine:
         self.model = model
         self.config = model.config
         self.ranks = self.replicas = self.samplers = ranks
+        self.reports = True
         self.tokenizer = tokenizer
         self.max_grad_norm = max_grad_norm
         self.temperature = temperature
@@ -177,53 +175,41 @@ class HFEngine:
             self.temperature,
         )
 
+    def shares(self, works: Sequence[Work]) -> list[list[int]]:
+        """See `contract.Engine.shares`."""
+        if self.balanced:
+            dims = Dimensions.of(self.config)
+            return replica_shares(works, self.ranks.size, dims, self.trained)
+        # In turn, since neighbors are alike.
+        size = self.ranks.size
+        return [list(range(rank, len(works), size)) for rank in range(size)]
+
     def prepare(self, micro_batches: Sequence[Batch]) -> None:
         """See `contract.Engine.prepare`."""
-        cut_ahead(micro_batches[index] for index in self._mine(micro_batches))
+        cut_ahead(micro_batches)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """See `contract.Engine.evaluate`."""
-        results = {}
-        mine = self._mine(micro_batches)
-        cut_ahead(micro_batches[index] for index in mine)
-        for index in mine:
-            logprobs, entropy = self.head(micro_batches[index]).logprobs_and_entropy()
-            results[index] = logprobs.cpu(), entropy.cpu()
-        return self._in_order(results)
-
-    def _mine(self, micro_batches: Sequence[Batch]) -> Sequence[int]:
-        """This rank's part of the micro-batches."""
-        if self.balanced:
-            shares = replica_shares(
-                micro_batches, self.ranks.size, Dimensions.of(self.config), self.trained
-            )
-            return shares[self.ranks.rank]
-        # In turn, since neighbors are alike.
-        return range(self.ranks.rank, len(micro_batches), self.ranks.size)
-
-    def _in_order(self, results: dict[int, T]) -> list[T]:
-        """Results of all ranks, in the order of their micro-batches."""
-        everywhere = {i: one for part in self.ranks.gather(results) for i, one in part.items()}
-        return [everywhere[index] for index in range(len(everywhere))]
+        cut_ahead(micro_batches)
+        found = [self.head(batch).logprobs_and_entropy() for batch in micro_batches]
+        return [(logprobs.cpu(), entropy.cpu()) for logprobs, entropy in found]
 
     def train_step(
         self, micro_batches: Sequence[Batch], loss_fn: LossFn, *, learning_rate: float
     ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
         """See `contract.Engine.train_step`."""
         self.optimizer.zero_grad(set_to_none=True)
-        results = {}
-        mine = self._mine(micro_batches)
-        cut_ahead(micro_batches[index] for index in mine)
-        for index in mine:
-            loss, output = loss_fn(self.head(micro_batches[index]), index)
+        losses, outputs = [], []
+        cut_ahead(micro_batches)
+        for index, batch in enumerate(micro_batches):
+            loss, output = loss_fn(self.head(batch), index)
             # A micro-batch without pictures reaches nothing when only the connector is trained.
             if loss.requires_grad:
                 loss.backward()
-            kept = {name: tensor.detach().cpu() for name, tensor in output.items()}
-            results[index] = float(loss.detach()), kept
-        found = self._in_order(results)
-        total, outputs = sum(loss for loss, _ in found), [output for _, output in found]
+            outputs.append({name: tensor.detach().cpu() for name, tensor in output.items()})
+            losses.append(float(loss.detach()))
+        total = float(self.ranks.sum(torch.tensor(sum(losses), dtype=torch.float64)))
         self._sum_gradients()
         norms = {part: _norm(parameters) for part, parameters in self.parts.items()}
         norm = math.sqrt(sum(value**2 for value in norms.values()))

@@ -26,7 +26,7 @@ from r1v3.engine.megatron.decoder import Decoder
 from r1v3.engine.megatron.optimizer import MegatronAdamW, wrap
 from r1v3.engine.shares import replica_shares
 from r1v3.model.conversion import load_config
-from r1v3.model.flops import Dimensions
+from r1v3.model.flops import Dimensions, Work
 from r1v3.model.megatron.context import context_part
 from r1v3.model.megatron.hf_saving import entries_of, own_shards, write_hf
 from r1v3.model.megatron.hf_weights import export_hf, load_hf
@@ -36,15 +36,14 @@ from r1v3.model.megatron.packing import Packed, pack
 from r1v3.model.parts import check_modules, part_of
 from r1v3.ranks import Ranks
 
-# (head, index of the micro-batch) -> (loss, tensors to return on every rank).
+# (head, index of the micro-batch) -> (loss, tensors to return).
 _Use = Callable[[Head, int], tuple[Tensor, dict[str, Tensor]]]
 
 
 class MegatronEngine:
     """A `contract.Engine` over tensor-, pipeline-, context- and data-parallel ranks.
 
-    `r1v3.engine.megatron.ranks.connect` comes first. Every rank is given all micro-batches; the
-    replicas share them by their operations, and every rank returns the outputs of all.
+    `r1v3.engine.megatron.ranks.connect` comes first.
 
     Args:
         folder: a model folder in either layout of names; each rank reads its own part.
@@ -111,24 +110,30 @@ class MegatronEngine:
         )
         self._save_strategy = save_strategy()
 
-    def prepare(self, micro_batches: Sequence[Batch]) -> None:
-        """See `contract.Engine.prepare`."""
-        self._cut_ahead(micro_batches, self._mine(micro_batches))
+    @property
+    def reports(self) -> bool:
+        """See `contract.Engine.reports`."""
+        return (
+            self.model.post_process
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
 
-    def _cut_ahead(self, micro_batches: Sequence[Batch], mine: Sequence[int]) -> None:
-        if self.model.pre_process:
-            cut_ahead(micro_batches[index] for index in mine)
-
-    def _mine(self, micro_batches: Sequence[Batch]) -> Sequence[int]:
-        """This replica's part of the micro-batches."""
+    def shares(self, works: Sequence[Work]) -> list[list[int]]:
+        """See `contract.Engine.shares`: all replicas have about as many operations."""
         return replica_shares(
-            micro_batches,
+            works,
             self.replicas.size,
             self._dims,
             self._trained,
             recompute=self._recompute,
             pipelined=parallel_state.get_pipeline_model_parallel_world_size() > 1,
-        )[self.replicas.rank]
+        )
+
+    def prepare(self, micro_batches: Sequence[Batch]) -> None:
+        """See `contract.Engine.prepare`."""
+        if self.model.pre_process:
+            cut_ahead(micro_batches)
 
     def evaluate(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """See `contract.Engine.evaluate`."""
@@ -154,16 +159,18 @@ class MegatronEngine:
     def _run(
         self, micro_batches: Sequence[Batch], use: _Use, *, forward_only: bool
     ) -> tuple[float, list[dict[str, Tensor]]]:
-        """Pass micro-batches through the pipeline; return the summed loss and all outputs.
+        """Pass micro-batches through the pipeline.
 
-        Each replica runs a part of them, and every rank gets the results of all.
+        Returns:
+            The summed loss of all replicas, and the outputs of these micro-batches.
         """
-        mine = self._mine(micro_batches)
-        self._cut_ahead(micro_batches, mine)
-        found: dict[int, tuple[float, dict[str, Tensor]]] = {}
+        self.prepare(micro_batches)
+        count = len(micro_batches)
+        losses: dict[int, float] = {}
+        outputs: dict[int, dict[str, Tensor]] = {}
         # The schedule divides losses by the micro-batches, and reduction by the replicas; together
         # they add up the gradients of context-parallel ranks.
-        scale = len(mine) * self.replicas.size
+        scale = count * self.replicas.size
 
         def forward(batches: Iterator[int], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             index = next(batches)
@@ -172,33 +179,27 @@ class MegatronEngine:
             def loss_of(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 head = self._head(hidden, packed, micro_batches[index].loss_mask)
                 loss, output = use(head, index)
-                kept = {name: value.detach().cpu() for name, value in output.items()}
-                found[index] = float(loss.detach()), kept
+                losses[index] = float(loss.detach())
+                outputs[index] = {name: value.detach().cpu() for name, value in output.items()}
                 return loss * scale, {}
 
             return model(packed), loss_of
 
-        if mine:
+        if count:
             get_forward_backward_func()(
                 forward_step_func=forward,
-                data_iterator=iter(mine),
+                data_iterator=iter(range(count)),
                 model=[self._runs],
-                num_microbatches=len(mine),
+                num_microbatches=count,
                 seq_length=1,  # sizes travel with the activations
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
         elif not forward_only:
             finalize_model_grads([self._runs])
-        reports = (
-            parallel_state.get_tensor_model_parallel_rank() == 0
-            and parallel_state.get_context_parallel_rank() == 0
-        )
-        everything: dict[int, tuple[float, dict[str, Tensor]]] = {}
-        for one in self.ranks.gather(found if reports else {}):
-            everything |= one
-        ordered = [everything[index] for index in range(len(micro_batches))]
-        return sum(loss for loss, _ in ordered), [output for _, output in ordered]
+        own = sum(losses.values()) if self.reports else 0.0
+        total = float(self.ranks.sum(torch.tensor(own, dtype=torch.float64)))
+        return total, [outputs[index] for index in sorted(outputs)]
 
     def _pack(self, batch: Batch) -> Packed:
         if not self.model.pre_process:
