@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ class StandIn(Batched):
         self._said = [
             encode(f"{THOUGHT}\n</think>\n\n\\boxed{{{letter}}}") + [stop_id] for letter in "AB"
         ]
+        self.rules = SimpleNamespace(pad_id=stop_id)
         self.asked: Counter[str] = Counter()
         self.most: list[int] = []  # resident memory so far, in KiB, after every batch
         self.stop_after: int | None = None
