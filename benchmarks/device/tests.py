@@ -22,6 +22,8 @@ GPU_FILES = (
     "test_logprobs_and_entropy.py",
     "test_sample_tokens.py",
     "test_row_temperature.py",
+    "test_softcap.py",
+    "test_several_labels.py",
     "test_linear_grpo.py",
     "test_logits_grpo_loss.py",
     "test_device_contract.py",

@@ -142,7 +142,8 @@ def _results(
     shape = logits.shape[:-1]
     degrees = as_temperature(temperature, shape, logits.device)
     check_rows(rows)
-    ids, labels = None, tuple[int, ...]()
+    ids = None
+    labels: tuple[int, ...] = ()
     if token_ids is not None:
         labels = check_token_ids(token_ids, shape)
         ids = token_ids.reshape(shape.numel(), *labels).contiguous()

@@ -157,11 +157,8 @@ class ColocatedVLLM(Batched):
         self.ranks = ranks
         self.copies = Copies(tuple(rank // tensor for rank in range(ranks.size)), ranks)
         self.step: int | None = None
-        self._marks = (
-            token_id(tokenizer, IMAGE_START),
-            token_id(tokenizer, IMAGE_CONTEXT),
-            token_id(tokenizer, IMAGE_END),
-        )
+        marks = IMAGE_START, IMAGE_CONTEXT, IMAGE_END
+        self._marks = tuple(token_id(tokenizer, mark) for mark in marks)
         self._model_folder = model_folder
         self._placeholder = tokenizer.encode(placeholder_of(model_folder), add_special_tokens=False)
         self._params = SamplingParams

@@ -89,7 +89,7 @@ def test_vllm_gets_the_pixels_of_the_trainer(kind: str, ground: Any) -> None:
         assert served.format == "PNG" and not served.getexif() and "transparency" not in served.info
         assert np.array_equal(tiles(served.convert("RGB")), request.example.tiles)
     ids = [WORDS.convert_tokens_to_ids(mark) for mark in (IMAGE_START, IMAGE_CONTEXT, IMAGE_END)]
-    sampler: Any = SimpleNamespace(_marks=tuple(ids), _placeholder=[7], step=3)
+    sampler: Any = SimpleNamespace(_marks=tuple(ids), _placeholder=[7], _max_tiles=None, step=3)
     prompt = ColocatedVLLM._prompt(sampler, request, SimpleNamespace(token_ids=()))  # type: ignore[arg-type]
     (image,) = prompt["multi_modal_data"]["image"]
     assert np.array_equal(tiles(image), request.example.tiles)
