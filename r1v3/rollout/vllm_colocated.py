@@ -158,7 +158,8 @@ class ColocatedVLLM(Batched):
         self.copies = Copies(tuple(rank // tensor for rank in range(ranks.size)), ranks)
         self.step: int | None = None
         marks = IMAGE_START, IMAGE_CONTEXT, IMAGE_END
-        self._marks = tuple(token_id(tokenizer, mark) for mark in marks)
+        start, context, end = (token_id(tokenizer, mark) for mark in marks)
+        self._marks = start, context, end
         self._model_folder = model_folder
         self._placeholder = tokenizer.encode(placeholder_of(model_folder), add_special_tokens=False)
         self._params = SamplingParams
