@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+# What the ranks share, as in `forked_rank`.
+import r1v3.engine.megatron.engine  # noqa: F401
+import r1v3.rollout.local  # noqa: F401
 from r1v3.config import GRPO, load
 from r1v3.ranks import Ranks
 from r1v3.trainer.division import divide
