@@ -206,7 +206,7 @@ class Policy:
         if seeds is not None:
             pairs = zip(requests, seeds, strict=True)
             requests = [replace(request, seed=seed) for request, seed in pairs]
-        by_length = sorted(range(len(samples)), key=lambda i: len(requests[i].example.prompt_ids))
+        by_length = _by_length(requests)
         texts: list[str] = [""] * (len(samples) * repeats)
         tokens = np.zeros((len(samples), repeats), dtype=np.int64)
         rollouts: list[Rollout | None] = [None] * len(samples)
@@ -256,9 +256,11 @@ class Policy:
         requests = self.requests(samples, True)
         texts: dict[int, str] = {}
         lengths: dict[int, int] = {}
-        for chosen in _by_length(requests, batch_prompts):
+        by_length = _by_length(requests)
+        for start in range(0, len(by_length), batch_prompts):
             if stopping():
                 return None
+            chosen = by_length[start : start + batch_prompts]
             part = self.complete_part([requests[i] for i in chosen], sampling, generator, repeats)
             counts = part.rollout.mask.sum(1).tolist()
             for row, text, count in zip(part.rows, part.texts, counts, strict=True):
@@ -279,11 +281,9 @@ class Policy:
         return table[..., 0], table[..., 1].astype(np.int64)
 
 
-def _by_length(requests: Sequence[Request], size: int) -> Iterator[list[int]]:
-    """Positions of requests with prompts of like length, up to `size` together."""
-    ordered = sorted(range(len(requests)), key=lambda i: len(requests[i].example.prompt_ids))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+def _by_length(requests: Sequence[Request]) -> list[int]:
+    """Positions of requests in the order of their prompts' lengths."""
+    return sorted(range(len(requests)), key=lambda i: len(requests[i].example.prompt_ids))
 
 
 def build_policy(

@@ -151,12 +151,11 @@ class VLLMServers:
                 trainer's, reports log-probs of another kind, or does not apply bans or budgets.
             NoServers: requests are unanswered, with every server and its last failure.
         """
-        given = requests, sampling, group_size, generator
-
         rows: list[Completion] = []
 
         def sample() -> None:
-            numbered = [one for some in self._answers(*given) for one in some]
+            answers = self._answers(requests, sampling, group_size, generator)
+            numbered = [one for some in answers for one in some]
             for _, found in sorted(numbered, key=lambda one: one[0]):
                 rows.extend(found)
 

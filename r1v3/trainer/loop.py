@@ -1,5 +1,6 @@
 """The loop around the steps of a stage: validate, log, save and stop, the same on every rank."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 
 from r1v3.config import GRPO, Supervised
 from r1v3.engine.contract import Engine
+from r1v3.files import json_text
 from r1v3.progress import ProgressBar, progress_bar, say
 from r1v3.trainer.checkpoint import PendingCheckpoint, remove_old, start_checkpoint
 from r1v3.trainer.critical_tokens import CriticalTokenMonitor
@@ -231,11 +233,8 @@ def _validation(
     """Validate a step; keep its metrics for later if that is stopped."""
     found = trainer.validate(stopping)
     if found is None:
-        # As a checkpoint stores them, and as they are logged.
-        trainer.unvalidated = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in metrics.items()
-        }
+        # As they are logged, which a checkpoint can store.
+        trainer.unvalidated = json.loads(json_text(metrics))
     return found or {}
 
 

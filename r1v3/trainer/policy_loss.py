@@ -12,6 +12,7 @@ from torch import Tensor
 from r1v3.config import PolicyLoss
 from r1v3.engine.head import Head
 from r1v3.kernels import grpo_loss
+from r1v3.kernels.arguments import METRICS
 from r1v3.kernels.reference import LOG_RATIO_LIMIT
 from r1v3.rollout.mismatch import Mismatch, importance_weights
 
@@ -114,16 +115,8 @@ def normalizer(aggregation: str, lengths: Sequence[int], max_tokens: int) -> flo
 
 
 # Metrics of a micro-batch that are means over its tokens.
-_MEANS = (
-    "clip_low_fraction",
-    "clip_high_fraction",
-    "dual_clip_fraction",
-    "approx_kl",
-    "ref_kl",
-    "ratio_mean",
-)
-_NAMES = (*_MEANS, "ratio_max", "tokens", "nonfinite")
-_GROUPS = (len(_NAMES), 5, 4, 4)
+_MEANS = tuple(name for name in METRICS if name not in ("ratio_max", "tokens", "nonfinite"))
+_GROUPS = (len(METRICS), 5, 4, 4)
 # Numbers of `statistics`.
 WIDTH = sum(_GROUPS)
 
@@ -134,7 +127,7 @@ def statistics(targets: Targets, output: dict[str, Tensor], config: PolicyLoss) 
     mismatch = Mismatch.of(output["token_logprobs"], targets.rollout_logprobs, targets.sampled, cap)
     return torch.cat(
         [
-            torch.stack([output[name].double() for name in _NAMES]),
+            torch.stack([output[name].double() for name in METRICS]),
             mismatch.total,
             mismatch.largest.double()[None],
             gap_statistics(targets, output, config.kl),
@@ -149,7 +142,7 @@ def combine(rows: Tensor) -> dict[str, float]:
     Means are weighted by tokens. Without any token they are 0, and ratios 1: nothing has moved.
     """
     own, mismatches, gaps, pairs = rows.split(_GROUPS, 1)
-    found = dict(zip(_NAMES, own.unbind(1), strict=True))
+    found = dict(zip(METRICS, own.unbind(1), strict=True))
     tokens = found["tokens"]
     weights = tokens / tokens.sum().clamp(min=1)
     result = {name: float((found[name] * weights).sum()) for name in _MEANS}
